@@ -1,0 +1,33 @@
+"""The R-Part: attention and the KV cache, on CPUs, beside the memory they read.  numpy in, numpy out.
+
+Never imports torch: a CPU node needs this package and `transport` alone.
+"""
+
+from cpu_attention.bandwidth import measure_read_bandwidth
+from cpu_attention.errors import BadRequest, KVBudgetExceeded, RWorkerError, SequenceExists, UnknownSequence
+from cpu_attention.kvstore import KVStore
+from cpu_attention.layout import STORAGE_DTYPES, AttentionRule, KVLayout, LayerShape
+from cpu_attention.machine import (
+    NumaNode,
+    available_cores,
+    available_memory_bytes,
+    cgroup_memory_limit_bytes,
+    cpu_name,
+    default_kv_cache_bytes,
+    format_bytes,
+    numa_nodes,
+    parse_bytes,
+)
+from cpu_attention.process import KERNELS, LISTENING
+from cpu_attention.process import add_arguments as add_process_arguments
+from cpu_attention.process import run as run_process
+from cpu_attention.rworker import RWorker
+from cpu_attention.serve import serve
+
+__all__ = [
+    "KERNELS", "LISTENING", "STORAGE_DTYPES", "AttentionRule", "BadRequest", "KVBudgetExceeded", "KVLayout",
+    "KVStore", "LayerShape", "NumaNode", "RWorker", "RWorkerError", "SequenceExists", "UnknownSequence",
+    "add_process_arguments", "available_cores", "available_memory_bytes", "cgroup_memory_limit_bytes", "cpu_name",
+    "default_kv_cache_bytes", "format_bytes", "measure_read_bandwidth", "numa_nodes", "parse_bytes", "run_process",
+    "serve",
+]

@@ -1,0 +1,31 @@
+"""What an R-worker refuses.  All are the caller's fault except where said; the worker's state is as before.
+
+    RWorkerError
+    ├── KVBudgetExceeded     more KV than the budget holds; the text shows the arithmetic
+    ├── UnknownSequence      a sequence that was never admitted, or is released
+    ├── SequenceExists       admitted twice
+    └── BadRequest           out of turn or out of shape: wrong session, step, layer, position
+"""
+
+from __future__ import annotations
+
+
+class RWorkerError(Exception):
+    """Root of what an R-worker answers with a Failure."""
+
+
+class KVBudgetExceeded(RWorkerError):
+    pass
+
+
+class UnknownSequence(RWorkerError, KeyError):
+    def __str__(self) -> str:  # KeyError would show the repr of the text
+        return str(self.args[0])
+
+
+class SequenceExists(RWorkerError):
+    pass
+
+
+class BadRequest(RWorkerError):
+    pass

@@ -1,0 +1,121 @@
+"""The paged KV store of one R-worker: a fixed budget of blocks, and whose they are.
+
+    admit(seq, max_tokens)      promises blocks for max_tokens tokens; refuses what it cannot keep
+      └► extend(seq, n) …       takes blocks out of the promise as the sequence grows
+           └► release(seq)      gives blocks and what is left of the promise back
+
+So a sequence that was admitted never runs out of memory.  Knows nothing of attention, messages or threads.
+
+    block_tables: (sequence, position // block_tokens) -> block
+    free + held by sequences = all blocks;   promised but not yet held <= free
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from cpu_attention.errors import BadRequest, KVBudgetExceeded, SequenceExists, UnknownSequence
+from cpu_attention.layout import STORAGE_DTYPES, KVLayout
+
+
+@dataclass
+class _Stored:
+    max_tokens: int
+    num_tokens: int = 0
+    blocks: list[int] = field(default_factory=list)
+
+
+class KVStore:
+    def __init__(self, layout: KVLayout, budget_bytes: int) -> None:
+        """Raises KVBudgetExceeded if not even one block fits.  Memory is touched only as it fills."""
+        self.layout = layout
+        self.num_blocks = budget_bytes // layout.block_bytes
+        if self.num_blocks < 1:
+            raise KVBudgetExceeded(
+                f"a KV budget of {budget_bytes} bytes holds no block: {layout.block_tokens} tokens x "
+                f"{layout.token_bytes} bytes per token = {layout.block_bytes} bytes per block"
+            )
+        dtype = STORAGE_DTYPES[layout.dtype]
+        # Per layer; see layout.py for the axes.
+        self.k_blocks = [
+            np.zeros((self.num_blocks, s.num_kv_heads, s.head_dim, layout.block_tokens), dtype) for s in layout.layers
+        ]
+        self.v_blocks = [
+            np.zeros((self.num_blocks, s.num_kv_heads, layout.block_tokens, s.head_dim), dtype) for s in layout.layers
+        ]
+        self._free = list(range(self.num_blocks - 1, -1, -1))  # a stack: what was used last is still in cache
+        self._stored: dict[int, _Stored] = {}
+        self._num_promised = 0  # blocks promised to sequences and not yet held
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self._stored)
+
+    @property
+    def num_available_blocks(self) -> int:
+        """Blocks that the next sequence could be promised."""
+        return len(self._free) - self._num_promised
+
+    def num_tokens(self, seq_id: int) -> int:
+        return self._find(seq_id).num_tokens
+
+    def admit(self, seq_id: int, max_tokens: int) -> None:
+        """Raises SequenceExists, KVBudgetExceeded."""
+        if seq_id in self._stored:
+            raise SequenceExists(f"sequence {seq_id} is here already")
+        if max_tokens < 1:
+            raise BadRequest(f"sequence {seq_id} wants {max_tokens} tokens; the least is 1")
+        needed = self.layout.num_blocks(max_tokens)
+        if needed > self.num_available_blocks:
+            raise KVBudgetExceeded(
+                f"sequence {seq_id} needs {needed} blocks ({max_tokens} tokens, {self.layout.block_tokens} per block); "
+                f"{self.num_available_blocks} of {self.num_blocks} are available"
+            )
+        self._num_promised += needed
+        self._stored[seq_id] = _Stored(max_tokens)
+
+    def extend(self, seq_id: int, num_new_tokens: int) -> None:
+        """Makes room for the next tokens of a sequence.  Raises UnknownSequence, KVBudgetExceeded."""
+        stored = self._find(seq_id)
+        total = stored.num_tokens + num_new_tokens
+        if num_new_tokens < 0 or total > stored.max_tokens:
+            raise KVBudgetExceeded(f"sequence {seq_id} would hold {total} tokens; it was admitted for {stored.max_tokens}")
+        missing = self.layout.num_blocks(total) - len(stored.blocks)
+        stored.blocks.extend(self._free.pop() for _ in range(missing))
+        self._num_promised -= missing
+        stored.num_tokens = total
+
+    def release(self, seq_id: int) -> None:
+        """Raises UnknownSequence."""
+        stored = self._find(seq_id)
+        del self._stored[seq_id]
+        self._num_promised -= self.layout.num_blocks(stored.max_tokens) - len(stored.blocks)
+        self._free.extend(reversed(stored.blocks))
+
+    def block_tables(self, seq_ids: Sequence[int]) -> np.ndarray:
+        """# [len(seq_ids), most blocks of any] int32, rows filled up with block 0"""
+        rows = [self._find(seq_id).blocks for seq_id in seq_ids]
+        tables = np.zeros((len(rows), max(map(len, rows), default=0)), np.int32)
+        for table, blocks in zip(tables, rows, strict=True):
+            table[: len(blocks)] = blocks
+        return tables
+
+    def check_integrity(self) -> None:
+        """Asserts what the head of this file promises."""
+        layout, held = self.layout, [block for s in self._stored.values() for block in s.blocks]
+        assert sorted(self._free + held) == list(range(self.num_blocks)), "a block is lost or held twice"
+        promised = 0
+        for seq_id, stored in self._stored.items():
+            assert 0 <= stored.num_tokens <= stored.max_tokens, f"sequence {seq_id} is over its promise"
+            assert len(stored.blocks) == layout.num_blocks(stored.num_tokens), f"sequence {seq_id} has wrong blocks"
+            promised += layout.num_blocks(stored.max_tokens) - len(stored.blocks)
+        assert promised == self._num_promised <= len(self._free), "more was promised than is free"
+
+    def _find(self, seq_id: int) -> _Stored:
+        try:
+            return self._stored[seq_id]
+        except KeyError:
+            raise UnknownSequence(f"sequence {seq_id} is not on this R-worker") from None

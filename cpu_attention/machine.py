@@ -1,0 +1,108 @@
+"""The machine this process may use: cores, NUMA nodes, memory.  The only file of this room that asks it."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+_UNITS = {"": 1, "b": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+_UNITS |= {f"{unit}b": factor for unit, factor in _UNITS.items() if unit not in ("", "b")}
+_UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+
+# Of what is free: the rest is for the model, the operating system and everybody else.
+DEFAULT_KV_SHARE = 0.5
+
+
+@dataclass(frozen=True)
+class NumaNode:
+    index: int
+    cores: tuple[int, ...]
+    memory_bytes: int
+
+
+def parse_bytes(text: str | int) -> int:
+    """``4GiB``, ``512M``, ``1.5 GB`` or a number of bytes.  Raises ValueError."""
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([a-z]*)", str(text).strip().lower())
+    if match is None or match[2] not in _UNITS:
+        raise ValueError(f"{text!r} is no amount of memory; write it like 4GiB, 512MB or 1073741824")
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+def format_bytes(num_bytes: float) -> str:
+    for unit, factor in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if num_bytes >= factor:
+            return f"{num_bytes / factor:.1f} {unit}"
+    return f"{num_bytes:.0f} bytes"
+
+
+def available_cores() -> tuple[int, ...]:
+    """Cores this process may run on, by its affinity mask."""
+    return tuple(sorted(os.sched_getaffinity(0)))
+
+
+def available_memory_bytes() -> int:
+    """What can still be taken without swapping: the machine's, or the cgroup's if that is less."""
+    available = psutil.virtual_memory().available
+    limit = cgroup_memory_limit_bytes()
+    if limit is not None:
+        used = _read_int(Path("/sys/fs/cgroup") / _cgroup_path() / "memory.current") or 0
+        available = min(available, max(0, limit - used))
+    return available
+
+
+def default_kv_cache_bytes() -> int:
+    return int(DEFAULT_KV_SHARE * available_memory_bytes())
+
+
+def cgroup_memory_limit_bytes() -> int | None:
+    """The tightest cgroup v2 ``memory.max`` on the way to the root; None if there is none."""
+    root, path = Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup") / _cgroup_path()
+    limits = []
+    while path.is_relative_to(root):
+        limits.append(_read_int(path / "memory.max"))
+        path = path.parent
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+def numa_nodes() -> tuple[NumaNode, ...]:
+    nodes = []
+    for path in sorted(Path("/sys/devices/system/node").glob("node[0-9]*"), key=lambda p: int(p.name[4:])):
+        total = re.search(r"MemTotal:\s+([0-9]+) kB", _read(path / "meminfo"))
+        nodes.append(NumaNode(int(path.name[4:]), _parse_core_list(_read(path / "cpulist")),
+                              int(total[1]) * 1024 if total else 0))
+    return tuple(nodes)
+
+
+def cpu_name() -> str:
+    name = re.search(r"^model name\s*:\s*(.+)$", _read(Path("/proc/cpuinfo")), re.MULTILINE)
+    return name[1] if name else "unknown"
+
+
+def _parse_core_list(text: str) -> tuple[int, ...]:
+    """``0-3,8`` -> (0, 1, 2, 3, 8)"""
+    cores: list[int] = []
+    for part in filter(None, text.strip().split(",")):
+        first, _, last = part.partition("-")
+        cores.extend(range(int(first), int(last or first) + 1))
+    return tuple(cores)
+
+
+def _cgroup_path() -> str:
+    match = re.search(r"^0::/(.*)$", _read(Path("/proc/self/cgroup")), re.MULTILINE)
+    return match[1] if match else ""
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
+
+
+def _read_int(path: Path) -> int | None:
+    text = _read(path).strip()
+    return int(text) if text.isdecimal() else None

@@ -1,0 +1,95 @@
+"""An R-worker as a process of its own: flags, a line that says where it listens, signals, the end.
+
+The first line on standard output is ``listening on ADDRESS``; whoever started the process reads it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Sequence
+from types import FrameType
+
+from cpu_attention import kernel, reference
+from cpu_attention.machine import available_cores, default_kv_cache_bytes, format_bytes, parse_bytes
+from cpu_attention.rworker import RWorker
+from cpu_attention.serve import serve
+from transport import AddressError, listen
+
+LISTENING = "listening on "
+KERNELS = {"numba": kernel.attend, "reference": reference.attend}
+_GRACE_S = 5.0
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--bind", required=True, metavar="ADDRESS",
+                        help="ipc://PATH, tcp://127.0.0.1:PORT (port 0: a free one)")
+    parser.add_argument("--kv-cache-memory", metavar="BYTES", type=_bytes, default=None,
+                        help="KV budget, like 4GiB (default: half of the memory that is free)")
+    parser.add_argument("--threads", type=_positive, default=None, metavar="N",
+                        help="attention threads (default: all cores this process may use)")
+    parser.add_argument("--kernel", choices=sorted(KERNELS), default="numba", help="reference: plain numpy, slow")
+    parser.add_argument("--exit-with-parent", action="store_true",
+                        help="end when standard input does, so that no worker outlives who started it")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serves until SIGTERM, SIGINT or the parent's end.  Returns the exit code."""
+    logging.basicConfig(level=logging.INFO, format="r-worker %(process)d: %(message)s", stream=sys.stderr)
+    signal.signal(signal.SIGTERM, _exit)
+    signal.signal(signal.SIGINT, _exit)
+    kv_cache_bytes = args.kv_cache_memory if args.kv_cache_memory is not None else default_kv_cache_bytes()
+    num_threads = args.threads or len(available_cores())
+    try:
+        listener = listen(args.bind)
+    except AddressError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    worker = RWorker(kv_cache_bytes=kv_cache_bytes, num_threads=num_threads, attend=KERNELS[args.kernel])
+    if args.exit_with_parent:
+        threading.Thread(target=_follow_parent, daemon=True).start()
+    try:
+        print(LISTENING + listener.address, flush=True)
+        logging.info("%s of KV, %d threads, %s kernel", format_bytes(kv_cache_bytes), num_threads, args.kernel)
+        serve(listener, worker)
+    finally:
+        worker.close()
+        listener.close()
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m cpu_attention", description="Run one FastDecode R-worker.")
+    add_arguments(parser)
+    return run(parser.parse_args(argv))
+
+
+def _exit(signum: int, frame: FrameType | None) -> None:
+    raise SystemExit(0)
+
+
+def _follow_parent() -> None:
+    """Standard input is a pipe from the parent: its end is the parent's end, however that came."""
+    while os.read(0, 4096):
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)
+    # A main thread that cannot react within the grace time would keep the memory for ever.
+    threading.Event().wait(_GRACE_S)
+    os._exit(1)
+
+
+def _bytes(text: str) -> int:
+    try:
+        return parse_bytes(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
+    return int(text)

@@ -1,0 +1,223 @@
+"""An R-worker as a function from messages to messages.  Knows no sockets, processes or clocks.
+
+    state             takes                              to
+    ───────────────   ────────────────────────────────   ─────────────────────────────
+    no session        Hello                              in session (a KV store exists)
+    in session        Admit, Step, Release, Ping         in session
+      per micro-batch   Step → Attend 0 → Attend 1 → …    one Attended each; layers in order
+    in session        Goodbye                            no session (the store is dropped)
+
+Everything else is answered with a Failure and changes nothing.  What reaches a kernel has been checked here
+or in the message itself: numba would not.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+from dataclasses import dataclass
+
+import numpy as np
+
+from cpu_attention import kernel
+from cpu_attention.errors import BadRequest, RWorkerError, UnknownSequence
+from cpu_attention.kvstore import KVStore
+from cpu_attention.layout import STORAGE_DTYPES, AttentionRule, KVLayout, LayerShape
+from cpu_attention.machine import format_bytes
+from cpu_attention.threads import AttendFunction, ThreadedAttend
+from transport import (
+    Admit,
+    Attend,
+    Attended,
+    Failure,
+    Goodbye,
+    Hello,
+    LayerSpec,
+    Message,
+    Ping,
+    Pong,
+    Release,
+    Step,
+    Welcome,
+)
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class _MicroBatch:
+    """What the Step message said, as the kernels want it.  T, A: see `transport.messages`."""
+
+    step: int
+    blocks: np.ndarray  # [T] int32, where each token's K and V go
+    offsets: np.ndarray  # [T] int32
+    block_tables: np.ndarray  # [A, max_blocks] int32
+    positions: np.ndarray  # [A] int32
+    next_layer: int = 0
+
+
+@dataclass
+class _Session:
+    nonce: int
+    layers: tuple[LayerSpec, ...]
+    rules: tuple[AttentionRule, ...]
+    store: KVStore
+    micro_batches: dict[int, _MicroBatch]
+
+
+class RWorker:
+    def __init__(self, *, kv_cache_bytes: int, num_threads: int = 1, attend: AttendFunction = kernel.attend) -> None:
+        """`attend` may be `reference.attend`; `kv_cache_bytes` is the most any session gets."""
+        self._kv_cache_bytes = kv_cache_bytes
+        self._num_threads = num_threads
+        self._attend = ThreadedAttend(attend, num_threads)
+        self._session: _Session | None = None
+
+    @property
+    def session(self) -> int | None:
+        """Nonce of the session that is open."""
+        return self._session.nonce if self._session else None
+
+    def handle(self, session: int, message: Message) -> Message | None:
+        """The answer to `message`, if it has one.  Never raises on account of the message."""
+        try:
+            return self._handle(session, message)
+        except RWorkerError as error:
+            return Failure(type(error).__name__, str(error)[:4096])
+        except Exception as error:  # ours, not the peer's; the other sequences still deserve a worker
+            logger.exception("failed on %s", type(message).__name__)
+            return Failure("InternalError", f"{type(error).__name__}: {error}"[:4096])
+
+    def close(self) -> None:
+        self._session = None
+        self._attend.close()
+
+    def _handle(self, nonce: int, message: Message) -> Message | None:
+        if isinstance(message, Hello):
+            return self._open(nonce, message)
+        if isinstance(message, Ping):
+            return Pong(message.token)
+        session = self._session
+        if session is None and isinstance(message, Goodbye):
+            return None  # nothing to drop
+        if session is None or session.nonce != nonce:
+            raise BadRequest("this R-worker does not know the session; it was restarted or given to another S-worker")
+        match message:
+            case Attend():
+                return self._append_and_attend(session, message)
+            case Step():
+                self._begin_micro_batch(session, message)
+            case Admit():
+                self._admit(session.store, message)
+            case Release():
+                self._release(session, message)
+            case Goodbye():
+                self._session = None
+            case _:
+                raise BadRequest(f"{type(message).__name__} is not for an R-worker")
+        return None
+
+    def _open(self, nonce: int, hello: Hello) -> Welcome:
+        self._session = None  # before the new store is made: the two may not fit side by side
+        layout = KVLayout(
+            tuple(LayerShape(spec.num_kv_heads, spec.head_dim) for spec in hello.layers),
+            hello.kv_dtype, hello.block_tokens,
+        )
+        asked = self._kv_cache_bytes if hello.kv_cache_bytes is None else hello.kv_cache_bytes
+        store = KVStore(layout, min(asked, self._kv_cache_bytes))
+        kernel.warm_up(STORAGE_DTYPES[layout.dtype])
+        rules = tuple(
+            AttentionRule(spec.scale, spec.window, spec.softcap,
+                          None if spec.sinks is None else np.array(spec.sinks, np.float32))
+            for spec in hello.layers
+        )
+        self._session = _Session(nonce, hello.layers, rules, store, {})
+        logger.info(
+            "session opened: %d layers, %s KV, %s per token, room for %d tokens", len(hello.layers), layout.dtype,
+            format_bytes(layout.token_bytes), store.num_blocks * layout.block_tokens,
+        )
+        return Welcome(
+            num_blocks=store.num_blocks, block_tokens=layout.block_tokens, block_bytes=layout.block_bytes,
+            host=platform.node() or "unknown", pid=os.getpid(), num_threads=self._num_threads,
+        )
+
+    def _admit(self, store: KVStore, message: Admit) -> None:
+        """All of them or none."""
+        admitted: list[int] = []
+        try:
+            for seq_id, max_tokens in zip(message.seq_ids.tolist(), message.max_tokens.tolist(), strict=True):
+                store.admit(seq_id, max_tokens)
+                admitted.append(seq_id)
+        except RWorkerError:
+            for seq_id in admitted:
+                store.release(seq_id)
+            raise
+
+    def _release(self, session: _Session, message: Release) -> None:
+        seq_ids = message.seq_ids.tolist()
+        for seq_id in seq_ids:
+            session.store.num_tokens(seq_id)  # raises UnknownSequence before anything is freed
+        if len(set(seq_ids)) != len(seq_ids):
+            raise UnknownSequence("a sequence is released twice")
+        for seq_id in seq_ids:
+            session.store.release(seq_id)
+
+    def _begin_micro_batch(self, session: _Session, message: Step) -> None:
+        store, block_tokens = session.store, session.store.layout.block_tokens
+        # A failure below leaves no half-begun micro-batch to attend to.
+        session.micro_batches.pop(message.micro_batch, None)
+        rows = list(zip(message.seq_ids.tolist(), message.starts.tolist(), message.num_tokens.tolist(),
+                        message.num_queries.tolist(), strict=True))
+        if len({seq_id for seq_id, *_ in rows}) != len(rows):
+            raise BadRequest("a sequence comes twice in one micro-batch")
+        for seq_id, start, num_tokens, num_queries in rows:
+            stored = store.num_tokens(seq_id)
+            if start != stored or num_tokens < 1 or not 0 <= num_queries <= num_tokens:
+                raise BadRequest(
+                    f"sequence {seq_id} holds {stored} tokens; cannot append {num_tokens} at {start} "
+                    f"with {num_queries} queries"
+                )
+        for seq_id, _, num_tokens, _ in rows:
+            store.extend(seq_id, num_tokens)
+
+        tables = store.block_tables(message.seq_ids.tolist())
+        token_rows = np.repeat(np.arange(len(rows)), message.num_tokens)
+        token_positions = _ranges(message.starts, message.num_tokens)
+        query_rows = np.repeat(np.arange(len(rows)), message.num_queries)
+        first_queries = message.starts + message.num_tokens - message.num_queries
+        session.micro_batches[message.micro_batch] = _MicroBatch(
+            step=message.step,
+            blocks=tables[token_rows, token_positions // block_tokens],
+            offsets=token_positions % block_tokens,
+            block_tables=tables[query_rows],
+            positions=_ranges(first_queries, message.num_queries),
+        )
+
+    def _append_and_attend(self, session: _Session, message: Attend) -> Attended:
+        batch = session.micro_batches.get(message.micro_batch)
+        if batch is None or batch.step != message.step:
+            raise BadRequest(f"micro-batch {message.micro_batch} of step {message.step} was not begun")
+        if message.layer != batch.next_layer or message.layer >= len(session.layers):
+            raise BadRequest(f"layer {message.layer} came, layer {batch.next_layer} was due")
+        spec, layer = session.layers[message.layer], message.layer
+        k_shape = (len(batch.blocks), spec.num_kv_heads, spec.head_dim)
+        q_shape = (len(batch.positions), spec.num_q_heads, spec.head_dim)
+        if message.k.shape != k_shape or message.q.shape != q_shape:
+            raise BadRequest(f"layer {layer} wants k {k_shape} and q {q_shape}, got {message.k.shape}, {message.q.shape}")
+        batch.next_layer += 1
+
+        k_blocks, v_blocks = session.store.k_blocks[layer], session.store.v_blocks[layer]
+        kernel.append(message.k, message.v, batch.blocks, batch.offsets, k_blocks, v_blocks)
+        out = np.empty(q_shape, np.float32)
+        if len(out):
+            q = message.q.astype(np.float32)
+            self._attend(q, k_blocks, v_blocks, batch.block_tables, batch.positions, session.rules[layer], out)
+        return Attended(message.step, message.micro_batch, layer, out.astype(message.q.dtype, copy=False))
+
+
+def _ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """starts [n], counts [n] -> [sum of counts] int32: each start, start + 1, ... behind one another."""
+    ends = np.cumsum(counts)
+    within = np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - counts, counts)
+    return (np.repeat(starts, counts) + within).astype(np.int32)

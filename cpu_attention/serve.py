@@ -1,0 +1,63 @@
+"""The loop around an R-worker: one message in, at most one out.  Thin, because everything else is `rworker`."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Hashable
+
+from cpu_attention.rworker import RWorker
+from transport import (
+    BadDelivery,
+    ChannelClosed,
+    Failure,
+    Goodbye,
+    Hello,
+    Listener,
+    MessageTooLarge,
+    PeerLost,
+    PeerTimeout,
+)
+
+logger = logging.getLogger(__name__)
+
+_IDLE_S = 3600.0  # waiting for work is no failure; the wait ends so that it is a wait with a deadline
+_ANSWER_TIMEOUT_S = 10.0
+
+
+def serve(listener: Listener, worker: RWorker, *, stop_after_session: bool = False) -> None:
+    """Answers S-workers until the listener is closed or, if so asked, a Goodbye comes.
+
+    One session at a time: a Hello while another S-worker is in session and reachable is refused; one that
+    has vanished without a Goodbye is replaced.
+    """
+    owner: Hashable = None  # the peer of the session that is open
+    while True:
+        try:
+            delivery = listener.recv(timeout_s=_IDLE_S)
+        except PeerTimeout:
+            continue
+        except ChannelClosed:
+            return
+        except BadDelivery as error:
+            logger.warning("refused a frame: %s", error)
+            _answer(listener, error.peer, 0, Failure("ProtocolError", str(error)[:4096]))
+            continue
+        peer, session, message = delivery.peer, delivery.envelope.session, delivery.envelope.message
+        if isinstance(message, Hello) and worker.session is not None and peer != owner and listener.is_reachable(owner):
+            reply = Failure("Busy", "this R-worker is in session with another S-worker; wait, or start one more")
+        else:
+            reply = worker.handle(session, message)
+            if isinstance(message, Hello):
+                owner = peer
+        if reply is not None:
+            _answer(listener, peer, session, reply)
+        if isinstance(message, Goodbye) and worker.session is None and stop_after_session:
+            return
+
+
+def _answer(listener: Listener, peer: Hashable, session: int, reply: object) -> None:
+    """A peer that has gone, or takes nothing any more, is its own loss, not this worker's."""
+    try:
+        listener.send(peer, session, reply, timeout_s=_ANSWER_TIMEOUT_S)  # type: ignore[arg-type]
+    except (PeerLost, PeerTimeout, MessageTooLarge) as error:
+        logger.warning("could not answer: %s", error)

@@ -1,0 +1,43 @@
+"""Messages between S-workers and R-workers, and the channels that carry them.
+
+Knows no model, no kernel and no scheduler; imports nothing else of this project and never torch.
+"""
+
+from transport.channel import BadDelivery, Channel, Delivery, Listener
+from transport.codec import DTYPES, LIMITS, Codec, Envelope, Limits
+from transport.errors import (
+    AddressError,
+    ChannelClosed,
+    MessageTooLarge,
+    PeerLost,
+    PeerTimeout,
+    ProtocolError,
+    TransportError,
+)
+from transport.messages import (
+    FLOAT_DTYPES,
+    PROTOCOL_VERSION,
+    Admit,
+    Attend,
+    Attended,
+    Failure,
+    Goodbye,
+    Hello,
+    LayerSpec,
+    Message,
+    Ping,
+    Pong,
+    Release,
+    Step,
+    Welcome,
+)
+from transport.mpi import import_mpi
+from transport.registry import BACKENDS, connect, listen
+
+__all__ = [
+    "BACKENDS", "DTYPES", "FLOAT_DTYPES", "LIMITS", "PROTOCOL_VERSION",
+    "AddressError", "Admit", "Attend", "Attended", "BadDelivery", "Channel", "ChannelClosed", "Codec",
+    "Delivery", "Envelope", "Failure", "Goodbye", "Hello", "LayerSpec", "Limits", "Listener", "Message",
+    "MessageTooLarge", "PeerLost", "PeerTimeout", "Ping", "Pong", "ProtocolError", "Release", "Step",
+    "TransportError", "Welcome", "connect", "import_mpi", "listen",
+]

@@ -1,0 +1,156 @@
+"""The contract between a worker and whatever carries its messages.
+
+A backend (inproc, ZeroMQ, MPI) moves *frames*: a `Link` is an S-worker's end towards one R-worker, a `Port`
+is an R-worker's end towards any number of S-workers.  `Channel` and `Listener` put the codec on top, and are
+what the rest of the house uses.
+
+What holds for every backend (`transport.testing` checks it for all of them):
+
+- Messages between two ends arrive whole, unchanged and in order, or not at all.
+- Nothing waits for ever: every call takes ``timeout_s`` and raises PeerTimeout, which names the peer.
+- After PeerTimeout, ProtocolError or MessageTooLarge the channel works on.
+- After PeerLost every later call raises PeerLost; a peer that comes back needs a new channel.
+- Frames of another session (a nonce drawn per channel) never reach the caller.
+- Arrays handed to ``send`` are not copied: leave them alone until the message is answered.
+- One thread at a time uses a channel.  ``close`` can be called twice and leaves no socket or thread behind.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import Protocol, Self
+
+from transport.codec import Buffer, Codec, Envelope
+from transport.errors import PeerLost, PeerTimeout, ProtocolError
+from transport.messages import Message, Pong
+
+
+class Link(Protocol):
+    peer: str  # named in every error
+
+    def send_frames(self, frames: Sequence[Buffer], timeout_s: float) -> None: ...
+
+    def recv_frames(self, timeout_s: float) -> Sequence[Buffer]: ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """Frames that came, and from whom."""
+
+    peer: Hashable
+    frames: Sequence[Buffer]
+
+
+class Port(Protocol):
+    address: str  # what peers connect to; with the real port number where 0 was asked for
+
+    def recv_frames(self, timeout_s: float) -> Arrival: ...
+
+    def send_frames(self, peer: Hashable, frames: Sequence[Buffer], timeout_s: float) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Channel:
+    """An S-worker's connection to one R-worker."""
+
+    def __init__(self, link: Link) -> None:
+        self._link = link
+        self._codec = Codec()
+        self.session = secrets.randbits(64)
+
+    @property
+    def peer(self) -> str:
+        return self._link.peer
+
+    def send(self, message: Message, *, timeout_s: float) -> None:
+        self._link.send_frames(self._codec.encode(self.session, message), timeout_s)
+
+    def recv(self, *, timeout_s: float) -> Message:
+        """The next message of this session; what an earlier life of either end left behind is dropped."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            try:
+                frames = self._link.recv_frames(max(0.0, deadline - time.monotonic()))
+                envelope = self._codec.decode(frames)
+            except ProtocolError as error:
+                raise ProtocolError(f"{self.peer} sent a bad frame: {error}") from error
+            if envelope.session == self.session:
+                return envelope.message
+
+    def close(self) -> None:
+        self._link.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """A message that came to an R-worker, and from whom."""
+
+    peer: Hashable
+    envelope: Envelope
+
+
+class BadDelivery(ProtocolError):
+    """Frames that are no message; `peer` is who sent them, so that it can be told."""
+
+    def __init__(self, peer: Hashable, text: str) -> None:
+        super().__init__(text)
+        self.peer = peer
+
+
+class Listener:
+    """An R-worker's end: messages from any S-worker come in, each answered to its sender."""
+
+    def __init__(self, port: Port) -> None:
+        self._port = port
+        self._codec = Codec()
+
+    @property
+    def address(self) -> str:
+        return self._port.address
+
+    def recv(self, *, timeout_s: float) -> Delivery:
+        """Raises PeerTimeout if nobody wrote, BadDelivery if what came is no message."""
+        arrival = self._port.recv_frames(timeout_s)
+        try:
+            return Delivery(arrival.peer, self._codec.decode(arrival.frames))
+        except ProtocolError as error:
+            raise BadDelivery(arrival.peer, str(error)) from error
+
+    def send(self, peer: Hashable, session: int, message: Message, *, timeout_s: float) -> None:
+        self._port.send_frames(peer, self._codec.encode(session, message), timeout_s)
+
+    def is_reachable(self, peer: Hashable) -> bool:
+        """Whether `peer` still has its end open, as far as the backend can tell.
+
+        Asked by sending a Pong of no session, which its channel drops.
+        """
+        try:
+            self.send(peer, 0, Pong(token=0), timeout_s=0.1)
+        except PeerLost:
+            return False
+        except PeerTimeout:
+            return True
+        return True
+
+    def close(self) -> None:
+        self._port.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+

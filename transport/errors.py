@@ -1,0 +1,40 @@
+"""What can go wrong between two workers, and whose fault it is.
+
+    TransportError
+    ├── AddressError       the caller's: an address that cannot be used, or a backend that is not installed
+    ├── ProtocolError      the peer's: it sent something that is not a valid message; the channel lives on
+    ├── MessageTooLarge    the caller's: refused before a byte was sent; the channel lives on
+    ├── PeerTimeout        the peer's: no answer before the deadline; the channel lives on
+    ├── PeerLost           the peer is gone; every later call on this channel says so again
+    └── ChannelClosed      ours: used after close()
+"""
+
+from __future__ import annotations
+
+
+class TransportError(Exception):
+    """Root of everything this package raises on purpose."""
+
+
+class AddressError(TransportError, ValueError):
+    """An address nobody can listen on or connect to; the text lists what is possible."""
+
+
+class ProtocolError(TransportError):
+    """Frames that are not a message of this protocol: unknown, truncated, oversized or wrong-shaped."""
+
+
+class MessageTooLarge(TransportError, ValueError):
+    """A message over this side's own limits; nothing of it was sent."""
+
+
+class PeerTimeout(TransportError, TimeoutError):
+    """The named peer did not answer in time."""
+
+
+class PeerLost(TransportError, ConnectionError):
+    """The named peer is gone and will not come back on this channel."""
+
+
+class ChannelClosed(TransportError):
+    """The channel was closed by this side."""

@@ -1,0 +1,186 @@
+"""The whole protocol between S-workers and R-workers, on one page.
+
+This file knows no sockets, no kernels and no models; it says what may be said and refuses the rest.
+Every message checks itself when it is made *and* when it is decoded, so what arrives has the stated
+shapes.  T = tokens of this R-worker in the micro-batch, A = those of them that attend on the R-worker,
+Hq/Hkv = query/KV heads, D = head_dim, n = sequences.
+
+    S-worker                                   R-worker
+    Hello(layers, dtype, budget)        ─────►  builds its KV store
+                                        ◄─────  Welcome(num_blocks, ...)   or Failure
+    Admit(seq_ids, max_tokens)          ─────►  reserves blocks            (no answer; a Failure if refused)
+    Step(seq_ids, starts, num_tokens)   ─────►  once per step and micro-batch (no answer)
+    Attend(layer 0; q, k, v)            ─────►  appends k, v; then attends q
+                                        ◄─────  Attended(layer 0; o)       exactly one answer per Attend
+    Attend(layer 1; ...)                ─────►  ...
+    Release(seq_ids)                    ─────►  frees blocks               (no answer)
+    Ping(token)                         ─────►
+                                        ◄─────  Pong(token)
+    Goodbye()                           ─────►  drops the session and all its KV
+
+Messages between two workers keep their order.  Anything that goes wrong on the R-worker comes back as a
+Failure, once, in place of the answer it prevents; the R-worker lives on.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+import numpy as np
+from msgspec import Meta
+
+PROTOCOL_VERSION = 1
+
+FLOAT_DTYPES = ("float32", "float16", "bfloat16")
+
+Count = Annotated[int, Meta(ge=0, le=2**31 - 1)]
+Positive = Annotated[int, Meta(ge=1, le=2**31 - 1)]
+Bytes = Annotated[int, Meta(ge=0, le=2**62)]
+Token = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+Text = Annotated[str, Meta(max_length=4096)]
+
+
+class Message(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag=True):
+    """Base of all messages.  Immutable; arrays are not copied and belong to the message until it is answered."""
+
+
+class LayerSpec(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """What one layer's attention is, for the whole session."""
+
+    num_q_heads: Annotated[int, Meta(ge=1, le=4096)]
+    num_kv_heads: Annotated[int, Meta(ge=1, le=4096)]
+    head_dim: Annotated[int, Meta(ge=1, le=4096)]
+    scale: float
+    window: Positive | None = None  # keys a query sees, itself included; None: all of them
+    softcap: float | None = None  # scores become softcap * tanh(score / softcap)
+    sinks: tuple[float, ...] | None = None  # one logit per query head that takes weight but has no value
+
+    def __post_init__(self) -> None:
+        _require(self.num_q_heads % self.num_kv_heads == 0,
+                 f"{self.num_q_heads} query heads are not a multiple of {self.num_kv_heads} KV heads")
+        _require(np.isfinite(self.scale), "scale must be finite")
+        _require(self.softcap is None or (np.isfinite(self.softcap) and self.softcap > 0), "softcap must be > 0")
+        _require(self.sinks is None or len(self.sinks) == self.num_q_heads, "one sink per query head")
+
+
+class Hello(Message, frozen=True):
+    """Opens a session; what an earlier session of the same peer left is dropped."""
+
+    layers: Annotated[tuple[LayerSpec, ...], Meta(min_length=1, max_length=4096)]
+    kv_dtype: Annotated[str, Meta(max_length=32)]  # how K and V are stored
+    block_tokens: Annotated[int, Meta(ge=1, le=4096)]
+    kv_cache_bytes: Bytes | None = None  # None: whatever the R-worker was started with
+
+    def __post_init__(self) -> None:
+        _require(self.kv_dtype in FLOAT_DTYPES, f"kv_dtype {self.kv_dtype!r} is none of {', '.join(FLOAT_DTYPES)}")
+
+
+class Welcome(Message, frozen=True):
+    num_blocks: Positive
+    block_tokens: Positive
+    block_bytes: Positive  # of one block over all layers
+    host: Text
+    pid: Positive
+    num_threads: Positive
+
+
+class Admit(Message, frozen=True):
+    seq_ids: np.ndarray  # [n] int64
+    max_tokens: np.ndarray  # [n] int32, the most KV tokens each will ever hold
+
+    def __post_init__(self) -> None:
+        _require_columns(seq_ids=(self.seq_ids, "int64"), max_tokens=(self.max_tokens, "int32"))
+
+
+class Step(Message, frozen=True):
+    """Whose tokens the next Attend of every layer of this micro-batch carries, in row order."""
+
+    step: Token
+    micro_batch: Count
+    seq_ids: np.ndarray  # [n] int64
+    starts: np.ndarray  # [n] int32, position of the first token
+    num_tokens: np.ndarray  # [n] int32, tokens whose K, V come; sum = T
+    num_queries: np.ndarray  # [n] int32, how many of the last ones attend here; sum = A
+
+    def __post_init__(self) -> None:
+        _require_columns(seq_ids=(self.seq_ids, "int64"), starts=(self.starts, "int32"),
+                         num_tokens=(self.num_tokens, "int32"), num_queries=(self.num_queries, "int32"))
+
+
+class Attend(Message, frozen=True):
+    step: Token
+    micro_batch: Count
+    layer: Count
+    q: np.ndarray  # [A, Hq, D] float
+    k: np.ndarray  # [T, Hkv, D] float
+    v: np.ndarray  # [T, Hkv, D] float
+
+    def __post_init__(self) -> None:
+        for name in ("q", "k", "v"):
+            _require_floats(name, getattr(self, name))
+        _require(self.k.shape == self.v.shape, f"k is {self.k.shape}, v is {self.v.shape}")
+        _require(self.q.shape[0] <= self.k.shape[0], "more queries than tokens")
+        _require(self.q.shape[2] == self.k.shape[2], "q and k differ in head_dim")
+
+
+class Attended(Message, frozen=True):
+    step: Token
+    micro_batch: Count
+    layer: Count
+    o: np.ndarray  # [A, Hq, D] float, of q's dtype
+
+    def __post_init__(self) -> None:
+        _require_floats("o", self.o)
+
+
+class Release(Message, frozen=True):
+    seq_ids: np.ndarray  # [n] int64
+
+    def __post_init__(self) -> None:
+        _require_columns(seq_ids=(self.seq_ids, "int64"))
+
+
+class Ping(Message, frozen=True):
+    token: Token
+
+
+class Pong(Message, frozen=True):
+    token: Token
+
+
+class Goodbye(Message, frozen=True):
+    pass
+
+
+class Failure(Message, frozen=True):
+    """Why the R-worker could not do what was asked."""
+
+    kind: Annotated[str, Meta(max_length=64)]  # name of the error's class
+    text: Text
+
+
+ANY_MESSAGE = Hello | Welcome | Admit | Step | Attend | Attended | Release | Ping | Pong | Goodbye | Failure
+
+
+def _require(condition: object, text: str) -> None:
+    if not condition:
+        raise ValueError(text)
+
+
+def _require_columns(**columns: tuple[np.ndarray, str]) -> None:
+    """All one-dimensional, of the given dtypes and of equal length."""
+    length = None
+    for name, (column, dtype) in columns.items():
+        _require(isinstance(column, np.ndarray), f"{name} is no array")
+        _require(column.ndim == 1 and column.dtype.name == dtype,
+                 f"{name} must be [n] {dtype}, not {column.shape} {column.dtype.name}")
+        length = len(column) if length is None else length
+        _require(len(column) == length, f"{name} has {len(column)} entries, not {length}")
+
+
+def _require_floats(name: str, array: np.ndarray) -> None:
+    _require(isinstance(array, np.ndarray), f"{name} is no array")
+    _require(array.ndim == 3 and array.dtype.name in FLOAT_DTYPES,
+             f"{name} must be [rows, heads, head_dim] of {', '.join(FLOAT_DTYPES)}, "
+             f"not {array.shape} {array.dtype.name}")

@@ -1,0 +1,193 @@
+"""MPI: every rank of one ``mpirun`` can talk to every other; ``mpi://RANK`` is a rank of COMM_WORLD.
+
+Only buffer calls (Isend, Improbe, Recv of the matched message): the lower-case ones pickle.  A message is a
+manifest ``[magic, num_frames, bytes of each]`` (int64), then the frames, all with one tag, so that after
+anything unexpected the next manifest is found again.
+
+MPI has no wait with a deadline, and a blocking Recv spins a core, so waiting is a probe that first yields
+and then backs off to short sleeps.  MPI has no recovery either: a rank that dies takes the job with it.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import numpy as np
+
+from transport.channel import Arrival
+from transport.codec import LIMITS, Buffer
+from transport.errors import AddressError, ChannelClosed, PeerTimeout, ProtocolError
+
+_TO_R_WORKER, _TO_S_WORKER = 7101, 7102  # tags
+_MAGIC = 0x46444D50  # "FDMP"
+_MAX_MANIFEST_BYTES = 8 * (2 + LIMITS.max_frames)
+_MAX_UNFINISHED_SENDS = 256
+_YIELDS_BEFORE_SLEEP = 200
+_LONGEST_SLEEP_S = 1e-3
+
+
+class _Mailbox:
+    """Sends and receives whole messages with one tag each way; keeps buffers alive until MPI has read them."""
+
+    def __init__(self, send_tag: int, recv_tag: int) -> None:
+        self._mpi = import_mpi()
+        self._comm = self._mpi.COMM_WORLD
+        self._send_tag, self._recv_tag = send_tag, recv_tag
+        self._unfinished: deque[tuple[Any, Buffer]] = deque()
+
+    def send(self, rank: int, frames: Sequence[Buffer], timeout_s: float) -> None:
+        sizes = [memoryview(frame).nbytes for frame in frames]
+        manifest = np.array([_MAGIC, len(frames), *sizes], np.int64)
+        for buffer in (memoryview(manifest).cast("B"), *frames):
+            request = self._comm.Isend([buffer, self._mpi.BYTE], dest=rank, tag=self._send_tag)
+            self._unfinished.append((request, buffer))
+        self.flush(timeout_s, rank, at_most=_MAX_UNFINISHED_SENDS)
+
+    def flush(self, timeout_s: float, rank: object, at_most: int = 0) -> None:
+        """Lets MPI progress until no more than `at_most` sends are unfinished."""
+
+        def few_enough() -> bool | None:
+            while self._unfinished and self._unfinished[0][0].Test():
+                self._unfinished.popleft()
+            return True if len(self._unfinished) <= at_most else None
+
+        _wait(few_enough, timeout_s, f"rank {rank} does not take messages")
+
+    def recv(self, source: int, timeout_s: float, complaint: str) -> tuple[int, list[Buffer]]:
+        """The next message from `source` (or anyone) as (rank, frames)."""
+        status = self._mpi.Status()
+
+        def probe(rank: int) -> Any:
+            return self._comm.Improbe(source=rank, tag=self._recv_tag, status=status)
+
+        matched = _wait(lambda: probe(source), timeout_s, complaint)
+        rank = status.Get_source()
+        manifest = self._take(matched, status, _MAX_MANIFEST_BYTES)
+        numbers = np.frombuffer(manifest, np.int64) if len(manifest) % 8 == 0 else np.empty(0, np.int64)
+        if len(numbers) < 3 or numbers[0] != _MAGIC or numbers[1] != len(numbers) - 2:
+            raise _Refused(rank, f"rank {rank} sent {len(manifest)} bytes that are not a manifest")
+        frames = []
+        for size in numbers[2:].tolist():
+            matched = _wait(lambda: probe(rank), timeout_s, f"rank {rank} sent half a message")
+            frames.append(self._take(matched, status, LIMITS.max_array_bytes))
+            if len(frames[-1]) != size:
+                raise _Refused(rank, f"rank {rank} announced a frame of {size} bytes and sent {len(frames[-1])}")
+        return rank, list(frames)
+
+    def _take(self, matched: Any, status: Any, max_bytes: int) -> bytearray:
+        size = status.Get_count(self._mpi.BYTE)
+        if size > max_bytes:
+            try:  # a matched message has to be received; into no buffer at all, MPI drops it as truncated
+                matched.Recv([bytearray(0), self._mpi.BYTE])
+            except self._mpi.Exception:
+                pass
+            raise _Refused(status.Get_source(), f"a frame of {size} bytes is over the limit of {max_bytes}")
+        buffer = bytearray(size)
+        matched.Recv([buffer, self._mpi.BYTE])
+        return buffer
+
+
+class _Refused(ProtocolError):
+    def __init__(self, rank: int, text: str) -> None:
+        super().__init__(text)
+        self.rank = rank
+
+
+class MPILink:
+    def __init__(self, rank: int) -> None:
+        self.peer = f"R-worker at mpi://{rank}"
+        self._rank = rank
+        self._mailbox = _Mailbox(_TO_R_WORKER, _TO_S_WORKER)
+        self._closed = False
+
+    def send_frames(self, frames: Sequence[Buffer], timeout_s: float) -> None:
+        self._check_open()
+        self._mailbox.send(self._rank, frames, timeout_s)
+
+    def recv_frames(self, timeout_s: float) -> Sequence[Buffer]:
+        self._check_open()
+        complaint = f"no answer from {self.peer} within {timeout_s:.3g} s"
+        return self._mailbox.recv(self._rank, timeout_s, complaint)[1]
+
+    def close(self) -> None:
+        if not self._closed:
+            self._closed = True
+            self._mailbox.flush(5.0, self._rank)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ChannelClosed(f"the channel to {self.peer} was closed by this side")
+
+
+class MPIPort:
+    def __init__(self) -> None:
+        self._mailbox = _Mailbox(_TO_S_WORKER, _TO_R_WORKER)
+        self._any_source = import_mpi().ANY_SOURCE
+        self.address = f"mpi://{import_mpi().COMM_WORLD.Get_rank()}"
+        self._closed = False
+
+    def recv_frames(self, timeout_s: float) -> Arrival:
+        self._check_open()
+        complaint = f"nobody wrote to {self.address} within {timeout_s:.3g} s"
+        try:
+            return Arrival(*self._mailbox.recv(self._any_source, timeout_s, complaint))
+        except _Refused as error:
+            return Arrival(error.rank, ())  # no frames: the codec refuses them, and the sender is told
+
+    def send_frames(self, peer: Hashable, frames: Sequence[Buffer], timeout_s: float) -> None:
+        self._check_open()
+        assert isinstance(peer, int), "peers of an MPI port are ranks"
+        self._mailbox.send(peer, frames, timeout_s)
+
+    def close(self) -> None:
+        if not self._closed:
+            self._closed = True
+            self._mailbox.flush(5.0, "an S-worker's")
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ChannelClosed("the port was closed by this side")
+
+
+def connect(address: str) -> MPILink:
+    rank_text, size = address.removeprefix("mpi://"), import_mpi().COMM_WORLD.Get_size()
+    if not rank_text.isdecimal() or int(rank_text) >= size:
+        raise AddressError(f"{address!r}: write mpi://RANK with a rank from 0 to {size - 1}, the size of this mpirun")
+    return MPILink(int(rank_text))
+
+
+def listen(address: str) -> MPIPort:
+    own = f"mpi://{import_mpi().COMM_WORLD.Get_rank()}"
+    if address not in ("mpi://", own):
+        raise AddressError(f"{address!r}: this rank listens on {own}")
+    return MPIPort()
+
+
+def import_mpi() -> Any:
+    """mpi4py's MPI module.  Importing it initialises MPI, so only who asks for ``mpi://`` does it."""
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        raise AddressError(
+            f"mpi:// needs mpi4py and an MPI library ({error}); install them with: pip install 'fastdecode[mpi]'"
+        ) from error
+    return MPI
+
+
+def _wait(ready: Callable[[], Any], timeout_s: float, complaint: str) -> Any:
+    """The first result of `ready` that is not None.  Raises PeerTimeout with `complaint`."""
+    deadline, tries, pause_s = time.monotonic() + timeout_s, 0, 20e-6
+    while (result := ready()) is None:
+        if time.monotonic() > deadline:
+            raise PeerTimeout(complaint)
+        tries += 1
+        if tries < _YIELDS_BEFORE_SLEEP:
+            os.sched_yield()
+        else:
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, _LONGEST_SLEEP_S)
+    return result
