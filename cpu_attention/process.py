@@ -33,13 +33,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=_positive, default=None, metavar="N",
                         help="attention threads (default: all cores this process may use)")
     parser.add_argument("--kernel", choices=sorted(KERNELS), default="numba", help="reference: plain numpy, slow")
+    parser.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info")
     parser.add_argument("--exit-with-parent", action="store_true",
                         help="end when standard input does, so that no worker outlives who started it")
 
 
 def run(args: argparse.Namespace) -> int:
     """Serves until SIGTERM, SIGINT or the parent's end.  Returns the exit code."""
-    logging.basicConfig(level=logging.INFO, format="r-worker %(process)d: %(message)s", stream=sys.stderr)
+    logging.basicConfig(level=args.log_level.upper(), format="r-worker %(process)d: %(message)s", stream=sys.stderr)
     signal.signal(signal.SIGTERM, _exit)
     signal.signal(signal.SIGINT, _exit)
     kv_cache_bytes = args.kv_cache_memory if args.kv_cache_memory is not None else default_kv_cache_bytes()

@@ -99,8 +99,9 @@ class RWorker:
         if isinstance(message, Ping):
             return Pong(message.token)
         session = self._session
-        if session is None and isinstance(message, Goodbye):
-            return None  # nothing to drop
+        if isinstance(message, Goodbye) and (session is None or message.dismiss):
+            self._session = None
+            return None
         if session is None or session.nonce != nonce:
             raise BadRequest("this R-worker does not know the session; it was restarted or given to another S-worker")
         match message:

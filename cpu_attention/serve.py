@@ -24,8 +24,8 @@ _IDLE_S = 3600.0  # waiting for work is no failure; the wait ends so that it is 
 _ANSWER_TIMEOUT_S = 10.0
 
 
-def serve(listener: Listener, worker: RWorker, *, stop_after_session: bool = False) -> None:
-    """Answers S-workers until the listener is closed or, if so asked, a Goodbye comes.
+def serve(listener: Listener, worker: RWorker, *, dismissable: bool = False) -> None:
+    """Answers S-workers until the listener is closed or, if `dismissable`, a Goodbye that dismisses comes.
 
     One session at a time: a Hello while another S-worker is in session and reachable is refused; one that
     has vanished without a Goodbye is replaced.
@@ -45,13 +45,15 @@ def serve(listener: Listener, worker: RWorker, *, stop_after_session: bool = Fal
         peer, session, message = delivery.peer, delivery.envelope.session, delivery.envelope.message
         if isinstance(message, Hello) and worker.session is not None and peer != owner and listener.is_reachable(owner):
             reply = Failure("Busy", "this R-worker is in session with another S-worker; wait, or start one more")
+        elif isinstance(message, Goodbye) and message.dismiss and not dismissable:
+            reply = Failure("BadRequest", "this R-worker was not started for one job and cannot be dismissed")
         else:
             reply = worker.handle(session, message)
             if isinstance(message, Hello):
                 owner = peer
         if reply is not None:
             _answer(listener, peer, session, reply)
-        if isinstance(message, Goodbye) and worker.session is None and stop_after_session:
+        if isinstance(message, Goodbye) and message.dismiss and dismissable:
             return
 
 

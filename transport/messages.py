@@ -16,7 +16,7 @@ Hq/Hkv = query/KV heads, D = head_dim, n = sequences.
     Release(seq_ids)                    ─────►  frees blocks               (no answer)
     Ping(token)                         ─────►
                                         ◄─────  Pong(token)
-    Goodbye()                           ─────►  drops the session and all its KV
+    Goodbye(dismiss)                    ─────►  drops the session and all its KV
 
 Messages between two workers keep their order.  Anything that goes wrong on the R-worker comes back as a
 Failure, once, in place of the answer it prevents; the R-worker lives on.
@@ -150,7 +150,7 @@ class Pong(Message, frozen=True):
 
 
 class Goodbye(Message, frozen=True):
-    pass
+    dismiss: bool = False  # the process may end, too; honoured where it was started for one job (MPI)
 
 
 class Failure(Message, frozen=True):

@@ -1,0 +1,112 @@
+"""The engine's options, checked and composed in one place; each room gets only its own part."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Self
+
+from cpu_attention import STORAGE_DTYPES, parse_bytes
+from fastdecode.errors import ConfigError
+
+TRANSPORTS = ("inproc", "ipc", "tcp", "mpi")
+DTYPE_NAMES = ("auto", "float32", "float16", "bfloat16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """
+    model: a Hugging Face model directory (config.json and *.safetensors).
+    tokenizer: another directory to take the tokenizer from; default: the model's.
+    dtype: of the S-Part. ``auto``: the checkpoint's on CUDA, float32 on a CPU.
+    device: ``auto`` (CUDA if there is one), ``cpu``, ``cuda``, ``cuda:N``.
+    kv_cache_dtype: how R-workers store K and V. ``auto``: like dtype.
+    kv_cache_memory: bytes of KV per R-worker, like ``"4GiB"``; None: a share of what is free, or what the
+        R-worker was started with.
+    num_r_workers: how many to start on this machine.
+    r_worker_threads: attention threads of each; None: this machine's cores, shared among them.
+    transport: ``inproc`` (threads of this process), ``ipc`` or ``tcp`` (processes, ZeroMQ), ``mpi`` (ranks).
+    r_worker_addresses: R-workers that run already, like ``tcp://127.0.0.1:5555``; none are started then.
+    micro_batches: how many share a step, so that S- and R-Part overlap.
+    max_num_seqs: sequences that run at the same time, at most.
+    max_num_batched_tokens: prompt tokens of one step, at most; a longer prompt gets a step to itself.
+    max_model_len: longest prompt + output in tokens; None: what the model and the KV budget allow.
+    seed: what requests without a seed of their own derive theirs from.
+    skip_tokenizer_init: load no tokenizer; prompts are token ids then, and outputs have no text.
+    block_tokens: tokens per KV block.
+    worker_timeout_s: longest wait for an answer of an R-worker.
+    """
+
+    model: str
+    tokenizer: str | None = None
+    dtype: str = "auto"
+    device: str = "auto"
+    kv_cache_dtype: str = "auto"
+    kv_cache_memory: int | None = None
+    num_r_workers: int = 1
+    r_worker_threads: int | None = None
+    transport: str = "inproc"
+    r_worker_addresses: tuple[str, ...] = ()
+    micro_batches: int = 2
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 4096
+    max_model_len: int | None = None
+    seed: int = 0
+    skip_tokenizer_init: bool = False
+    block_tokens: int = 32
+    worker_timeout_s: float = 60.0
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any]) -> Self:
+        """Raises ConfigError for an option that does not exist, naming the nearest that does."""
+        known = [field.name for field in fields(cls)]
+        for name in options:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, 1)
+                hint = f"did you mean {near[0]!r}? " if near else ""
+                raise ConfigError(f"there is no option {name!r}; {hint}The options are {', '.join(known)}")
+        options = dict(options)
+        options["model"] = str(options["model"])
+        if options.get("tokenizer") is not None:
+            options["tokenizer"] = str(options["tokenizer"])
+        addresses = options.get("r_worker_addresses") or ()
+        options["r_worker_addresses"] = (addresses,) if isinstance(addresses, str) else tuple(addresses)
+        try:
+            if options.get("kv_cache_memory") is not None:
+                options["kv_cache_memory"] = parse_bytes(options["kv_cache_memory"])
+        except ValueError as error:
+            raise ConfigError(f"kv_cache_memory: {error}") from error
+        return cls(**options)
+
+    def __post_init__(self) -> None:
+        _one_of("dtype", self.dtype, DTYPE_NAMES)
+        _one_of("kv_cache_dtype", self.kv_cache_dtype, ("auto", *STORAGE_DTYPES))
+        _one_of("transport", self.transport, TRANSPORTS)
+        for name, low, high in (
+            ("num_r_workers", 1, 4096), ("micro_batches", 1, 64), ("max_num_seqs", 1, 1 << 20),
+            ("max_num_batched_tokens", 1, 1 << 20), ("block_tokens", 1, 4096), ("seed", -(2**63), 2**64 - 1),
+        ):
+            _in_range(name, getattr(self, name), low, high)
+        for name, low, high in (("r_worker_threads", 1, 4096), ("max_model_len", 2, 1 << 30),
+                                ("kv_cache_memory", 1, 1 << 62)):
+            if getattr(self, name) is not None:
+                _in_range(name, getattr(self, name), low, high)
+        if not 0 < self.worker_timeout_s <= 86400:
+            raise ConfigError(f"worker_timeout_s must be above 0 and at most 86400, got {self.worker_timeout_s}")
+        if self.r_worker_addresses and self.num_r_workers != 1:
+            raise ConfigError("give either num_r_workers (to start some) or r_worker_addresses (that run already)")
+        if self.r_worker_addresses and self.transport != "inproc":
+            raise ConfigError("r_worker_addresses say their transport themselves; leave transport out")
+        if len(set(self.r_worker_addresses)) != len(self.r_worker_addresses):
+            raise ConfigError("r_worker_addresses names an R-worker twice")
+
+
+def _one_of(name: str, value: object, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def _in_range(name: str, value: object, low: int, high: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise ConfigError(f"{name} must be a whole number from {low} to {high}, got {value!r}")

@@ -1,0 +1,54 @@
+"""Everything this runtime raises on purpose, and whose fault it is.
+
+    FastDecodeError
+    ├── ConfigError              yours: an option or a combination that cannot work (also a ValueError)
+    ├── ModelError               the model directory's: not there, not whole, or of a kind that is not supported
+    ├── RequestError             one prompt's; reported in that prompt's output, the others go on
+    └── RWorkerError             an R-worker's
+        ├── RWorkerUnreachable   nobody answers at its address
+        ├── RWorkerLost          it was there and is gone: killed, hung or cut off
+        ├── RWorkerTimeout       connected, but no answer before the deadline
+        └── RWorkerFailed        it answered that it cannot
+"""
+
+from __future__ import annotations
+
+
+class FastDecodeError(Exception):
+    pass
+
+
+class ConfigError(FastDecodeError, ValueError):
+    pass
+
+
+class ModelError(FastDecodeError):
+    pass
+
+
+class RequestError(FastDecodeError, ValueError):
+    """`code` is one of ``invalid_request``, ``context_length_exceeded``, ``kv_budget_exceeded``."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class RWorkerError(FastDecodeError):
+    pass
+
+
+class RWorkerUnreachable(RWorkerError):
+    pass
+
+
+class RWorkerLost(RWorkerError, ConnectionError):
+    pass
+
+
+class RWorkerTimeout(RWorkerError, TimeoutError):
+    pass
+
+
+class RWorkerFailed(RWorkerError):
+    pass

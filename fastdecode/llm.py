@@ -1,0 +1,292 @@
+"""The public API for offline batches: ``LLM``, with vLLM's names.
+
+    with LLM("path/to/model", num_r_workers=2, transport="ipc") as llm:
+        for output in llm.generate(["def fib(n):"], SamplingParams(temperature=0, max_tokens=64)):
+            print(output.outputs[0].text)
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Self
+
+from tqdm import tqdm
+
+from cpu_attention import KVLayout, LayerShape, available_memory_bytes, format_bytes
+from fastdecode.config import EngineConfig
+from fastdecode.engine import Engine, failed_output
+from fastdecode.errors import ConfigError, ModelError, RequestError, RWorkerFailed
+from fastdecode.launch import RWorkers, find_r_workers, mpi_addresses, start_r_workers
+from fastdecode.outputs import RequestOutput
+from fastdecode.rpool import RPool
+from fastdecode.sampling_params import SamplingParams
+from fastdecode.scheduler import Scheduler, SchedulerConfig
+from fastdecode.text import Tokenizer
+from gpu_sworker import ModelFacts, SWorker, SWorkerError
+from transport import Hello, LayerSpec, Welcome
+
+logger = logging.getLogger(__name__)
+
+Prompt = str | Sequence[int] | Mapping[str, Any]
+
+_KV_SHARE = 0.4  # of the free memory, for R-workers started here without a budget
+_OPEN_TIMEOUT_S = 120.0  # an R-worker compiles its kernels when a session opens
+
+
+class LLM:
+    """A model with its KV cache on R-workers.  Close it, or use it as a context manager."""
+
+    def __init__(self, model: str | Path, **options: Any) -> None:
+        """`options`: see `fastdecode.config.EngineConfig`.
+
+        Raises ConfigError (options), ModelError (the model directory), RWorkerError (a worker).
+        """
+        self.config = config = EngineConfig.from_options({"model": model, **options})
+        self._in_use = False
+        self._closed = False
+        with ExitStack() as cleanup:
+            addresses = mpi_addresses() if config.transport == "mpi" else list(config.r_worker_addresses)
+            try:
+                sworker = SWorker(config.model, dtype=config.dtype, device=config.device)
+            except SWorkerError as error:
+                raise ModelError(str(error)) from error
+            self.facts: ModelFacts = sworker.facts
+            self._tokenizer = None if config.skip_tokenizer_init else Tokenizer(config.tokenizer or config.model)
+            self._default_params = _default_params(sworker)
+            layout = _layout(config, sworker.facts)
+            workers = self._start_workers(addresses, layout)
+            cleanup.callback(workers.close)
+            self._rpool = RPool(workers.handles, config.worker_timeout_s)
+            cleanup.callback(self._rpool.close)
+            welcomes = _open_session(self._rpool, config, sworker.facts, layout)
+            self.max_model_len = _max_model_len(config, sworker.facts, layout, welcomes)
+            self._engine = Engine(
+                sworker=sworker, rpool=self._rpool, tokenizer=self._tokenizer, max_model_len=self.max_model_len,
+                seed=config.seed,
+                scheduler=Scheduler(SchedulerConfig(
+                    max_num_seqs=config.max_num_seqs, max_num_batched_tokens=config.max_num_batched_tokens,
+                    num_micro_batches=config.micro_batches, block_tokens=config.block_tokens,
+                    capacity_blocks=tuple(welcome.num_blocks for welcome in welcomes),
+                )),
+            )
+            self.kv_places = _describe_places(self._rpool, welcomes, layout)
+            for line in self.kv_places:
+                logger.info("%s", line)
+            self._cleanup = cleanup.pop_all()
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool | Callable[..., tqdm[Any]] = True,
+    ) -> list[RequestOutput]:
+        """Outputs in the order of `prompts`, which are strings, token-id lists or {"prompt_token_ids": ...}.
+
+        A prompt that cannot be served has `error` set in its output; the others go on.  One `sampling_params` for
+        all, or a list of the same length; None: the model's own defaults.  `use_tqdm`: a progress bar, or a
+        function that makes one.  Raises ConfigError (lengths, types), RWorkerError (a worker was lost).
+        """
+        requests = self._pair(prompts, sampling_params)
+        outputs: list[RequestOutput | None] = [None] * len(requests)
+        make_bar = use_tqdm if callable(use_tqdm) else tqdm
+        with make_bar(total=len(requests), desc="prompts", unit="prompt", disable=not use_tqdm) as bar:
+            for index, output in self._run(requests):
+                outputs[index] = output
+                bar.update(1)
+        return [output for output in outputs if output is not None]
+
+    def generate_iter(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> Iterator[RequestOutput]:
+        """Like `generate`, each output as it finishes; `request_id` counts up in the order of `prompts`.
+
+        Leaving the loop early aborts what is left.
+        """
+        for _, output in self._run(self._pair(prompts, sampling_params)):
+            yield output
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]] | Sequence[Sequence[Mapping[str, Any]]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool | Callable[..., tqdm[Any]] = True,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+    ) -> list[RequestOutput]:
+        """One conversation (a list of {"role", "content"}) or a list of them, through the chat template."""
+        if self._tokenizer is None:
+            raise ConfigError("chat needs the tokenizer that skip_tokenizer_init left out")
+        conversations = [messages] if messages and isinstance(messages[0], Mapping) else messages
+        prompts = [
+            self._tokenizer.encode_chat(
+                [dict(message) for message in conversation],  # type: ignore[arg-type,union-attr]
+                chat_template=chat_template, add_generation_prompt=add_generation_prompt,
+            )
+            for conversation in conversations
+        ]
+        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What the model's generation_config.json asks for; what `generate` takes without params."""
+        return self._default_params
+
+    def close(self) -> None:
+        """Ends the R-workers started here and says goodbye to the others; can be called twice."""
+        if not self._closed:
+            self._closed = True
+            self._cleanup.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _start_workers(self, addresses: list[str], layout: KVLayout) -> RWorkers:
+        config = self.config
+        if addresses:
+            return find_r_workers(addresses)
+        budget = config.kv_cache_memory
+        if budget is None:
+            # What may ever be used, within a share of what is free.
+            longest = config.max_model_len or self.facts.max_positions or (1 << 30)
+            usable = config.max_num_seqs * layout.num_blocks(longest) * layout.block_bytes
+            budget = min(int(_KV_SHARE * available_memory_bytes()) // config.num_r_workers, usable)
+        elif budget * config.num_r_workers > available_memory_bytes():
+            raise ConfigError(
+                f"kv_cache_memory {format_bytes(budget)} x {config.num_r_workers} R-workers is more than the "
+                f"{format_bytes(available_memory_bytes())} of memory that are free"
+            )
+        return start_r_workers(
+            transport=config.transport, num_workers=config.num_r_workers, threads_each=config.r_worker_threads,
+            kv_cache_bytes_each=budget,
+        )
+
+    def _pair(
+        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
+    ) -> list[tuple[Prompt, SamplingParams]]:
+        if isinstance(prompts, str | Mapping) or (prompts and isinstance(prompts[0], int)):
+            prompts = [prompts]  # type: ignore[list-item]
+        if params is None:
+            params = self._default_params
+        if isinstance(params, SamplingParams):
+            params = [params] * len(prompts)
+        if len(params) != len(prompts):
+            raise ConfigError(f"{len(prompts)} prompts and {len(params)} sampling params; give one for all, or one each")
+        for given in params:
+            if not isinstance(given, SamplingParams):
+                raise ConfigError(f"sampling_params must be SamplingParams, got {type(given).__name__}")
+        return list(zip(prompts, params, strict=True))  # type: ignore[arg-type]
+
+    def _run(self, requests: list[tuple[Prompt, SamplingParams]]) -> Iterator[tuple[int, RequestOutput]]:
+        """(place in `requests`, output) as they finish."""
+        if self._closed:
+            raise ConfigError("this LLM is closed")
+        if self._in_use:
+            raise ConfigError("this LLM is generating already; finish or close that iteration first")
+        self._in_use = True
+        places: dict[str, int] = {}
+        try:
+            for place, (prompt, params) in enumerate(requests):
+                text, token_ids = None, []
+                try:
+                    text, token_ids = self._read_prompt(prompt)
+                    places[self._engine.add_request(token_ids, params, prompt=text)] = place
+                except RequestError as error:
+                    yield place, failed_output(f"refused-{place}", text, token_ids, error, params.n)
+            while self._engine.has_work:
+                for output in self._engine.step():
+                    yield places.pop(output.request_id), output
+        finally:
+            self._in_use = False
+            self._engine.abort(places)
+
+    def _read_prompt(self, prompt: Prompt) -> tuple[str | None, list[int]]:
+        """(text if there is one, token ids).  Raises RequestError."""
+        if isinstance(prompt, Mapping):
+            if "prompt_token_ids" in prompt:
+                return prompt.get("prompt"), _token_ids(prompt["prompt_token_ids"])
+            prompt = prompt.get("prompt")  # type: ignore[assignment]
+        if not isinstance(prompt, str):
+            return None, _token_ids(prompt)
+        if self._tokenizer is None:
+            raise RequestError("invalid_request", "a text prompt needs the tokenizer that skip_tokenizer_init left out")
+        return prompt, self._tokenizer.encode(prompt)
+
+
+def _token_ids(value: object) -> list[int]:
+    if isinstance(value, str | bytes | Mapping) or not hasattr(value, "__iter__"):
+        raise RequestError(
+            "invalid_request",
+            f'a prompt is a string, a list of token ids or {{"prompt_token_ids": [...]}}, not {type(value).__name__}',
+        )
+    return [int(token) if hasattr(token, "__index__") and not isinstance(token, bool) else token for token in value]
+
+
+def _layout(config: EngineConfig, facts: ModelFacts) -> KVLayout:
+    dtype = facts.dtype if config.kv_cache_dtype == "auto" else config.kv_cache_dtype
+    return KVLayout(tuple(LayerShape(s.num_kv_heads, s.head_dim) for s in facts.layers), dtype, config.block_tokens)
+
+
+def _open_session(rpool: RPool, config: EngineConfig, facts: ModelFacts, layout: KVLayout) -> list[Welcome]:
+    hello = Hello(
+        layers=tuple(
+            LayerSpec(s.num_q_heads, s.num_kv_heads, s.head_dim, s.scale, s.window, s.softcap, s.sinks)
+            for s in facts.layers
+        ),
+        kv_dtype=layout.dtype, block_tokens=layout.block_tokens, kv_cache_bytes=config.kv_cache_memory,
+    )
+    started_here = not config.r_worker_addresses
+    try:
+        return rpool.open(hello, _OPEN_TIMEOUT_S if started_here else min(_OPEN_TIMEOUT_S, config.worker_timeout_s))
+    except RWorkerFailed as error:
+        if "KVBudgetExceeded" in str(error):
+            raise ConfigError(f"{error}: raise kv_cache_memory") from error
+        raise
+
+
+def _max_model_len(config: EngineConfig, facts: ModelFacts, layout: KVLayout, welcomes: Sequence[Welcome]) -> int:
+    """The longest sequence that the model knows positions for and that one R-worker can hold.
+
+    Its last token is sampled and never stored, so it may be one longer than the KV.
+    """
+    largest = max(welcome.num_blocks * welcome.block_tokens for welcome in welcomes)
+    asked, known = config.max_model_len, facts.max_positions
+    if asked is not None and known is not None and asked > known:
+        raise ConfigError(f"max_model_len is {asked}, but the model computes positions up to {known} only")
+    if asked is not None and asked > largest + 1:
+        needed = layout.num_blocks(asked - 1) * layout.block_bytes
+        raise ConfigError(
+            f"the KV budget is too small for one sequence of max_model_len = {asked} tokens: {asked - 1} tokens of KV "
+            f"x {layout.token_bytes} bytes, in blocks of {layout.block_tokens} = {format_bytes(needed)} ({needed} "
+            f"bytes), but the largest R-worker holds {largest} tokens ({largest * layout.token_bytes} bytes); raise "
+            "kv_cache_memory or lower max_model_len"
+        )
+    limit = min(filter(None, (asked, known, largest + 1)))
+    if asked is None and known is not None and limit < known:
+        logger.warning("max_model_len is %d: the KV budget of one R-worker ends there, the model goes to %d", limit, known)
+    return limit
+
+
+def _describe_places(rpool: RPool, welcomes: Sequence[Welcome], layout: KVLayout) -> list[str]:
+    return [
+        f"{name} on {welcome.host}, process {welcome.pid}: {format_bytes(welcome.num_blocks * welcome.block_bytes)} of "
+        f"{layout.dtype} KV = {welcome.num_blocks * welcome.block_tokens} tokens, {welcome.num_threads} threads"
+        for name, welcome in zip(rpool.names, welcomes, strict=True)
+    ]
+
+
+def _default_params(sworker: SWorker) -> SamplingParams:
+    """generation_config.json's wishes, as far as they are ours; greedy if it does not ask for sampling."""
+    wishes = sworker.generation_config
+    if not getattr(wishes, "do_sample", False):
+        return SamplingParams(temperature=0.0)
+    fields = {name: getattr(wishes, name, None) for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")}
+    return SamplingParams(**{name: value for name, value in fields.items() if value is not None})

@@ -1,0 +1,53 @@
+"""What a caller gets back; vLLM's names and meanings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Logprob:
+    logprob: float
+    rank: int  # 1: the most likely token
+    decoded_token: str | None = None
+
+
+@dataclass(frozen=True)
+class CompletionOutput:
+    index: int  # which of the n samples
+    text: str
+    token_ids: list[int]
+    cumulative_logprob: float | None  # None unless logprobs were asked for
+    logprobs: list[dict[int, Logprob]] | None  # per token: the sampled one and the likeliest ones
+    finish_reason: str  # "stop", "length" or "error"
+    stop_reason: int | str | None = None  # the stop token or string; None for the end-of-sequence token
+
+
+@dataclass(frozen=True)
+class OutputError:
+    """Why a request has no output."""
+
+    code: str  # see errors.RequestError
+    message: str
+
+
+@dataclass(frozen=True)
+class RequestMetrics:
+    """Seconds, measured in the process of the S-worker."""
+
+    queue_s: float  # from arrival to the first step that carried its prompt
+    first_token_s: float  # from arrival to its first new token
+    total_s: float  # from arrival to its end
+
+
+@dataclass(frozen=True)
+class RequestOutput:
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]  # n of them, by index
+    error: OutputError | None = None
+    metrics: RequestMetrics | None = None
+    prompt_logprobs: None = field(default=None)  # not supported; here because callers of vLLM read it
+    num_cached_tokens: int = 0  # there is no prefix cache yet
+    finished: bool = True

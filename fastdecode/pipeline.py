@@ -1,0 +1,119 @@
+"""The layer loop: micro-batches pass the S-worker in turn, while the R-workers attend for the others.
+
+    S-worker   A0 │ B0 │ A1 │ B1 │ A2 │ …           Xl: micro-batch X from attention l-1 to attention l
+    R-workers       A0 │ B0 │ A1 │ B1 │ …           (He & Zhai 2024, section 4.1)
+
+With one micro-batch the same loop is the serial definition; the tokens are the same.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from fastdecode.plan import MicroBatch, Step
+from fastdecode.rpool import RPool, Ticket
+from gpu_sworker import AttentionCall, FlatBatch, Sampled, SWorker
+
+SampleFunction = Callable[[MicroBatch, torch.Tensor], Sampled]  # (micro-batch, logits [num_segments, vocab])
+
+
+@dataclass
+class _InFlight:
+    """A micro-batch between submit and collect."""
+
+    micro_batch: MicroBatch
+    forward: Generator[AttentionCall, torch.Tensor, torch.Tensor]
+    ticket: Ticket
+    rows: _Rows
+    call: AttentionCall
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Where the rows of a micro-batch attend."""
+
+    queries: np.ndarray | None  # [num_queries] int64, rows that attend on R-workers; None: all of them
+    prompts: tuple[tuple[int, int], ...]  # (first row, length) of each prompt, which attends on the S-worker
+
+
+class Pipeline:
+    def __init__(self, sworker: SWorker, rpool: RPool) -> None:
+        self._sworker = sworker
+        self._rpool = rpool
+
+    def run(self, step: Step, sample: SampleFunction) -> list[Sampled]:
+        """One token for every segment, per micro-batch.  Raises RWorkerError; then the step did not happen."""
+        rpool, results = self._rpool, {}
+        rpool.admit(step.admissions)
+        flying: deque[_InFlight] = deque()
+        with self._sworker.inference():
+            try:
+                for micro_batch in step.micro_batches:
+                    flying.append(self._launch(step.number, micro_batch))
+                while flying:
+                    flight = flying.popleft()
+                    try:
+                        flight.call = flight.forward.send(self._collect(flight))
+                    except StopIteration as end:
+                        results[flight.micro_batch.index] = sample(flight.micro_batch, end.value)
+                    else:
+                        self._submit(flight)
+                        flying.append(flight)
+            finally:
+                for flight in flying:
+                    flight.forward.close()
+        return [results[micro_batch.index] for micro_batch in step.micro_batches]
+
+    def _launch(self, step: int, micro_batch: MicroBatch) -> _InFlight:
+        """Begins a micro-batch and submits its first layer."""
+        ticket = self._rpool.begin(step, micro_batch)
+        forward = self._sworker.forward(flatten(micro_batch))
+        flight = _InFlight(micro_batch, forward, ticket, _rows(micro_batch), next(forward))
+        self._submit(flight)
+        return flight
+
+    def _submit(self, flight: _InFlight) -> None:
+        call, queries = flight.call, flight.rows.queries
+        q = call.q if queries is None else call.q[torch.from_numpy(queries)]
+        to_host = self._sworker.to_host
+        self._rpool.submit(flight.ticket, to_host(q), to_host(call.k), to_host(call.v))
+
+    def _collect(self, flight: _InFlight) -> torch.Tensor:
+        """o of all rows: prompts are attended here while the R-workers are busy.  # [T, num_q_heads, head_dim]"""
+        call, rows = flight.call, flight.rows
+        prompts = [self._sworker.attend_prompt(call, first, length) for first, length in rows.prompts]
+        o_queries = self._sworker.to_device(self._rpool.collect(flight.ticket))
+        if rows.queries is None:
+            return o_queries
+        o = torch.empty_like(call.q)
+        o[torch.from_numpy(rows.queries)] = o_queries
+        for (first, length), o_prompt in zip(rows.prompts, prompts, strict=True):
+            o[first : first + length] = o_prompt
+        return o
+
+
+def flatten(micro_batch: MicroBatch) -> FlatBatch:
+    """The micro-batch's tokens behind one another."""
+    segments = micro_batch.segments
+    lengths = [segment.num_tokens for segment in segments]
+    return FlatBatch(
+        token_ids=np.concatenate([np.array(segment.token_ids, np.int64) for segment in segments]),
+        positions=np.concatenate([np.arange(s.start, s.start + s.num_tokens, dtype=np.int64) for s in segments]),
+        logits_rows=np.cumsum(lengths, dtype=np.int64) - 1,
+    )
+
+
+def _rows(micro_batch: MicroBatch) -> _Rows:
+    queries, prompts, row = [], [], 0
+    for segment in micro_batch.segments:
+        if segment.is_prompt:
+            prompts.append((row, segment.num_tokens))
+        else:
+            queries.extend(range(row, row + segment.num_tokens))
+        row += segment.num_tokens
+    return _Rows(np.array(queries, np.int64) if prompts else None, tuple(prompts))

@@ -1,0 +1,202 @@
+"""The R-workers as one: rows are scattered to whoever holds their sequence, answers gathered in row order.
+
+    begin(micro batch) ─► submit(layer) ─► collect(layer) ─► submit(next layer) ─► …
+
+Several micro-batches may be between submit and collect; they are collected in the order they were submitted,
+because an R-worker answers in the order it was asked.  Errors name the R-worker.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+
+from fastdecode.errors import RWorkerFailed, RWorkerLost, RWorkerTimeout, RWorkerUnreachable
+from fastdecode.plan import Admission, MicroBatch
+from transport import (
+    Admit,
+    Attend,
+    Attended,
+    Channel,
+    Failure,
+    Goodbye,
+    Hello,
+    Message,
+    PeerLost,
+    PeerTimeout,
+    ProtocolError,
+    Release,
+    Step,
+    TransportError,
+    Welcome,
+)
+
+logger = logging.getLogger(__name__)
+
+_Result = TypeVar("_Result")
+
+
+@dataclass(frozen=True)
+class RWorkerHandle:
+    """One R-worker as the pool sees it."""
+
+    name: str  # for errors: "R-worker 1 (pid 4711, ipc:///...)"
+    channel: Channel
+
+
+@dataclass(frozen=True)
+class _Share:
+    """The rows of a micro-batch that go to one R-worker."""
+
+    worker: int
+    tokens: slice  # rows of k and v
+    queries: slice  # rows of q and o
+
+
+@dataclass
+class Ticket:
+    """A micro-batch on its way through the layers."""
+
+    step: int
+    micro_batch: int
+    shares: tuple[_Share, ...]
+    num_queries: int
+    layer: int = -1  # the one submitted last
+
+
+class RPool:
+    def __init__(self, workers: Sequence[RWorkerHandle], timeout_s: float) -> None:
+        self._workers = tuple(workers)
+        self._timeout_s = timeout_s
+        self._awaited = [0] * len(workers)  # answers that each R-worker owes
+
+    def __len__(self) -> int:
+        return len(self._workers)
+
+    @property
+    def names(self) -> list[str]:
+        return [worker.name for worker in self._workers]
+
+    def open(self, hello: Hello, timeout_s: float) -> list[Welcome]:
+        """Opens a session with every R-worker; they prepare side by side.  Raises RWorkerError."""
+        for i, worker in enumerate(self._workers):
+            self._guard(i, lambda w=worker: w.channel.send(hello, timeout_s=timeout_s), first_contact=True)
+        welcomes = []
+        for i, worker in enumerate(self._workers):
+            reply = self._guard(i, lambda w=worker: w.channel.recv(timeout_s=timeout_s), first_contact=True)
+            welcomes.append(self._expect(i, reply, Welcome))
+        return welcomes
+
+    def admit(self, admissions: Sequence[Admission]) -> None:
+        for worker in range(len(self._workers)):
+            own = [admission for admission in admissions if admission.r_worker == worker]
+            if own:
+                self._send(worker, Admit(
+                    seq_ids=np.array([admission.seq_id for admission in own], np.int64),
+                    max_tokens=np.array([admission.max_tokens for admission in own], np.int32),
+                ))
+
+    def release(self, released: Mapping[int, Sequence[int]]) -> None:
+        """R-worker -> sequences that nothing in flight uses any more."""
+        for worker, seq_ids in released.items():
+            self._send(worker, Release(np.array(seq_ids, np.int64)))
+
+    def begin(self, step: int, micro_batch: MicroBatch) -> Ticket:
+        """Tells every R-worker concerned whose rows the coming layers carry."""
+        shares, token, query = [], 0, 0
+        for worker in range(len(self._workers)):
+            own = [segment for segment in micro_batch.segments if segment.r_worker == worker]
+            if not own:
+                continue
+            num_tokens = np.array([segment.num_tokens for segment in own], np.int32)
+            num_queries = np.array([segment.num_queries for segment in own], np.int32)
+            self._send(worker, Step(
+                step=step, micro_batch=micro_batch.index,
+                seq_ids=np.array([segment.seq_id for segment in own], np.int64),
+                starts=np.array([segment.start for segment in own], np.int32),
+                num_tokens=num_tokens, num_queries=num_queries,
+            ))
+            end_token, end_query = token + int(num_tokens.sum()), query + int(num_queries.sum())
+            shares.append(_Share(worker, slice(token, end_token), slice(query, end_query)))
+            token, query = end_token, end_query
+        return Ticket(step, micro_batch.index, tuple(shares), query)
+
+    def submit(
+        self,
+        ticket: Ticket,
+        q: np.ndarray,  # [num_queries, num_q_heads, head_dim] of the rows that attend on R-workers
+        k: np.ndarray,  # [num_tokens, num_kv_heads, head_dim]
+        v: np.ndarray,  # like k
+    ) -> None:
+        """Sends the next layer.  The arrays are not copied: leave them alone until `collect`."""
+        ticket.layer += 1
+        for share in ticket.shares:
+            self._send(share.worker, Attend(
+                step=ticket.step, micro_batch=ticket.micro_batch, layer=ticket.layer,
+                q=q[share.queries], k=k[share.tokens], v=v[share.tokens],
+            ))
+            self._awaited[share.worker] += 1
+
+    def collect(self, ticket: Ticket) -> np.ndarray:
+        """Waits for the layer submitted last.  # [num_queries, num_q_heads, head_dim]"""
+        parts = []
+        for share in ticket.shares:
+            reply = self._expect(share.worker, self._recv(share.worker), Attended)
+            if (reply.step, reply.micro_batch, reply.layer) != (ticket.step, ticket.micro_batch, ticket.layer) or \
+                    len(reply.o) != share.queries.stop - share.queries.start:
+                raise RWorkerFailed(f"{self._workers[share.worker].name} answered something else than it was asked")
+            parts.append(reply.o)
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def drain(self) -> None:
+        """Takes the answers that are still owed, after a step was broken off.  Raises RWorkerError."""
+        for worker in range(len(self._workers)):
+            while self._awaited[worker]:
+                self._recv(worker)
+
+    def close(self) -> None:
+        """Says goodbye to whoever still listens and closes all channels."""
+        for worker in self._workers:
+            try:
+                worker.channel.send(Goodbye(), timeout_s=1.0)
+            except TransportError as error:
+                logger.debug("%s took no goodbye: %s", worker.name, error)
+            try:
+                worker.channel.close()
+            except TransportError as error:
+                logger.debug("%s: %s", worker.name, error)
+
+    def _send(self, worker: int, message: Message) -> None:
+        channel = self._workers[worker].channel
+        self._guard(worker, lambda: channel.send(message, timeout_s=self._timeout_s))
+
+    def _recv(self, worker: int) -> Message:
+        channel = self._workers[worker].channel
+        reply = self._guard(worker, lambda: channel.recv(timeout_s=self._timeout_s))
+        self._awaited[worker] -= 1
+        return reply
+
+    def _expect(self, worker: int, reply: Message, kind: type[_Result]) -> _Result:
+        name = self._workers[worker].name
+        if isinstance(reply, Failure):
+            raise RWorkerFailed(f"{name} failed: {reply.kind}: {reply.text}")
+        if not isinstance(reply, kind):
+            raise RWorkerFailed(f"{name} answered {type(reply).__name__} where {kind.__name__} was due")
+        return reply
+
+    def _guard(self, worker: int, action: Callable[[], _Result], *, first_contact: bool = False) -> _Result:
+        """Runs one transport call; what goes wrong becomes ours, with the R-worker's name."""
+        name = self._workers[worker].name
+        try:
+            return action()
+        except PeerLost as error:
+            raise RWorkerLost(f"{name} is gone, and the KV it held with it: {error}") from error
+        except PeerTimeout as error:
+            kind = RWorkerUnreachable if first_contact else RWorkerTimeout
+            raise kind(f"{name}: {error}") from error
+        except ProtocolError as error:
+            raise RWorkerFailed(f"{name}: {error}") from error

@@ -1,0 +1,122 @@
+"""What a caller may ask of one request; vLLM's names and meanings.  Checked once, then immutable."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+MAX_SAMPLES = 1024
+MAX_LOGPROBS = 1000
+MAX_STOPS = 256
+_INT_MAX = 2**31 - 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """Every field has a range; a value outside it raises ValueError naming field, value and range.
+
+    n: continuations per prompt.
+    temperature: 0 takes the most likely token; otherwise logits are divided by it.
+    top_p, top_k, min_p: keep the likeliest tokens with this mass / this many (0: all) / at least this
+        fraction of the likeliest one's probability.
+    seed: of this request's draws; None takes one from the engine's seed and the request's number.
+    stop: strings that end a continuation;  stop_token_ids: tokens that do.
+    ignore_eos: go on after the model's end-of-sequence token.
+    max_tokens: at most this many new tokens; None: up to max_model_len.
+    min_tokens: no end-of-sequence or stop token before this many.
+    presence_penalty, frequency_penalty, repetition_penalty: 0, 0 and 1 change nothing.
+    logprobs: log-probabilities of the sampled token and of this many likeliest ones; None: none.
+    detokenize: False leaves `text` empty;  skip_special_tokens: leave special tokens out of it.
+    include_stop_str_in_output: keep the stop string or token in the text.
+    """
+
+    n: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    stop: str | Sequence[str] | None = None
+    stop_token_ids: Sequence[int] | None = None
+    ignore_eos: bool = False
+    max_tokens: int | None = 16
+    min_tokens: int = 0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logprobs: int | None = None
+    detokenize: bool = True
+    skip_special_tokens: bool = True
+    include_stop_str_in_output: bool = False
+
+    def __post_init__(self) -> None:
+        stop = self.stop
+        object.__setattr__(self, "stop", (stop,) if isinstance(stop, str) else tuple(stop or ()))
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        if self.top_k == -1:  # vLLM's older word for "all"
+            object.__setattr__(self, "top_k", 0)
+        _check_int("n", self.n, 1, MAX_SAMPLES)
+        _check_float("temperature", self.temperature, 0.0, 100.0)
+        _check_float("top_p", self.top_p, 0.0, 1.0, above_low=True)
+        _check_int("top_k", self.top_k, 0, _INT_MAX)
+        _check_float("min_p", self.min_p, 0.0, 1.0)
+        _check_float("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        _check_float("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        _check_float("repetition_penalty", self.repetition_penalty, 0.0, 100.0, above_low=True)
+        _check_int("min_tokens", self.min_tokens, 0, _INT_MAX)
+        if self.seed is not None:
+            _check_int("seed", self.seed, -(2**63), 2**64 - 1)
+        if self.max_tokens is not None:
+            _check_int("max_tokens", self.max_tokens, 1, _INT_MAX)
+        if self.logprobs is not None:
+            _check_int("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        for name in ("ignore_eos", "detokenize", "skip_special_tokens", "include_stop_str_in_output"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        self._check_stops()
+        self._check_contradictions()
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        return self.stop  # type: ignore[return-value]  # made a tuple above
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        return self.stop_token_ids  # type: ignore[return-value]
+
+    @property
+    def has_penalties(self) -> bool:
+        return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1.0)
+
+    def _check_stops(self) -> None:
+        if len(self.stop_strings) > MAX_STOPS or len(self.stop_ids) > MAX_STOPS:
+            raise ValueError(f"stop and stop_token_ids take at most {MAX_STOPS} entries each")
+        for text in self.stop_strings:
+            if not isinstance(text, str) or not text:
+                raise ValueError(f"stop must hold strings that are not empty, got {text!r}")
+        for token_id in self.stop_ids:
+            _check_int("stop_token_ids", token_id, 0, _INT_MAX)
+
+    def _check_contradictions(self) -> None:
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise ValueError(f"min_tokens ({self.min_tokens}) must be at most max_tokens ({self.max_tokens})")
+        if self.temperature == 0 and self.n > 1:
+            raise ValueError(f"n={self.n} with temperature=0 would give the same text {self.n} times; set temperature > 0")
+        if self.stop_strings and not self.detokenize:
+            raise ValueError("stop strings are looked for in the text: set detokenize=True, or use stop_token_ids")
+
+
+def _check_int(name: str, value: object, low: int, high: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"{name} must be a whole number from {low} to {high}, got {value!r}")
+    if not low <= value <= high:
+        raise ValueError(f"{name} must be from {low} to {high}, got {value}")
+
+
+def _check_float(name: str, value: object, low: float, high: float, *, above_low: bool = False) -> None:
+    bounds = f"{'above' if above_low else 'from'} {low:g} {'and at most' if above_low else 'to'} {high:g}"
+    if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
+        raise ValueError(f"{name} must be a number {bounds}, got {value!r}")
+    if value < low or value > high or (above_low and value == low):
+        raise ValueError(f"{name} must be {bounds}, got {value}")

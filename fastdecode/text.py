@@ -1,0 +1,84 @@
+"""Between text and tokens: the model directory's tokenizer, stop strings, chat templates."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokenizers.decoders import DecodeStream
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from fastdecode.errors import ConfigError, RequestError
+
+
+class Tokenizer:
+    def __init__(self, directory: str | Path) -> None:
+        """Raises ConfigError if there is none, or only one that would need its own code."""
+        try:
+            self._tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                directory, trust_remote_code=False, local_files_only=True
+            )
+        except Exception as error:  # transformers raises a dozen kinds here, depending on what is missing
+            raise ConfigError(
+                f"no tokenizer could be loaded from {directory} ({type(error).__name__}: {str(error)[:200]}); give one "
+                "with tokenizer=DIR, or pass token ids and skip_tokenizer_init=True"
+            ) from error
+
+    def encode(self, text: str) -> list[int]:
+        """With the special tokens (a beginning of sequence, say) that the tokenizer adds by itself."""
+        return list(self._tokenizer(text)["input_ids"])
+
+    def encode_chat(self, messages: Sequence[dict[str, Any]], **template_options: Any) -> list[int]:
+        if not self._tokenizer.chat_template:
+            raise ConfigError("this model's tokenizer has no chat template; pass chat_template=..., or use generate()")
+        return list(self._tokenizer.apply_chat_template(
+            list(messages), tokenize=True, return_dict=True, **template_options)["input_ids"])
+
+    def with_chat_template(self, template: str) -> None:
+        self._tokenizer.chat_template = template
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
+        return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens))
+
+    def token_text(self, token_id: int) -> str:
+        return self.decode([token_id], skip_special_tokens=False)
+
+    def stop_finder(self, stops: Sequence[str], *, skip_special_tokens: bool) -> StopFinder:
+        backend = getattr(self._tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            raise RequestError("invalid_request", "stop strings need a fast tokenizer (tokenizer.json)")
+        return StopFinder(backend, stops, skip_special_tokens)
+
+
+class StopFinder:
+    """Looks for stop strings in a text that grows by a token at a time, also across their borders."""
+
+    def __init__(self, backend: Any, stops: Sequence[str], skip_special_tokens: bool) -> None:
+        self._backend = backend
+        self._stream = DecodeStream(skip_special_tokens=skip_special_tokens)
+        self._stops = tuple(stops)
+        self._longest = max(map(len, stops))
+        self.text = ""
+
+    def push(self, token_id: int) -> StopMatch | None:
+        """The first stop string that this token completes, if any."""
+        fresh = self._stream.step(self._backend, token_id)
+        if not fresh:
+            return None  # half a character, or a special token
+        begin = max(0, len(self.text) - self._longest + 1)
+        self.text += fresh
+        found = [(self.text.find(stop, begin), stop) for stop in self._stops]
+        position, stop = min(((p, s) for p, s in found if p >= 0), default=(-1, ""))
+        return StopMatch(self.text, position, stop) if position >= 0 else None
+
+
+@dataclass(frozen=True)
+class StopMatch:
+    text: str  # up to and with the token that completed the stop string
+    position: int  # where in it the stop string begins
+    stop: str
+
+    def cut(self, *, include_stop: bool) -> str:
+        return self.text[: self.position + (len(self.stop) if include_stop else 0)]

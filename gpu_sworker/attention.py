@@ -1,0 +1,148 @@
+"""The seam: an unmodified Hugging Face model, suspended at each attention.
+
+transformers lets a caller register an attention function and load any model with it.  Ours does not compute:
+it leaves the forward pass where it stands (a greenlet switch: no thread, no lock), hands q, k and v out, and
+goes on when somebody brings o.
+
+    caller                     forward (a greenlet)
+    ──────                     ────────────────────
+    start ───────────────────► embedding, layer 0 up to q, k, v
+          ◄── AttentionCall 0 ─┘
+    resume(o) ───────────────► output projection, MLP, layer 1 up to q, k, v
+          ◄── AttentionCall 1 ─┘
+    …
+    resume(o) ───────────────► last layer, norm, LM head
+          ◄──────── result ────┘
+
+Thread state is shared by all suspended forwards of a thread.  So a context manager that sets some
+(`torch.inference_mode`) must be entered once around the loop that drives them, never inside one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from greenlet import GreenletExit, getcurrent, greenlet
+from transformers import AttentionInterface, AttentionMaskInterface
+
+ATTENTION_NAME = "fastdecode"
+
+# Arguments that transformers passes along and that do not change what attention computes.
+_HARMLESS_ARGUMENTS = {
+    "position_ids", "cache_position", "position_embeddings", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q",
+    "max_length_k", "cumulative_seqlens_q", "cumulative_seqlens_k", "input_ids", "inputs_embeds",
+}
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """What one layer asks for.  T: tokens of the micro-batch."""
+
+    layer: int  # which attention of the forward this is, counted from 0
+    q: torch.Tensor  # [T, num_q_heads, head_dim]
+    k: torch.Tensor  # [T, num_kv_heads, head_dim]
+    v: torch.Tensor  # [T, num_kv_heads, value_dim]
+    scale: float
+    softcap: float | None
+    sinks: torch.Tensor | None  # [num_q_heads]
+    window_argument: int | None  # what the call says; the mask rule is what counts, see probe.py
+    mask: torch.Tensor | None  # only while probing
+    other_tensors: tuple[str, ...]  # names of tensor arguments this seam does not understand
+
+
+@dataclass
+class MaskRequest:
+    """A mask the model asked transformers for, seen while probing."""
+
+    allowed: Callable[..., torch.Tensor]  # (batch, head, query position, key position) -> may it look?
+    local_size: int | None
+    mask: torch.Tensor
+
+
+@dataclass
+class Forward:
+    """One forward pass of the model, started, suspended, resumed."""
+
+    run: Callable[[], torch.Tensor]
+    probing: bool = False
+    mask_requests: list[MaskRequest] = field(default_factory=list)
+    num_calls: int = 0
+    result: torch.Tensor | None = None
+
+    def __post_init__(self) -> None:
+        self._greenlet = _ForwardGreenlet(self)
+
+    def resume(self, o: torch.Tensor | None = None) -> AttentionCall | None:
+        """Runs on to the next attention; None when the forward has ended and `result` is there.
+
+        o: [T, num_q_heads, head_dim], the answer to the last call; None to start.
+        """
+        out = self._greenlet.switch(o)
+        if isinstance(out, AttentionCall):
+            return out
+        self.result = out
+        return None
+
+    def abandon(self) -> None:
+        """Unwinds a suspended forward."""
+        if self._greenlet:
+            self._greenlet.throw(GreenletExit)
+
+
+class _ForwardGreenlet(greenlet):
+    def __init__(self, forward: Forward) -> None:
+        super().__init__(lambda _: forward.run())
+        self.forward = forward
+
+
+def _suspend(
+    module: torch.nn.Module,
+    query: torch.Tensor,  # [1, num_q_heads, T, head_dim]
+    key: torch.Tensor,  # [1, num_kv_heads, T, head_dim]
+    value: torch.Tensor,  # [1, num_kv_heads, T, value_dim]
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    **others: Any,
+) -> tuple[torch.Tensor, None]:
+    """transformers' attention function: returns o as [1, T, num_q_heads, head_dim]."""
+    current = getcurrent()
+    if not isinstance(current, _ForwardGreenlet) or current.parent is None:
+        raise RuntimeError("a model split by FastDecode cannot be called directly; use SWorker.forward")
+    forward = current.forward
+    call = AttentionCall(
+        layer=forward.num_calls,
+        q=query[0].transpose(0, 1), k=key[0].transpose(0, 1), v=value[0].transpose(0, 1),
+        scale=query.shape[-1] ** -0.5 if scaling is None else float(scaling),
+        softcap=softcap, sinks=s_aux, window_argument=sliding_window, mask=attention_mask,
+        other_tensors=tuple(
+            name for name, value in others.items()
+            if isinstance(value, torch.Tensor) and name not in _HARMLESS_ARGUMENTS
+        ),
+    )
+    forward.num_calls += 1
+    o = cast(torch.Tensor, current.parent.switch(call))
+    return o[None], None
+
+
+def _no_mask(*args: Any, mask_function: Callable[..., torch.Tensor], **kwargs: Any) -> torch.Tensor | None:
+    """transformers' mask function: who attends to whom is known from positions, so there is none.
+
+    While probing it notes what was asked for and returns a tensor that can be recognised in the calls.
+    """
+    current = getcurrent()
+    if not (isinstance(current, _ForwardGreenlet) and current.forward.probing):
+        return None
+    size = int(kwargs["q_length"])
+    mask = torch.ones(1, 1, size, size, dtype=torch.bool, device=kwargs.get("device", "cpu")).tril()
+    current.forward.mask_requests.append(MaskRequest(mask_function, kwargs.get("local_size"), mask))
+    return mask
+
+
+AttentionInterface.register(ATTENTION_NAME, _suspend)
+AttentionMaskInterface.register(ATTENTION_NAME, _no_mask)

@@ -1,0 +1,99 @@
+"""What a model's attention is, asked from the model: one tiny forward, every call looked at.
+
+Not a list of architectures but the calls themselves decide what is supported.  A window is taken from the rule
+by which transformers would build its mask, because that is what its own attention obeys.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from gpu_sworker.attention import AttentionCall, Forward, MaskRequest
+from gpu_sworker.errors import NOT_THROUGH_INTERFACE
+
+NUM_PROBE_TOKENS = 4
+_FAR = 1 << 20  # a position beyond any window that matters
+
+
+class NotSplittable(Exception):
+    """The reason why this model's attention cannot be done elsewhere."""
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+    """One layer's attention, constant for the life of the model."""
+
+    num_q_heads: int
+    num_kv_heads: int
+    head_dim: int
+    scale: float
+    window: int | None  # keys a query sees, itself included
+    softcap: float | None
+    sinks: tuple[float, ...] | None  # one logit per query head
+
+
+def probe(forward: Forward, num_layers: int) -> tuple[AttentionSpec, ...]:
+    """Runs `forward` (made with ``probing=True`` over NUM_PROBE_TOKENS tokens) and describes each layer.
+
+    Raises NotSplittable.
+    """
+    specs: list[AttentionSpec] = []
+    call = forward.resume()
+    while call is not None:
+        specs.append(_describe(call, forward.mask_requests))
+        call = forward.resume(torch.zeros_like(call.q))
+    if len(specs) != num_layers:
+        raise NotSplittable(
+            f"{len(specs)} of its {num_layers} layers ask for attention; the others keep a state of another kind"
+            if specs else NOT_THROUGH_INTERFACE
+        )
+    return tuple(specs)
+
+
+def _describe(call: AttentionCall, requests: list[MaskRequest]) -> AttentionSpec:
+    (_, num_q_heads, head_dim), (_, num_kv_heads, _) = call.q.shape, call.k.shape
+    if call.k.shape != call.v.shape or call.k.shape[2] != head_dim:
+        raise NotSplittable(
+            f"layer {call.layer} has keys of {call.k.shape[2]} and values of {call.v.shape[2]} numbers per head "
+            "(multi-head latent attention); the KV layout wants them equal"
+        )
+    if call.q.shape[0] != NUM_PROBE_TOKENS or num_q_heads % num_kv_heads:
+        raise NotSplittable(f"layer {call.layer} has odd shapes: q {tuple(call.q.shape)}, k {tuple(call.k.shape)}")
+    if call.other_tensors:
+        raise NotSplittable(
+            f"layer {call.layer} adds {', '.join(call.other_tensors)} to its attention (a position bias or the like)"
+        )
+    return AttentionSpec(
+        num_q_heads, num_kv_heads, head_dim, call.scale, _window(call, requests), call.softcap,
+        None if call.sinks is None else tuple(call.sinks.detach().float().reshape(-1).tolist()),
+    )
+
+
+def _window(call: AttentionCall, requests: list[MaskRequest]) -> int | None:
+    """The window that the mask rule of this call means; raises NotSplittable if it is no causal window."""
+    matching = [request for request in requests if request.mask is call.mask] or requests[:1]
+    if call.mask is None or not matching:
+        return call.window_argument  # the model builds no mask: its attention function is told the window
+    if len(requests) > 1 and matching[0].mask is not call.mask:
+        raise NotSplittable(f"layer {call.layer} alters its attention mask")
+    rule = matching[0]
+    for window in (None, call.window_argument, rule.local_size):
+        if _obeys(rule, window, probes=(call.window_argument, rule.local_size, _FAR)):
+            return window
+    raise NotSplittable(f"layer {call.layer} masks by a rule that is neither causal nor a causal sliding window")
+
+
+def _obeys(rule: MaskRequest, window: int | None, probes: tuple[int | None, ...]) -> bool:
+    """Whether `rule` lets position q see exactly keys q-window+1..q, tried around every edge it could have."""
+    for edge in filter(None, probes):
+        for q in (0, 1, edge - 1, edge, edge + 1, 2 * edge + 3):
+            for k in {0, q // 2, q - edge - 1, q - edge, q - edge + 1, q - 1, q, q + 1}:
+                if k < 0:
+                    continue
+                expected = k <= q and (window is None or q - k < window)
+                zero, query, key = torch.tensor(0), torch.tensor(q), torch.tensor(k)
+                if bool(rule.allowed(zero, zero, query, key)) != expected:
+                    return False
+    return True

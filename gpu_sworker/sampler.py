@@ -1,0 +1,158 @@
+"""From logits to tokens, for all rows of a micro-batch at once.
+
+The order of operations is vLLM's: log-probabilities are those of the raw logits; then penalties, banned
+tokens, temperature, top-k, top-p, min-p; then one draw per row by inverse CDF.  A row's draw is a number in
+[0, 1) made from its own seed and position (`uniforms`), so it depends on nothing else in the batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+
+@dataclass(frozen=True)
+class Penalties:
+    """Of one row.  The ids may repeat; how often a token was generated counts for `frequency`."""
+
+    row: int
+    prompt_token_ids: list[int]
+    output_token_ids: list[int]
+    presence: float
+    frequency: float
+    repetition: float
+
+
+@dataclass(frozen=True)
+class SamplingRows:
+    """How to sample each of n rows."""
+
+    temperature: np.ndarray  # [n] float32; 0: the most likely token
+    top_k: np.ndarray  # [n] int64; 0: all tokens
+    top_p: np.ndarray  # [n] float32 in (0, 1]
+    min_p: np.ndarray  # [n] float32 in [0, 1]
+    uniforms: np.ndarray  # [n] float64 in [0, 1), the draws
+    num_logprobs: np.ndarray  # [n] int64; -1: none, 0: of the sampled token alone
+    penalties: list[Penalties] = field(default_factory=list)
+    banned: list[tuple[int, list[int]]] = field(default_factory=list)  # (row, token ids it must not take)
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    token_id: int
+    logprob: float
+    rank: int  # 1: the most likely
+
+
+@dataclass(frozen=True)
+class Sampled:
+    token_ids: np.ndarray  # [n] int64
+    logprobs: list[list[TokenLogprob]]  # per row the sampled token first, then the most likely; empty if not asked
+
+
+def uniforms(seeds: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """Draw number `positions[i]` of the stream `seeds[i]`.  # [n] uint64, [n] -> [n] float64 in [0, 1)
+
+    SplitMix64 (Steele, Lea & Flood 2014) as a counter-based generator: no state, any draw at any time.
+    """
+    golden = np.uint64(0x9E3779B97F4A7C15)
+    with np.errstate(over="ignore"):
+        mixed = _mix64(seeds.astype(np.uint64)) + (positions.astype(np.uint64) + np.uint64(1)) * golden
+        return (_mix64(mixed) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def derive_seed(seed: int, index: int) -> int:
+    """The seed of stream `index` that hangs from `seed`; for the n samples of a request, say."""
+    with np.errstate(over="ignore"):
+        word = np.array([seed % 2**64], np.uint64) * np.uint64(0xD1342543DE82EF95) + np.uint64(index)
+        return int(_mix64(word)[0])
+
+
+def sample(logits: torch.Tensor, rows: SamplingRows) -> Sampled:
+    """logits: [n, vocab] of any float dtype, left unchanged."""
+    raw = logits.float()
+    logits = raw
+    if rows.penalties or rows.banned:
+        logits = raw.clone()
+        for penalties in rows.penalties:
+            _apply_penalties(logits[penalties.row], penalties)
+        for row, token_ids in rows.banned:
+            logits[row, torch.tensor(token_ids, device=logits.device)] = -torch.inf
+    token_ids = logits.argmax(dim=1)
+    random = np.flatnonzero(rows.temperature > 0)
+    if len(random):
+        where = torch.from_numpy(random).to(logits.device)
+        token_ids[where] = _draw(logits[where], rows, random)
+    return Sampled(token_ids.cpu().numpy(), _logprobs(raw, token_ids, rows.num_logprobs))
+
+
+def _draw(logits: torch.Tensor, rows: SamplingRows, random: np.ndarray) -> torch.Tensor:
+    """One token per row by inverse CDF.  logits: [m, vocab] of rows `random` -> [m] int64"""
+    device = logits.device
+
+    def column(values: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(values[random]).to(device)[:, None]
+
+    logits = logits / column(rows.temperature)
+    top_k, top_p, min_p = rows.top_k[random], rows.top_p[random], rows.min_p[random]
+    if (top_k > 0).any():
+        vocab = logits.shape[1]
+        most = int(min(top_k.max(), vocab))
+        kept = column(np.clip(np.where(rows.top_k > 0, rows.top_k, vocab), 1, vocab))
+        largest = logits.topk(most, dim=1).values
+        thresholds = largest.gather(1, kept.clamp(max=most) - 1)
+        logits = torch.where((logits < thresholds) & (kept < vocab), -torch.inf, logits)
+    probabilities = logits.softmax(dim=1)
+    if (top_p < 1).any():
+        ordered, order = probabilities.sort(dim=1, descending=True, stable=True)
+        before = ordered.cumsum(dim=1) - ordered  # mass of all likelier tokens: the first always stays
+        beyond = torch.zeros_like(probabilities, dtype=torch.bool).scatter(1, order, before >= column(rows.top_p))
+        probabilities = probabilities.masked_fill(beyond & (column(rows.top_p) < 1), 0)
+    if (min_p > 0).any():
+        floor = probabilities.max(dim=1, keepdim=True).values * column(rows.min_p)
+        probabilities = probabilities.masked_fill(probabilities < floor, 0)
+    cumulative = probabilities.double().cumsum(dim=1)
+    total = cumulative[:, -1:]
+    # Below the total, so that the token found has a probability of its own.
+    goal = torch.minimum(column(rows.uniforms) * total, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(cumulative, goal, right=True)[:, 0]
+
+
+def _apply_penalties(logits: torch.Tensor, penalties: Penalties) -> None:
+    """In place on one row [vocab].  Repetition: CTRL (Keskar et al. 2019); the others: OpenAI's."""
+    device = logits.device
+    output = torch.tensor(penalties.output_token_ids, dtype=torch.long, device=device)
+    if penalties.repetition != 1:
+        prompt = torch.tensor(penalties.prompt_token_ids, dtype=torch.long, device=device)
+        seen = torch.cat([prompt, output]).unique()
+        values = logits[seen]
+        logits[seen] = torch.where(values > 0, values / penalties.repetition, values * penalties.repetition)
+    if len(output) and (penalties.presence or penalties.frequency):
+        generated, counts = output.unique(return_counts=True)
+        logits[generated] -= penalties.presence + penalties.frequency * counts
+
+
+def _logprobs(logits: torch.Tensor, token_ids: torch.Tensor, wanted: np.ndarray) -> list[list[TokenLogprob]]:
+    results: list[list[TokenLogprob]] = [[] for _ in wanted]
+    rows = np.flatnonzero(wanted >= 0)
+    if not len(rows):
+        return results
+    where = torch.from_numpy(rows).to(logits.device)
+    logprobs, sampled = logits[where].log_softmax(dim=1), token_ids[where]
+    own = logprobs.gather(1, sampled[:, None])
+    ranks = (logprobs > own).sum(dim=1) + 1
+    top = logprobs.topk(max(1, int(min(wanted[rows].max(), logprobs.shape[1]))), dim=1)
+    for i, row in enumerate(rows.tolist()):
+        result = [TokenLogprob(int(sampled[i]), float(own[i, 0]), int(ranks[i]))]
+        for rank in range(min(int(wanted[row]), logprobs.shape[1])):
+            result.append(TokenLogprob(int(top.indices[i, rank]), float(top.values[i, rank]), rank + 1))
+        results[row] = result
+    return results
+
+
+def _mix64(words: np.ndarray) -> np.ndarray:
+    words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return words ^ (words >> np.uint64(31))

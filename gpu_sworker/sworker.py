@@ -1,0 +1,126 @@
+"""The S-worker: the S-Part of a model on one device, a micro-batch at a time.
+
+All tokens of a micro-batch travel flat, [1, T]; decode tokens and prompts mix freely, because nothing in the
+S-Part looks from one token to another.  It holds no KV and no request.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from gpu_sworker import staging
+from gpu_sworker.attention import AttentionCall, Forward
+from gpu_sworker.errors import UnsupportedModel
+from gpu_sworker.model import choose_device, choose_dtype, load, max_positions, read_config
+from gpu_sworker.prefill import prompt_attention
+from gpu_sworker.probe import NUM_PROBE_TOKENS, AttentionSpec, NotSplittable, probe
+from gpu_sworker.sampler import Sampled, SamplingRows, sample
+
+
+@dataclass(frozen=True)
+class FlatBatch:
+    """The tokens of one micro-batch.  T tokens, of which some rows are sampled."""
+
+    token_ids: np.ndarray  # [T] int64
+    positions: np.ndarray  # [T] int64, of each token in its own sequence
+    logits_rows: np.ndarray  # [num_samples] int64, rows whose next token is wanted
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What the rest of the house needs to know of a model."""
+
+    model_type: str
+    layers: tuple[AttentionSpec, ...]
+    vocab_size: int
+    max_positions: int | None
+    eos_token_ids: tuple[int, ...]
+    num_parameters: int
+    dtype: str
+    device: str
+
+
+class SWorker:
+    def __init__(self, model_directory: str | Path, *, dtype: str = "auto", device: str = "auto") -> None:
+        """Loads and vets a Hugging Face directory.  Raises ModelNotFound, UnsupportedModel."""
+        directory = Path(model_directory)
+        self.device = choose_device(device)
+        config = read_config(directory)
+        self.dtype = choose_dtype(dtype, config, self.device)
+        self._model = load(directory, config, self.dtype, self.device)
+        self.generation_config = self._model.generation_config
+        text_config = config.get_text_config(decoder=True)
+        ids = np.zeros(NUM_PROBE_TOKENS, np.int64)
+        batch = FlatBatch(ids, np.arange(NUM_PROBE_TOKENS), np.array([NUM_PROBE_TOKENS - 1]))
+        try:
+            with self.inference():
+                layers = probe(self._start(batch, probing=True), text_config.num_hidden_layers)
+        except NotSplittable as reason:
+            raise UnsupportedModel(config.model_type, str(reason)) from reason
+        self.facts = ModelFacts(
+            model_type=config.model_type, layers=layers, vocab_size=text_config.vocab_size,
+            max_positions=max_positions(config), eos_token_ids=_eos_token_ids(self._model),
+            num_parameters=sum(p.numel() for p in self._model.parameters()),
+            dtype=str(self.dtype).removeprefix("torch."), device=str(self.device),
+        )
+
+    @contextmanager
+    def inference(self) -> Iterator[None]:
+        """Enter once, around everything that drives forwards: it is thread state, see attention.py."""
+        with torch.inference_mode():
+            yield
+
+    def forward(self, batch: FlatBatch) -> Generator[AttentionCall, torch.Tensor, torch.Tensor]:
+        """Yields at every attention, wants o [T, num_q_heads, head_dim], returns logits [num_samples, vocab]."""
+        forward = self._start(batch)
+        try:
+            call = forward.resume()
+            while call is not None:
+                o = yield call
+                call = forward.resume(o)
+        finally:
+            forward.abandon()
+        assert forward.result is not None
+        return forward.result
+
+    def attend_prompt(self, call: AttentionCall, first_row: int, length: int) -> torch.Tensor:
+        """Attention of one whole prompt among the rows of `call`.  # [length, num_q_heads, head_dim]"""
+        rows = slice(first_row, first_row + length)
+        return prompt_attention(call.q[rows], call.k[rows], call.v[rows], self.facts.layers[call.layer])
+
+    def to_host(self, tensor: torch.Tensor) -> np.ndarray:
+        return staging.to_host(tensor)
+
+    def to_device(self, array: np.ndarray) -> torch.Tensor:
+        return staging.to_device(array, self.device).to(self.dtype)
+
+    def sample(self, logits: torch.Tensor, rows: SamplingRows) -> Sampled:
+        """The next token of each row.  logits: [num_samples, vocab]"""
+        return sample(logits, rows)
+
+    def _start(self, batch: FlatBatch, probing: bool = False) -> Forward:
+        token_ids = torch.from_numpy(batch.token_ids)[None].to(self.device)
+        positions = torch.from_numpy(batch.positions)[None].to(self.device)
+        logits_rows = torch.from_numpy(batch.logits_rows).to(self.device)
+
+        def run() -> torch.Tensor:
+            output = self._model(
+                input_ids=token_ids, position_ids=positions, use_cache=False, logits_to_keep=logits_rows
+            )
+            return output.logits[0]
+
+        return Forward(run, probing=probing)
+
+
+def _eos_token_ids(model: torch.nn.Module) -> tuple[int, ...]:
+    for config in (model.generation_config, model.config):
+        ids = getattr(config, "eos_token_id", None)
+        if ids is not None:
+            return tuple(ids) if isinstance(ids, list | tuple) else (int(ids),)
+    return ()
