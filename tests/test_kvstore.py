@@ -1,0 +1,125 @@
+"""The KV store as a state machine: whatever happens in whatever order, no block is lost, shared or overpromised."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from cpu_attention import (
+    BadRequest,
+    KVBudgetExceeded,
+    KVLayout,
+    KVStore,
+    LayerShape,
+    SequenceExists,
+    UnknownSequence,
+    kernel,
+)
+
+LAYOUT = KVLayout((LayerShape(2, 4), LayerShape(1, 8)), "float32", block_tokens=4)
+
+
+class StoreMachine(RuleBasedStateMachine):
+    """Beside the store a model of it: what every sequence should hold, token by token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.store = KVStore(LAYOUT, 12 * LAYOUT.block_bytes + 5)
+        self.limits: dict[int, int] = {}
+        self.values: dict[int, list[float]] = {}
+        self.next_value = 1.0
+
+    @rule(seq_id=st.integers(0, 9), max_tokens=st.integers(1, 30))
+    def admit(self, seq_id: int, max_tokens: int) -> None:
+        if seq_id in self.limits:
+            with pytest.raises(SequenceExists):
+                self.store.admit(seq_id, max_tokens)
+        elif sum(-(-limit // 4) for limit in self.limits.values()) + -(-max_tokens // 4) > 12:
+            with pytest.raises(KVBudgetExceeded, match="available"):
+                self.store.admit(seq_id, max_tokens)
+        else:
+            self.store.admit(seq_id, max_tokens)
+            self.limits[seq_id], self.values[seq_id] = max_tokens, []
+
+    @rule(seq_id=st.integers(0, 9), count=st.integers(0, 12))
+    def extend_and_write(self, seq_id: int, count: int) -> None:
+        if seq_id not in self.limits:
+            with pytest.raises(UnknownSequence):
+                self.store.extend(seq_id, count)
+        elif len(self.values[seq_id]) + count > self.limits[seq_id]:
+            with pytest.raises(KVBudgetExceeded, match="admitted for"):
+                self.store.extend(seq_id, count)
+        else:
+            start = len(self.values[seq_id])
+            self.store.extend(seq_id, count)
+            positions = np.arange(start, start + count)
+            fresh = self.next_value + np.arange(count)
+            self.next_value += count
+            self.values[seq_id] += fresh.tolist()
+            blocks = self.store.block_tables([seq_id])[0][positions // 4] if count else np.zeros(0, np.int32)
+            for layer, shape in enumerate(LAYOUT.layers):
+                rows = np.broadcast_to(fresh[:, None, None], (count, shape.num_kv_heads, shape.head_dim))
+                kernel.append(rows.astype(np.float32), -rows.astype(np.float32), blocks, (positions % 4).astype(np.int32),
+                              self.store.k_blocks[layer], self.store.v_blocks[layer])
+
+    @rule(seq_id=st.integers(0, 9))
+    def release(self, seq_id: int) -> None:
+        if seq_id in self.limits:
+            self.store.release(seq_id)
+            del self.limits[seq_id], self.values[seq_id]
+        else:
+            with pytest.raises(UnknownSequence):
+                self.store.release(seq_id)
+
+    @invariant()
+    def sound(self) -> None:
+        self.store.check_integrity()
+        assert self.store.num_sequences == len(self.limits)
+
+    @invariant()
+    def nothing_overwritten(self) -> None:
+        for seq_id, values in self.values.items():
+            table = self.store.block_tables([seq_id])[0]
+            assert self.store.num_tokens(seq_id) == len(values)
+            for position, value in enumerate(values):
+                block, offset = table[position // 4], position % 4
+                assert (self.store.k_blocks[0][block, :, :, offset] == value).all()
+                assert (self.store.v_blocks[1][block, :, offset, :] == -value).all()
+
+    @precondition(lambda self: not self.limits)
+    @invariant()
+    def empty_is_empty(self) -> None:
+        assert self.store.num_available_blocks == self.store.num_blocks == 12
+
+
+StoreMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestStore = StoreMachine.TestCase
+
+
+def test_layout_arithmetic() -> None:
+    # (2 heads x 4 + 1 head x 8) x K and V x 4 bytes
+    assert LAYOUT.token_bytes == 128 and LAYOUT.block_bytes == 512
+    assert [LAYOUT.num_blocks(n) for n in (0, 1, 4, 5)] == [0, 1, 1, 2]
+
+
+def test_budget_below_one_block_shows_the_arithmetic() -> None:
+    with pytest.raises(KVBudgetExceeded, match="budget of 511 bytes.*4 tokens x 128 bytes per token = 512"):
+        KVStore(LAYOUT, 511)
+
+
+def test_budget_is_not_exceeded() -> None:
+    store = KVStore(LAYOUT, 5000)
+    assert sum(array.nbytes for array in (*store.k_blocks, *store.v_blocks)) == store.num_blocks * 512 <= 5000
+
+
+def test_zero_tokens_cannot_be_admitted() -> None:
+    with pytest.raises(BadRequest):
+        KVStore(LAYOUT, 5000).admit(1, 0)
+
+
+def test_unknown_dtype() -> None:
+    with pytest.raises(ValueError, match="float16"):
+        KVLayout((LayerShape(1, 1),), "int3", 4)

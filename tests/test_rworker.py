@@ -1,0 +1,254 @@
+"""The R-worker as a function: messages in, messages out; and the loop around it, fed with garbage."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cpu_attention import RWorker, reference, serve
+from transport import (
+    Admit,
+    Attend,
+    Attended,
+    Channel,
+    Failure,
+    Goodbye,
+    Hello,
+    LayerSpec,
+    Message,
+    Ping,
+    Pong,
+    Release,
+    Step,
+    Welcome,
+    connect,
+    listen,
+)
+
+SPECS = (LayerSpec(4, 2, 16, 0.25), LayerSpec(2, 1, 8, 0.3, window=5, softcap=20.0, sinks=(0.5, -1.0)))
+HELLO = Hello(SPECS, "float32", 8)
+SESSION = 99
+
+
+def ids(*values: int) -> np.ndarray:
+    return np.array(values, np.int64)
+
+
+def ints(*values: int) -> np.ndarray:
+    return np.array(values, np.int32)
+
+
+@pytest.fixture
+def worker() -> Iterator[RWorker]:
+    worker = RWorker(kv_cache_bytes=1 << 20, num_threads=2)
+    assert isinstance(worker.handle(SESSION, HELLO), Welcome)
+    yield worker
+    worker.close()
+
+
+def fails(worker: RWorker, message: Message, kind: str, text: str = "", session: int = SESSION) -> None:
+    reply = worker.handle(session, message)
+    assert isinstance(reply, Failure), reply
+    assert reply.kind == kind and text in reply.text, reply
+
+
+def attend_message(spec: LayerSpec, layer: int, num_tokens: int, num_queries: int, seed: int, step: int = 1) -> Attend:
+    generator = np.random.default_rng(seed)
+    q = generator.standard_normal((num_queries, spec.num_q_heads, spec.head_dim)).astype(np.float32)
+    k, v = (generator.standard_normal((num_tokens, spec.num_kv_heads, spec.head_dim)).astype(np.float32) for _ in "kv")
+    return Attend(step, 0, layer, q, k, v)
+
+
+def causal_attention(spec: LayerSpec, q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """One sequence straight from the formula; q are its last rows."""
+    group, rows = spec.num_q_heads // spec.num_kv_heads, []
+    for i, query in enumerate(q):
+        position = len(k) - len(q) + i
+        first = 0 if spec.window is None else max(0, position + 1 - spec.window)
+        keys = np.repeat(k[first : position + 1], group, axis=1)
+        values = np.repeat(v[first : position + 1], group, axis=1)
+        scores = np.einsum("hd,thd->ht", query, keys) * spec.scale
+        if spec.softcap:
+            scores = spec.softcap * np.tanh(scores / spec.softcap)
+        weights = np.exp(scores)
+        total = weights.sum(1) + (np.exp(np.array(spec.sinks)) if spec.sinks else 0)
+        rows.append(np.einsum("ht,thd->hd", weights / total[:, None], values))
+    return np.array(rows)
+
+
+def test_prompt_then_decodes(worker: RWorker) -> None:
+    """K, V of a prompt are appended without attending; each decode sees all of it and itself; so do chunks."""
+    assert worker.handle(SESSION, Admit(ids(7, 8), ints(40, 40))) is None
+    kept: dict[tuple[int, int], list[np.ndarray]] = {}
+    plan = [  # per step: (sequence, start, tokens, queries)
+        [(7, 0, 11, 0), (8, 0, 3, 0)], [(7, 11, 1, 1), (8, 3, 1, 1)], [(8, 4, 6, 6), (7, 12, 1, 1)], [(7, 13, 1, 1)],
+    ]
+    for step, rows in enumerate(plan):
+        seqs, starts, counts, queries = zip(*rows, strict=True)
+        assert worker.handle(SESSION, Step(step, 0, ids(*seqs), ints(*starts), ints(*counts), ints(*queries))) is None
+        for layer, spec in enumerate(SPECS):
+            message = attend_message(spec, layer, sum(counts), sum(queries), seed=10 * step + layer, step=step)
+            reply = worker.handle(SESSION, message)
+            assert isinstance(reply, Attended) and (reply.step, reply.layer) == (step, layer)
+            token, query = 0, 0
+            for seq, _, count, num_queries in rows:
+                kv = kept.setdefault((seq, layer), [np.empty((0, *message.k.shape[1:]))] * 2)
+                kv[0] = np.concatenate([kv[0], message.k[token : token + count]])
+                kv[1] = np.concatenate([kv[1], message.v[token : token + count]])
+                expected = causal_attention(spec, message.q[query : query + num_queries], *kv)
+                if num_queries:
+                    np.testing.assert_allclose(reply.o[query : query + num_queries], expected, atol=1e-5)
+                token, query = token + count, query + num_queries
+
+
+def test_reference_kernel_serves_too() -> None:
+    workers = [RWorker(kv_cache_bytes=1 << 20), RWorker(kv_cache_bytes=1 << 20, attend=reference.attend)]
+    replies = []
+    for worker in workers:
+        worker.handle(SESSION, HELLO)
+        worker.handle(SESSION, Admit(ids(1), ints(20)))
+        worker.handle(SESSION, Step(1, 0, ids(1), ints(0), ints(20), ints(20)))
+        replies.append(worker.handle(SESSION, attend_message(SPECS[0], 0, 20, 20, 0)))
+        worker.close()
+    np.testing.assert_allclose(replies[0].o, replies[1].o, atol=1e-5)  # type: ignore[union-attr]
+
+
+def test_half_precision_on_the_wire(worker: RWorker) -> None:
+    worker.handle(SESSION, Admit(ids(1), ints(4)))
+    worker.handle(SESSION, Step(1, 0, ids(1), ints(0), ints(4), ints(4)))
+    full = attend_message(SPECS[0], 0, 4, 4, 0)
+    half = Attend(1, 0, 0, *(array.astype(np.float16) for array in (full.q, full.k, full.v)))
+    reply = worker.handle(SESSION, half)
+    assert isinstance(reply, Attended) and reply.o.dtype == np.float16
+    np.testing.assert_allclose(reply.o.astype(float), causal_attention(SPECS[0], full.q, full.k, full.v), atol=5e-3)
+
+
+def test_out_of_turn(worker: RWorker) -> None:
+    ok = attend_message(SPECS[0], 0, 3, 1, 0)
+    fails(worker, ok, "BadRequest", "was not begun")
+    worker.handle(SESSION, Admit(ids(1, 2), ints(10, 10)))
+    fails(worker, Admit(ids(2), ints(3)), "SequenceExists")
+    worker.handle(SESSION, Step(1, 0, ids(1), ints(0), ints(3), ints(1)))
+    fails(worker, attend_message(SPECS[1], 1, 3, 1, 0), "BadRequest", "layer 0 was due")
+    fails(worker, attend_message(SPECS[0], 0, 2, 1, 0), "BadRequest", "wants k (3, 2, 16)")
+    fails(worker, attend_message(SPECS[1], 0, 3, 1, 0), "BadRequest", "wants k")
+    fails(worker, attend_message(SPECS[0], 0, 3, 1, 0, step=2), "BadRequest", "step 2 was not begun")
+    assert isinstance(worker.handle(SESSION, ok), Attended)
+    fails(worker, Step(2, 0, ids(1), ints(0), ints(1), ints(1)), "BadRequest", "holds 3 tokens")
+    fails(worker, Step(2, 0, ids(1, 1), ints(3, 4), ints(1, 1), ints(1, 1)), "BadRequest", "twice")
+    fails(worker, Step(2, 0, ids(5), ints(0), ints(1), ints(1)), "UnknownSequence")
+    fails(worker, Step(2, 0, ids(1), ints(3), ints(8), ints(1)), "KVBudgetExceeded", "admitted for 10")
+    fails(worker, Step(2, 0, ids(2), ints(0), ints(-1), ints(0)), "BadRequest")
+    fails(worker, Step(2, 0, ids(2), ints(0), ints(1), ints(2)), "BadRequest")
+    fails(worker, Release(ids(2, 9)), "UnknownSequence")
+    fails(worker, Welcome(1, 1, 1, "", 1, 1), "BadRequest", "not for an R-worker")
+    assert worker.handle(SESSION, Release(ids(2, 1))) is None  # the refused release freed nothing
+
+
+def test_admission_is_all_or_nothing(worker: RWorker) -> None:
+    fails(worker, Admit(ids(1, 2), ints(10, 10**9)), "KVBudgetExceeded")
+    assert worker.handle(SESSION, Admit(ids(1), ints(10))) is None
+
+
+def test_sessions(worker: RWorker) -> None:
+    fails(worker, Admit(ids(1), ints(1)), "BadRequest", "does not know the session", session=5)
+    assert worker.handle(5, Ping(3)) == Pong(3)
+    assert isinstance(worker.handle(5, HELLO), Welcome)  # a new life: the old one's sequences are gone
+    fails(worker, Admit(ids(1), ints(1)), "BadRequest", "does not know the session", session=SESSION)
+    assert worker.handle(5, Goodbye()) is None and worker.session is None
+    fails(worker, Admit(ids(1), ints(1)), "BadRequest", session=5)
+
+
+def test_budget_of_a_session() -> None:
+    worker = RWorker(kv_cache_bytes=1 << 20)
+    small = worker.handle(1, Hello(SPECS, "float32", 8, kv_cache_bytes=1 << 16))
+    large = worker.handle(1, Hello(SPECS, "float32", 8, kv_cache_bytes=1 << 40))
+    assert isinstance(small, Welcome) and isinstance(large, Welcome)
+    assert small.num_blocks * small.block_bytes <= 1 << 16 < large.num_blocks * large.block_bytes <= 1 << 20
+    fails(worker, Hello(SPECS, "float32", 8, kv_cache_bytes=100), "KVBudgetExceeded", "bytes per block", session=1)
+
+
+@settings(max_examples=200)
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(-2, 12), st.integers(-2, 12), st.integers(-2, 12)), max_size=4),
+       st.integers(0, 2), st.integers(0, 12), st.integers(0, 12))
+def test_no_step_reaches_a_kernel_unchecked(rows: list[tuple[int, int, int, int]], layer: int, tokens: int, queries: int) -> None:
+    """Whatever Step says, Attend is answered with what was asked or refused; the store stays sound."""
+    worker = RWorker(kv_cache_bytes=1 << 16)
+    worker.handle(SESSION, HELLO)
+    worker.handle(SESSION, Admit(ids(0, 1, 2), ints(10, 10, 10)))
+    columns = list(zip(*rows, strict=True)) if rows else [()] * 4
+    worker.handle(SESSION, Step(1, 0, ids(*columns[0]), *(ints(*column) for column in columns[1:])))
+    queries = min(tokens, queries)
+    reply = worker.handle(SESSION, attend_message(SPECS[layer % 2], layer, tokens, queries, 0))
+    assert isinstance(reply, Attended | Failure)
+    if isinstance(reply, Attended):
+        assert reply.o.shape == (queries, 4, 16) and np.isfinite(reply.o).all()
+    else:
+        assert reply.kind != "InternalError", reply
+    worker._session.store.check_integrity()  # type: ignore[union-attr]
+    worker.close()
+
+
+@dataclass
+class Served:
+    channel: Channel
+    address: str
+
+
+@pytest.fixture
+def served() -> Iterator[Served]:
+    """A worker in its loop, as a thread."""
+    worker = RWorker(kv_cache_bytes=1 << 20)
+    listener = listen("inproc://served")
+    thread = threading.Thread(target=serve, args=(listener, worker))
+    thread.start()
+    with connect(listener.address) as channel:
+        yield Served(channel, listener.address)
+    listener.close()
+    thread.join(10)
+    assert not thread.is_alive()
+
+
+def ask(channel: Channel, message: Message) -> Message:
+    channel.send(message, timeout_s=5)
+    return channel.recv(timeout_s=30)
+
+
+def test_serving_survives_garbage(served: Served) -> None:
+    assert isinstance(ask(served.channel, HELLO), Welcome)
+    for garbage in ([], [b""], [b"FDEC"], [b"\xff" * 64, b"x"], [bytes(10_000)]):
+        served.channel._link.send_frames(garbage, 5)
+        refusal = served.channel._codec.decode(served.channel._link.recv_frames(5)).message
+        assert isinstance(refusal, Failure) and refusal.kind == "ProtocolError"
+    assert ask(served.channel, Ping(4)) == Pong(4)
+    served.channel.send(Admit(ids(1), ints(3)), timeout_s=5)  # the session is still the same
+    assert ask(served.channel, Ping(5)) == Pong(5)
+
+
+def test_one_s_worker_at_a_time(served: Served) -> None:
+    assert isinstance(ask(served.channel, HELLO), Welcome)
+    second = connect(served.address)
+    busy = ask(second, HELLO)
+    assert isinstance(busy, Failure) and busy.kind == "Busy"
+    served.channel.send(Goodbye(), timeout_s=5)
+    assert isinstance(ask(second, HELLO), Welcome)
+    second.close()
+
+
+def test_vanished_s_worker_is_replaced(served: Served) -> None:
+    first = connect(served.address)
+    assert isinstance(ask(first, HELLO), Welcome)
+    first.close()  # no goodbye
+    assert isinstance(ask(served.channel, HELLO), Welcome)
+
+
+def test_not_everybody_may_dismiss(served: Served) -> None:
+    refusal = ask(served.channel, Goodbye(dismiss=True))
+    assert isinstance(refusal, Failure) and "dismissed" in refusal.text
+    assert ask(served.channel, Ping(1)) == Pong(1)
