@@ -1,0 +1,103 @@
+"""Token for token what ``transformers.generate`` gives: every family, number of R-workers, of micro-batches, transport."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from conftest import NEW_TOKENS, Case
+from models import FAMILIES
+
+from cpu_attention import LISTENING
+from fastdecode import LLM, SamplingParams
+
+ROOT = Path(__file__).parents[1]
+GREEDY = SamplingParams(temperature=0, max_tokens=NEW_TOKENS)
+SPLITS = [(workers, micro_batches) for workers in (1, 2, 3) for micro_batches in (1, 2)]
+
+
+@pytest.fixture(scope="module")
+def addresses(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, list[str]]]:
+    """Three R-worker processes per ZeroMQ scheme, started by hand as a user would; sessions come and go."""
+    directory = tmp_path_factory.mktemp("sockets")
+    processes = []
+    for bind in [f"ipc://{directory}/{i}" for i in range(3)] + ["tcp://127.0.0.1:0"] * 3:
+        processes.append(subprocess.Popen(
+            [sys.executable, "-m", "cpu_attention", "--bind", bind, "--kv-cache-memory", "256MiB", "--threads", "1",
+             "--log-level", "warning", "--exit-with-parent"],
+            cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
+    found = [process.stdout.readline().strip().removeprefix(LISTENING) for process in processes]  # type: ignore[union-attr]
+    yield {"ipc": found[:3], "tcp": found[3:]}
+    for process in processes:
+        process.stdin.close()  # type: ignore[union-attr]
+        assert process.wait(10) == 0
+
+
+def tokens(llm: LLM, case: Case) -> list[list[int]]:
+    outputs = llm.generate(case.prompts, GREEDY, use_tqdm=False)
+    assert not any(output.error for output in outputs)
+    return [output.outputs[0].token_ids for output in outputs]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_threads(family: str, case: Callable[[str], Case]) -> None:
+    made = case(family)
+    assert len({token for line in made.reference for token in line}) > 8, "a model that says one thing proves nothing"
+    for workers, micro_batches in SPLITS:
+        with LLM(made.directory, num_r_workers=workers, micro_batches=micro_batches, skip_tokenizer_init=True) as llm:
+            assert tokens(llm, made) == made.reference, (workers, micro_batches)
+
+
+@pytest.mark.parametrize("scheme", ["ipc", "tcp"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_processes(family: str, scheme: str, addresses: dict[str, list[str]], case: Callable[[str], Case]) -> None:
+    made = case(family)
+    for workers, micro_batches in SPLITS:
+        with LLM(made.directory, r_worker_addresses=addresses[scheme][:workers], micro_batches=micro_batches,
+                 skip_tokenizer_init=True) as llm:
+            assert tokens(llm, made) == made.reference, (workers, micro_batches)
+
+
+def test_mpi(mpirun: list[str], case: Callable[[str], Case], tmp_path: Path) -> None:
+    """All families and splits in one job of four ranks."""
+    job = [{"family": family, "directory": str(case(family).directory), "prompts": case(family).prompts,
+            "reference": case(family).reference} for family in FAMILIES]
+    (tmp_path / "job.json").write_text(json.dumps({"cases": job, "splits": SPLITS, "new_tokens": NEW_TOKENS}))
+    out = subprocess.run([*mpirun, "-n", "4", sys.executable, ROOT / "tests" / "mpi_equality.py", tmp_path / "job.json"],
+                         capture_output=True, text=True, timeout=280)
+    assert out.returncode == 0, out.stdout[-3000:] + out.stderr[-3000:]
+    assert out.stdout.count("equal") == len(FAMILIES) * len(SPLITS)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt-oss"])
+@pytest.mark.parametrize("options", [
+    {"max_num_seqs": 3}, {"max_num_batched_tokens": 1}, {"micro_batches": 5, "num_r_workers": 3}, {"block_tokens": 7},
+    {"block_tokens": 256}, {"r_worker_threads": 3}, {"kv_cache_memory": "400KB", "num_r_workers": 2, "max_model_len": 240},
+])
+def test_no_option_changes_tokens(family: str, options: dict[str, object], case: Callable[[str], Case]) -> None:
+    made = case(family)
+    with LLM(made.directory, skip_tokenizer_init=True, **options) as llm:
+        assert tokens(llm, made) == made.reference
+
+
+@pytest.mark.parametrize("kv_dtype", ["float16", "bfloat16"])
+def test_half_precision_kv_stays_close(kv_dtype: str, llama: Case) -> None:
+    """Rounded K and V may turn a close call; on these prompts at least the beginnings agree."""
+    with LLM(llama.directory, kv_cache_dtype=kv_dtype, skip_tokenizer_init=True) as llm:
+        result = tokens(llm, llama)
+    agreed = [next((i for i, (a, b) in enumerate(zip(x, y, strict=True)) if a != b), len(x))
+              for x, y in zip(result, llama.reference, strict=True)]
+    assert sum(agreed) / sum(map(len, llama.reference)) > (0.9 if kv_dtype == "float16" else 0.3), agreed
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_weights_run(dtype: str, llama: Case) -> None:
+    """The S-Part, the wire and the KV in half precision; first tokens follow the same model's fp32 ones mostly."""
+    with LLM(llama.directory, dtype=dtype, num_r_workers=2, skip_tokenizer_init=True) as llm:
+        result = tokens(llm, llama)
+        assert llm.facts.dtype == dtype
+    assert sum(x[0] == y[0] for x, y in zip(result, llama.reference, strict=True)) >= len(result) - 2
