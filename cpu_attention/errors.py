@@ -1,10 +1,10 @@
 """What an R-worker refuses.  All are the caller's fault except where said; the worker's state is as before.
 
-    RWorkerError
-    ├── KVBudgetExceeded     more KV than the budget holds; the text shows the arithmetic
-    ├── UnknownSequence      a sequence that was never admitted, or is released
-    ├── SequenceExists       admitted twice
-    └── BadRequest           out of turn or out of shape: wrong session, step, layer, position
+RWorkerError
+├── KVBudgetExceeded     more KV than the budget holds; the text shows the arithmetic
+├── UnknownSequence      a sequence that was never admitted, or is released
+├── SequenceExists       admitted twice
+└── BadRequest           out of turn or out of shape: wrong session, step, layer, position
 """
 
 from __future__ import annotations

@@ -65,8 +65,17 @@ def attend(
     softcap = np.float32(rule.softcap or 0.0)
     sinks = np.empty(0, np.float32) if rule.sinks is None else _kernel_input(rule.sinks, np.dtype(np.float32))
     _attend(
-        _kernel_input(q, np.dtype(np.float32)), k_blocks.view(bits), v_blocks.view(bits), kind, block_tables,
-        positions, np.float32(rule.scale), window, softcap, sinks, out,
+        _kernel_input(q, np.dtype(np.float32)),
+        k_blocks.view(bits),
+        v_blocks.view(bits),
+        kind,
+        block_tables,
+        positions,
+        np.float32(rule.scale),
+        window,
+        softcap,
+        sinks,
+        out,
     )
 
 

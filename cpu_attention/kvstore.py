@@ -82,7 +82,9 @@ class KVStore:
         stored = self._find(seq_id)
         total = stored.num_tokens + num_new_tokens
         if num_new_tokens < 0 or total > stored.max_tokens:
-            raise KVBudgetExceeded(f"sequence {seq_id} would hold {total} tokens; it was admitted for {stored.max_tokens}")
+            raise KVBudgetExceeded(
+                f"sequence {seq_id} would hold {total} tokens; it was admitted for {stored.max_tokens}"
+            )
         missing = self.layout.num_blocks(total) - len(stored.blocks)
         stored.blocks.extend(self._free.pop() for _ in range(missing))
         self._num_promised -= missing

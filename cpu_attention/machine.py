@@ -72,8 +72,11 @@ def numa_nodes() -> tuple[NumaNode, ...]:
     nodes = []
     for path in sorted(Path("/sys/devices/system/node").glob("node[0-9]*"), key=lambda p: int(p.name[4:])):
         total = re.search(r"MemTotal:\s+([0-9]+) kB", _read(path / "meminfo"))
-        nodes.append(NumaNode(int(path.name[4:]), _parse_core_list(_read(path / "cpulist")),
-                              int(total[1]) * 1024 if total else 0))
+        nodes.append(
+            NumaNode(
+                int(path.name[4:]), _parse_core_list(_read(path / "cpulist")), int(total[1]) * 1024 if total else 0
+            )
+        )
     return tuple(nodes)
 
 

@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from types import FrameType
 
@@ -23,19 +24,34 @@ from transport import AddressError, listen
 LISTENING = "listening on "
 KERNELS = {"numba": kernel.attend, "reference": reference.attend}
 _GRACE_S = 5.0
+_REPEAT_S = 0.05
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--bind", required=True, metavar="ADDRESS",
-                        help="ipc://PATH, tcp://127.0.0.1:PORT (port 0: a free one)")
-    parser.add_argument("--kv-cache-memory", metavar="BYTES", type=_bytes, default=None,
-                        help="KV budget, like 4GiB (default: half of the memory that is free)")
-    parser.add_argument("--threads", type=_positive, default=None, metavar="N",
-                        help="attention threads (default: all cores this process may use)")
+    parser.add_argument(
+        "--bind", required=True, metavar="ADDRESS", help="ipc://PATH, tcp://127.0.0.1:PORT (port 0: a free one)"
+    )
+    parser.add_argument(
+        "--kv-cache-memory",
+        metavar="BYTES",
+        type=_bytes,
+        default=None,
+        help="KV budget, like 4GiB (default: half of the memory that is free)",
+    )
+    parser.add_argument(
+        "--threads",
+        type=_positive,
+        default=None,
+        metavar="N",
+        help="attention threads (default: all cores this process may use)",
+    )
     parser.add_argument("--kernel", choices=sorted(KERNELS), default="numba", help="reference: plain numpy, slow")
     parser.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info")
-    parser.add_argument("--exit-with-parent", action="store_true",
-                        help="end when standard input does, so that no worker outlives who started it")
+    parser.add_argument(
+        "--exit-with-parent",
+        action="store_true",
+        help="end when standard input does, so that no worker outlives who started it",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -70,6 +86,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _exit(signum: int, frame: FrameType | None) -> None:
+    """Once; the clean-up that follows is not to be interrupted by a second one."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     raise SystemExit(0)
 
 
@@ -77,9 +96,12 @@ def _follow_parent() -> None:
     """Standard input is a pipe from the parent: its end is the parent's end, however that came."""
     while os.read(0, 4096):
         pass
-    os.kill(os.getpid(), signal.SIGTERM)
-    # A main thread that cannot react within the grace time would keep the memory for ever.
-    threading.Event().wait(_GRACE_S)
+    # A signal that comes between Python's last check and the system call that waits is not seen until the
+    # wait ends, so it is repeated.  A main thread that never reacts would keep its memory for ever.
+    pause, deadline = threading.Event(), time.monotonic() + _GRACE_S
+    while time.monotonic() < deadline:
+        os.kill(os.getpid(), signal.SIGTERM)
+        pause.wait(_REPEAT_S)
     os._exit(1)
 
 

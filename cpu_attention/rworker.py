@@ -123,24 +123,33 @@ class RWorker:
         self._session = None  # before the new store is made: the two may not fit side by side
         layout = KVLayout(
             tuple(LayerShape(spec.num_kv_heads, spec.head_dim) for spec in hello.layers),
-            hello.kv_dtype, hello.block_tokens,
+            hello.kv_dtype,
+            hello.block_tokens,
         )
         asked = self._kv_cache_bytes if hello.kv_cache_bytes is None else hello.kv_cache_bytes
         store = KVStore(layout, min(asked, self._kv_cache_bytes))
         kernel.warm_up(STORAGE_DTYPES[layout.dtype])
         rules = tuple(
-            AttentionRule(spec.scale, spec.window, spec.softcap,
-                          None if spec.sinks is None else np.array(spec.sinks, np.float32))
+            AttentionRule(
+                spec.scale, spec.window, spec.softcap, None if spec.sinks is None else np.array(spec.sinks, np.float32)
+            )
             for spec in hello.layers
         )
         self._session = _Session(nonce, hello.layers, rules, store, {})
         logger.info(
-            "session opened: %d layers, %s KV, %s per token, room for %d tokens", len(hello.layers), layout.dtype,
-            format_bytes(layout.token_bytes), store.num_blocks * layout.block_tokens,
+            "session opened: %d layers, %s KV, %s per token, room for %d tokens",
+            len(hello.layers),
+            layout.dtype,
+            format_bytes(layout.token_bytes),
+            store.num_blocks * layout.block_tokens,
         )
         return Welcome(
-            num_blocks=store.num_blocks, block_tokens=layout.block_tokens, block_bytes=layout.block_bytes,
-            host=platform.node() or "unknown", pid=os.getpid(), num_threads=self._num_threads,
+            num_blocks=store.num_blocks,
+            block_tokens=layout.block_tokens,
+            block_bytes=layout.block_bytes,
+            host=platform.node() or "unknown",
+            pid=os.getpid(),
+            num_threads=self._num_threads,
         )
 
     def _admit(self, store: KVStore, message: Admit) -> None:
@@ -168,8 +177,15 @@ class RWorker:
         store, block_tokens = session.store, session.store.layout.block_tokens
         # A failure below leaves no half-begun micro-batch to attend to.
         session.micro_batches.pop(message.micro_batch, None)
-        rows = list(zip(message.seq_ids.tolist(), message.starts.tolist(), message.num_tokens.tolist(),
-                        message.num_queries.tolist(), strict=True))
+        rows = list(
+            zip(
+                message.seq_ids.tolist(),
+                message.starts.tolist(),
+                message.num_tokens.tolist(),
+                message.num_queries.tolist(),
+                strict=True,
+            )
+        )
         if len({seq_id for seq_id, *_ in rows}) != len(rows):
             raise BadRequest("a sequence comes twice in one micro-batch")
         for seq_id, start, num_tokens, num_queries in rows:
@@ -205,7 +221,9 @@ class RWorker:
         k_shape = (len(batch.blocks), spec.num_kv_heads, spec.head_dim)
         q_shape = (len(batch.positions), spec.num_q_heads, spec.head_dim)
         if message.k.shape != k_shape or message.q.shape != q_shape:
-            raise BadRequest(f"layer {layer} wants k {k_shape} and q {q_shape}, got {message.k.shape}, {message.q.shape}")
+            raise BadRequest(
+                f"layer {layer} wants k {k_shape} and q {q_shape}, got {message.k.shape}, {message.q.shape}"
+            )
         batch.next_layer += 1
 
         k_blocks, v_blocks = session.store.k_blocks[layer], session.store.v_blocks[layer]

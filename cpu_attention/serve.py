@@ -13,6 +13,7 @@ from transport import (
     Goodbye,
     Hello,
     Listener,
+    Message,
     MessageTooLarge,
     PeerLost,
     PeerTimeout,
@@ -20,7 +21,7 @@ from transport import (
 
 logger = logging.getLogger(__name__)
 
-_IDLE_S = 3600.0  # waiting for work is no failure; the wait ends so that it is a wait with a deadline
+_IDLE_S = 1.0  # waiting for work is no failure; but a signal may only be seen when the wait ends
 _ANSWER_TIMEOUT_S = 10.0
 
 
@@ -43,6 +44,7 @@ def serve(listener: Listener, worker: RWorker, *, dismissable: bool = False) -> 
             _answer(listener, error.peer, 0, Failure("ProtocolError", str(error)[:4096]))
             continue
         peer, session, message = delivery.peer, delivery.envelope.session, delivery.envelope.message
+        reply: Message | None
         if isinstance(message, Hello) and worker.session is not None and peer != owner and listener.is_reachable(owner):
             reply = Failure("Busy", "this R-worker is in session with another S-worker; wait, or start one more")
         elif isinstance(message, Goodbye) and message.dismiss and not dismissable:
@@ -57,9 +59,9 @@ def serve(listener: Listener, worker: RWorker, *, dismissable: bool = False) -> 
             return
 
 
-def _answer(listener: Listener, peer: Hashable, session: int, reply: object) -> None:
+def _answer(listener: Listener, peer: Hashable, session: int, reply: Message) -> None:
     """A peer that has gone, or takes nothing any more, is its own loss, not this worker's."""
     try:
-        listener.send(peer, session, reply, timeout_s=_ANSWER_TIMEOUT_S)  # type: ignore[arg-type]
+        listener.send(peer, session, reply, timeout_s=_ANSWER_TIMEOUT_S)
     except (PeerLost, PeerTimeout, MessageTooLarge) as error:
         logger.warning("could not answer: %s", error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -25,12 +26,18 @@ class ThreadedAttend:
         self._pool = ThreadPoolExecutor(num_threads - 1, "attend") if num_threads > 1 else None
 
     def __call__(
-        self, q: np.ndarray, k_blocks: np.ndarray, v_blocks: np.ndarray, block_tables: np.ndarray,
-        positions: np.ndarray, rule: AttentionRule, out: np.ndarray,
+        self,
+        q: np.ndarray,
+        k_blocks: np.ndarray,
+        v_blocks: np.ndarray,
+        block_tables: np.ndarray,
+        positions: np.ndarray,
+        rule: AttentionRule,
+        out: np.ndarray,
     ) -> None:
         lengths = positions + 1 if rule.window is None else np.minimum(positions + 1, rule.window)
         cuts = share_rows(lengths, self._num_threads)
-        shares = [slice(begin, end) for begin, end in zip(cuts, cuts[1:], strict=False) if begin < end]
+        shares = [slice(begin, end) for begin, end in itertools.pairwise(cuts) if begin < end]
 
         def attend_share(s: slice) -> None:
             self._attend(q[s], k_blocks, v_blocks, block_tables[s], positions[s], rule, out[s])

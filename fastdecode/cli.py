@@ -36,7 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _main_parser() -> argparse.ArgumentParser:
     listing = "\n".join(f"  {name:10} {text}" for name, text in COMMANDS.items())
     parser = argparse.ArgumentParser(
-        prog="fastdecode", formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="fastdecode",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         description=f"Decode large language models with the KV cache on CPUs.\n\ncommands:\n{listing}",
         epilog="'fastdecode COMMAND --help' shows a command's options.",
     )

@@ -84,12 +84,19 @@ class EngineConfig:
         _one_of("kv_cache_dtype", self.kv_cache_dtype, ("auto", *STORAGE_DTYPES))
         _one_of("transport", self.transport, TRANSPORTS)
         for name, low, high in (
-            ("num_r_workers", 1, 4096), ("micro_batches", 1, 64), ("max_num_seqs", 1, 1 << 20),
-            ("max_num_batched_tokens", 1, 1 << 20), ("block_tokens", 1, 4096), ("seed", -(2**63), 2**64 - 1),
+            ("num_r_workers", 1, 4096),
+            ("micro_batches", 1, 64),
+            ("max_num_seqs", 1, 1 << 20),
+            ("max_num_batched_tokens", 1, 1 << 20),
+            ("block_tokens", 1, 4096),
+            ("seed", -(2**63), 2**64 - 1),
         ):
             _in_range(name, getattr(self, name), low, high)
-        for name, low, high in (("r_worker_threads", 1, 4096), ("max_model_len", 2, 1 << 30),
-                                ("kv_cache_memory", 1, 1 << 62)):
+        for name, low, high in (
+            ("r_worker_threads", 1, 4096),
+            ("max_model_len", 2, 1 << 30),
+            ("kv_cache_memory", 1, 1 << 62),
+        ):
             if getattr(self, name) is not None:
                 _in_range(name, getattr(self, name), low, high)
         if not 0 < self.worker_timeout_s <= 86400:

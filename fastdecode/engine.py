@@ -1,8 +1,8 @@
 """The engine: schedule, run, commit; requests in, outputs out.
 
-    add_request ─► Scheduler ─► Step ─► Pipeline ─► tokens ─► Scheduler ─► RequestOutput
-                       ▲                                          │
-                       └──────────────── next step ◄──────────────┘
+add_request ─► Scheduler ─► Step ─► Pipeline ─► tokens ─► Scheduler ─► RequestOutput
+                   ▲                                          │
+                   └──────────────── next step ◄──────────────┘
 """
 
 from __future__ import annotations
@@ -50,8 +50,14 @@ class _LiveRequest:
 
 class Engine:
     def __init__(
-        self, *, sworker: SWorker, rpool: RPool, scheduler: Scheduler, tokenizer: Tokenizer | None,
-        max_model_len: int, seed: int,
+        self,
+        *,
+        sworker: SWorker,
+        rpool: RPool,
+        scheduler: Scheduler,
+        tokenizer: Tokenizer | None,
+        max_model_len: int,
+        seed: int,
     ) -> None:
         self._sworker, self._rpool, self._scheduler, self._tokenizer = sworker, rpool, scheduler, tokenizer
         self._pipeline = Pipeline(sworker, rpool)
@@ -187,7 +193,9 @@ class Engine:
                 f"{self._max_model_len}: shorten it, or raise max_model_len if the model and the KV budget allow",
             )
         return Request(
-            request_id=request_id, prompt_token_ids=tuple(prompt_token_ids), params=params,
+            request_id=request_id,
+            prompt_token_ids=tuple(prompt_token_ids),
+            params=params,
             max_new_tokens=left if params.max_tokens is None else min(left, params.max_tokens),
             stop_token_ids=frozenset(params.stop_ids),
             eos_token_ids=frozenset() if params.ignore_eos else frozenset(facts.eos_token_ids),
@@ -203,11 +211,13 @@ class Engine:
     def _output(self, live: _LiveRequest, now: float) -> RequestOutput:
         assert live.first_scheduled is not None and live.first_token is not None
         return RequestOutput(
-            request_id=live.request.request_id, prompt=live.prompt,
+            request_id=live.request.request_id,
+            prompt=live.prompt,
             prompt_token_ids=list(live.request.prompt_token_ids),
             outputs=[self._completion(continuation) for continuation in live.continuations],
             metrics=RequestMetrics(
-                queue_s=live.first_scheduled - live.arrived, first_token_s=live.first_token - live.arrived,
+                queue_s=live.first_scheduled - live.arrived,
+                first_token_s=live.first_token - live.arrived,
                 total_s=now - live.arrived,
             ),
         )
@@ -216,10 +226,13 @@ class Engine:
         sequence, asked = continuation.sequence, continuation.sequence.request.params.logprobs is not None
         assert sequence.finish_reason is not None
         return CompletionOutput(
-            index=sequence.index, text=self._text(continuation), token_ids=list(sequence.output_token_ids),
+            index=sequence.index,
+            text=self._text(continuation),
+            token_ids=list(sequence.output_token_ids),
             cumulative_logprob=sum(entries[0].logprob for entries in continuation.logprobs) if asked else None,
             logprobs=[self._logprobs(entries) for entries in continuation.logprobs] if asked else None,
-            finish_reason=sequence.finish_reason, stop_reason=sequence.stop_reason,
+            finish_reason=sequence.finish_reason,
+            stop_reason=sequence.stop_reason,
         )
 
     def _text(self, continuation: _Continuation) -> str:
@@ -246,5 +259,3 @@ def failed_output(
     """The output of a request that was refused: an error, and n empty continuations that say so."""
     empty = [CompletionOutput(index, "", [], None, None, "error") for index in range(num_samples)]
     return RequestOutput(request_id, prompt, prompt_token_ids, empty, OutputError(error.code, str(error)))
-
-

@@ -1,14 +1,14 @@
 """Everything this runtime raises on purpose, and whose fault it is.
 
-    FastDecodeError
-    ├── ConfigError              yours: an option or a combination that cannot work (also a ValueError)
-    ├── ModelError               the model directory's: not there, not whole, or of a kind that is not supported
-    ├── RequestError             one prompt's; reported in that prompt's output, the others go on
-    └── RWorkerError             an R-worker's
-        ├── RWorkerUnreachable   nobody answers at its address
-        ├── RWorkerLost          it was there and is gone: killed, hung or cut off
-        ├── RWorkerTimeout       connected, but no answer before the deadline
-        └── RWorkerFailed        it answered that it cannot
+FastDecodeError
+├── ConfigError              yours: an option or a combination that cannot work (also a ValueError)
+├── ModelError               the model directory's: not there, not whole, or of a kind that is not supported
+├── RequestError             one prompt's; reported in that prompt's output, the others go on
+└── RWorkerError             an R-worker's
+    ├── RWorkerUnreachable   nobody answers at its address
+    ├── RWorkerLost          it was there and is gone: killed, hung or cut off
+    ├── RWorkerTimeout       connected, but no answer before the deadline
+    └── RWorkerFailed        it answered that it cannot
 """
 
 from __future__ import annotations

@@ -88,11 +88,15 @@ def mpi_addresses() -> list[str]:
     except AddressError as error:
         raise ConfigError(str(error)) from error
     if comm.Get_size() < 2:
-        raise ConfigError("transport 'mpi' wants one rank for the S-worker and one or more for R-workers; start it "
-                          "with, for example, mpirun -n 3 fastdecode generate MODEL --transport mpi")
+        raise ConfigError(
+            "transport 'mpi' wants one rank for the S-worker and one or more for R-workers; start it "
+            "with, for example, mpirun -n 3 fastdecode generate MODEL --transport mpi"
+        )
     if comm.Get_rank() != 0:
-        raise ConfigError("only rank 0 runs the S-worker; start scripts through fastdecode.mpi_main, which makes the "
-                          "other ranks R-workers")
+        raise ConfigError(
+            "only rank 0 runs the S-worker; start scripts through fastdecode.mpi_main, which makes the "
+            "other ranks R-workers"
+        )
     return [f"mpi://{rank}" for rank in range(1, comm.Get_size())]
 
 
@@ -152,17 +156,33 @@ def _start_processes(
 ) -> None:
     directory = Path(tempfile.mkdtemp(prefix="fastdecode-"))  # for this user alone
     workers._cleanup.callback(shutil.rmtree, directory, ignore_errors=True)
-    processes = []
+    processes: list[subprocess.Popen[bytes]] = []
+    workers._cleanup.callback(_stop_processes, processes)
     for index in range(num_workers):
         bind = f"ipc://{directory}/{index}" if transport == "ipc" else "tcp://127.0.0.1:0"
-        process = subprocess.Popen(
-            [sys.executable, "-m", "cpu_attention", "--bind", bind, "--kv-cache-memory", str(kv_cache_bytes),
-             "--threads", str(num_threads), "--log-level", "warning", "--exit-with-parent"],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,  # Ctrl-C is for us; we end them
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [_source_root(), os.environ.get("PYTHONPATH")]))},
+        processes.append(
+            subprocess.Popen(
+                [
+                    sys.executable,
+                    "-m",
+                    "cpu_attention",
+                    "--bind",
+                    bind,
+                    "--kv-cache-memory",
+                    str(kv_cache_bytes),
+                    "--threads",
+                    str(num_threads),
+                    "--log-level",
+                    "warning",
+                    "--exit-with-parent",
+                ],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                start_new_session=True,  # Ctrl-C is for us; we end them
+                env=os.environ
+                | {"PYTHONPATH": os.pathsep.join(filter(None, [_source_root(), os.environ.get("PYTHONPATH")]))},
+            )
         )
-        workers._cleanup.callback(_stop_process, process)
-        processes.append(process)
     deadline = time.monotonic() + START_TIMEOUT_S
     for index, process in enumerate(processes):
         address = _read_address(index, process, deadline)
@@ -183,7 +203,9 @@ def _read_address(index: int, process: subprocess.Popen[bytes], deadline: float)
         selector.register(process.stdout, selectors.EVENT_READ)
         while not line.endswith(b"\n"):
             if not selector.select(max(0.0, deadline - time.monotonic())):
-                raise RWorkerUnreachable(f"R-worker {index} (process {process.pid}) did not start within {START_TIMEOUT_S:g} s")
+                raise RWorkerUnreachable(
+                    f"R-worker {index} (process {process.pid}) did not start within {START_TIMEOUT_S:g} s"
+                )
             chunk = os.read(process.stdout.fileno(), 4096)
             if not chunk:
                 raise RWorkerUnreachable(
@@ -194,17 +216,20 @@ def _read_address(index: int, process: subprocess.Popen[bytes], deadline: float)
     return line.decode().strip().removeprefix(LISTENING)
 
 
-def _stop_process(process: subprocess.Popen[bytes]) -> None:
-    """Its standard input ends, so it ends; if it does not, it is made to."""
-    for stream in (process.stdin, process.stdout):
-        if stream is not None:
-            stream.close()
-    try:
-        process.wait(STOP_TIMEOUT_S)
-    except subprocess.TimeoutExpired:
-        logger.warning("R-worker process %d does not end by itself and is killed", process.pid)
-        process.kill()
-        process.wait()
+def _stop_processes(processes: list[subprocess.Popen[bytes]]) -> None:
+    """Their standard inputs end, so they end, side by side; one that does not is made to."""
+    for process in processes:
+        for stream in (process.stdin, process.stdout):
+            if stream is not None:
+                stream.close()
+    deadline = time.monotonic() + STOP_TIMEOUT_S
+    for process in processes:
+        try:
+            process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            logger.warning("R-worker process %d does not end by itself and is killed", process.pid)
+            process.kill()
+            process.wait()
 
 
 def _source_root() -> str:
@@ -227,8 +252,14 @@ _ROLE_BYTES = 512
 def _print_roles(comm: object) -> None:
     """A table of who does what, printed by rank 0 before anything is loaded."""
     rank, size = comm.Get_rank(), comm.Get_size()  # type: ignore[attr-defined]
-    own = _Role(rank, platform.node()[:200], "S-worker" if rank == 0 else "R-worker", os.getpid(),
-                len(available_cores()), available_memory_bytes())
+    own = _Role(
+        rank,
+        platform.node()[:200],
+        "S-worker" if rank == 0 else "R-worker",
+        os.getpid(),
+        len(available_cores()),
+        available_memory_bytes(),
+    )
     sent = np.zeros(_ROLE_BYTES, np.uint8)
     encoded = msgspec.json.encode(own)
     sent[: len(encoded)] = np.frombuffer(encoded, np.uint8)
@@ -239,8 +270,12 @@ def _print_roles(comm: object) -> None:
     print(f"{'rank':>4}  {'role':8}  {'host':20}  {'pid':>8}  {'cores':>5}  free memory", file=sys.stderr)
     for row in received:
         role = msgspec.json.decode(row.tobytes().rstrip(b"\0"), type=_Role)
-        print(f"{role.rank:>4}  {role.role:8}  {role.host:20}  {role.pid:>8}  {role.cores:>5}  "
-              f"{format_bytes(role.memory_bytes)}", file=sys.stderr, flush=True)
+        print(
+            f"{role.rank:>4}  {role.role:8}  {role.host:20}  {role.pid:>8}  {role.cores:>5}  "
+            f"{format_bytes(role.memory_bytes)}",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def _ranks_on_this_host(comm: object) -> int:

@@ -1,8 +1,8 @@
 """The public API for offline batches: ``LLM``, with vLLM's names.
 
-    with LLM("path/to/model", num_r_workers=2, transport="ipc") as llm:
-        for output in llm.generate(["def fib(n):"], SamplingParams(temperature=0, max_tokens=64)):
-            print(output.outputs[0].text)
+with LLM("path/to/model", num_r_workers=2, transport="ipc") as llm:
+    for output in llm.generate(["def fib(n):"], SamplingParams(temperature=0, max_tokens=64)):
+        print(output.outputs[0].text)
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -64,13 +65,20 @@ class LLM:
             welcomes = _open_session(self._rpool, config, sworker.facts, layout)
             self.max_model_len = _max_model_len(config, sworker.facts, layout, welcomes)
             self._engine = Engine(
-                sworker=sworker, rpool=self._rpool, tokenizer=self._tokenizer, max_model_len=self.max_model_len,
+                sworker=sworker,
+                rpool=self._rpool,
+                tokenizer=self._tokenizer,
+                max_model_len=self.max_model_len,
                 seed=config.seed,
-                scheduler=Scheduler(SchedulerConfig(
-                    max_num_seqs=config.max_num_seqs, max_num_batched_tokens=config.max_num_batched_tokens,
-                    num_micro_batches=config.micro_batches, block_tokens=config.block_tokens,
-                    capacity_blocks=tuple(welcome.num_blocks for welcome in welcomes),
-                )),
+                scheduler=Scheduler(
+                    SchedulerConfig(
+                        max_num_seqs=config.max_num_seqs,
+                        max_num_batched_tokens=config.max_num_batched_tokens,
+                        num_micro_batches=config.micro_batches,
+                        block_tokens=config.block_tokens,
+                        capacity_blocks=tuple(welcome.num_blocks for welcome in welcomes),
+                    )
+                ),
             )
             self.kv_places = _describe_places(self._rpool, welcomes, layout)
             for line in self.kv_places:
@@ -123,15 +131,11 @@ class LLM:
         """One conversation (a list of {"role", "content"}) or a list of them, through the chat template."""
         if self._tokenizer is None:
             raise ConfigError("chat needs the tokenizer that skip_tokenizer_init left out")
-        conversations = [messages] if messages and isinstance(messages[0], Mapping) else messages
-        prompts = [
-            self._tokenizer.encode_chat(
-                [dict(message) for message in conversation],  # type: ignore[arg-type,union-attr]
-                chat_template=chat_template, add_generation_prompt=add_generation_prompt,
-            )
-            for conversation in conversations
-        ]
-        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+        if chat_template is None and not self._tokenizer.has_chat_template():
+            raise ConfigError("this model's tokenizer has no chat template; pass chat_template=..., or use generate()")
+        conversations: Sequence[Any] = [messages] if messages and isinstance(messages[0], Mapping) else messages
+        prompts = [_Conversation(conversation, chat_template, add_generation_prompt) for conversation in conversations]
+        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)  # type: ignore[arg-type]
 
     def get_default_sampling_params(self) -> SamplingParams:
         """What the model's generation_config.json asks for; what `generate` takes without params."""
@@ -165,25 +169,28 @@ class LLM:
                 f"{format_bytes(available_memory_bytes())} of memory that are free"
             )
         return start_r_workers(
-            transport=config.transport, num_workers=config.num_r_workers, threads_each=config.r_worker_threads,
+            transport=config.transport,
+            num_workers=config.num_r_workers,
+            threads_each=config.r_worker_threads,
             kv_cache_bytes_each=budget,
         )
 
     def _pair(
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
     ) -> list[tuple[Prompt, SamplingParams]]:
+        listed: Sequence[Any] = prompts  # type: ignore[assignment]
         if isinstance(prompts, str | Mapping) or (prompts and isinstance(prompts[0], int)):
-            prompts = [prompts]  # type: ignore[list-item]
+            listed = [prompts]
         if params is None:
             params = self._default_params
         if isinstance(params, SamplingParams):
-            params = [params] * len(prompts)
-        if len(params) != len(prompts):
-            raise ConfigError(f"{len(prompts)} prompts and {len(params)} sampling params; give one for all, or one each")
+            params = [params] * len(listed)
+        if len(params) != len(listed):
+            raise ConfigError(f"{len(listed)} prompts and {len(params)} sampling params; give one for all, or one each")
         for given in params:
             if not isinstance(given, SamplingParams):
                 raise ConfigError(f"sampling_params must be SamplingParams, got {type(given).__name__}")
-        return list(zip(prompts, params, strict=True))  # type: ignore[arg-type]
+        return list(zip(listed, params, strict=True))
 
     def _run(self, requests: list[tuple[Prompt, SamplingParams]]) -> Iterator[tuple[int, RequestOutput]]:
         """(place in `requests`, output) as they finish."""
@@ -195,7 +202,8 @@ class LLM:
         places: dict[str, int] = {}
         try:
             for place, (prompt, params) in enumerate(requests):
-                text, token_ids = None, []
+                text: str | None = None
+                token_ids: list[int] = []
                 try:
                     text, token_ids = self._read_prompt(prompt)
                     places[self._engine.add_request(token_ids, params, prompt=text)] = place
@@ -208,8 +216,13 @@ class LLM:
             self._in_use = False
             self._engine.abort(places)
 
-    def _read_prompt(self, prompt: Prompt) -> tuple[str | None, list[int]]:
+    def _read_prompt(self, prompt: Prompt | _Conversation) -> tuple[str | None, list[int]]:
         """(text if there is one, token ids).  Raises RequestError."""
+        if isinstance(prompt, _Conversation):
+            assert self._tokenizer is not None, "chat has checked"
+            return None, self._tokenizer.encode_chat(
+                prompt.messages, chat_template=prompt.chat_template, add_generation_prompt=prompt.add_generation_prompt
+            )
         if isinstance(prompt, Mapping):
             if "prompt_token_ids" in prompt:
                 return prompt.get("prompt"), _token_ids(prompt["prompt_token_ids"])
@@ -219,6 +232,15 @@ class LLM:
         if self._tokenizer is None:
             raise RequestError("invalid_request", "a text prompt needs the tokenizer that skip_tokenizer_init left out")
         return prompt, self._tokenizer.encode(prompt)
+
+
+@dataclass(frozen=True)
+class _Conversation:
+    """A prompt that the chat template still has to write, so that one it refuses fails alone."""
+
+    messages: Sequence[Mapping[str, Any]]
+    chat_template: str | None
+    add_generation_prompt: bool
 
 
 def _token_ids(value: object) -> list[int]:
@@ -241,7 +263,9 @@ def _open_session(rpool: RPool, config: EngineConfig, facts: ModelFacts, layout:
             LayerSpec(s.num_q_heads, s.num_kv_heads, s.head_dim, s.scale, s.window, s.softcap, s.sinks)
             for s in facts.layers
         ),
-        kv_dtype=layout.dtype, block_tokens=layout.block_tokens, kv_cache_bytes=config.kv_cache_memory,
+        kv_dtype=layout.dtype,
+        block_tokens=layout.block_tokens,
+        kv_cache_bytes=config.kv_cache_memory,
     )
     started_here = not config.r_worker_addresses
     try:
@@ -271,7 +295,9 @@ def _max_model_len(config: EngineConfig, facts: ModelFacts, layout: KVLayout, we
         )
     limit = min(filter(None, (asked, known, largest + 1)))
     if asked is None and known is not None and limit < known:
-        logger.warning("max_model_len is %d: the KV budget of one R-worker ends there, the model goes to %d", limit, known)
+        logger.warning(
+            "max_model_len is %d: the KV budget of one R-worker ends there, the model goes to %d", limit, known
+        )
     return limit
 
 
@@ -288,5 +314,7 @@ def _default_params(sworker: SWorker) -> SamplingParams:
     wishes = sworker.generation_config
     if not getattr(wishes, "do_sample", False):
         return SamplingParams(temperature=0.0)
-    fields = {name: getattr(wishes, name, None) for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")}
+    fields = {
+        name: getattr(wishes, name, None) for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+    }
     return SamplingParams(**{name: value for name, value in fields.items() if value is not None})

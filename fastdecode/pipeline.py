@@ -109,7 +109,9 @@ def flatten(micro_batch: MicroBatch) -> FlatBatch:
 
 
 def _rows(micro_batch: MicroBatch) -> _Rows:
-    queries, prompts, row = [], [], 0
+    queries: list[int] = []
+    prompts: list[tuple[int, int]] = []
+    row = 0
     for segment in micro_batch.segments:
         if segment.is_prompt:
             prompts.append((row, segment.num_tokens))

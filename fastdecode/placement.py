@@ -12,7 +12,8 @@ def least_reserved(reserved_blocks: Sequence[int], capacity_blocks: Sequence[int
     is the KV it reads, so an even spread of KV is the goal.
     """
     open_workers = [
-        worker for worker, (reserved, capacity) in enumerate(zip(reserved_blocks, capacity_blocks, strict=True))
+        worker
+        for worker, (reserved, capacity) in enumerate(zip(reserved_blocks, capacity_blocks, strict=True))
         if reserved + needed_blocks <= capacity
     ]
     return min(open_workers, key=lambda worker: reserved_blocks[worker], default=None)

@@ -1,7 +1,7 @@
 """What one step does: immutable, made by the scheduler, read by everybody else.
 
-    Step ─┬─ MicroBatch 0 ── Segment, Segment, …     rows: by R-worker, then decodes before prompts
-          └─ MicroBatch 1 ── Segment, …
+Step ─┬─ MicroBatch 0 ── Segment, Segment, …     rows: by R-worker, then decodes before prompts
+      └─ MicroBatch 1 ── Segment, …
 """
 
 from __future__ import annotations

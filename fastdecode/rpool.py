@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
@@ -84,10 +85,10 @@ class RPool:
     def open(self, hello: Hello, timeout_s: float) -> list[Welcome]:
         """Opens a session with every R-worker; they prepare side by side.  Raises RWorkerError."""
         for i, worker in enumerate(self._workers):
-            self._guard(i, lambda w=worker: w.channel.send(hello, timeout_s=timeout_s), first_contact=True)
+            self._guard(i, partial(worker.channel.send, hello, timeout_s=timeout_s), first_contact=True)
         welcomes = []
         for i, worker in enumerate(self._workers):
-            reply = self._guard(i, lambda w=worker: w.channel.recv(timeout_s=timeout_s), first_contact=True)
+            reply = self._guard(i, partial(worker.channel.recv, timeout_s=timeout_s), first_contact=True)
             welcomes.append(self._expect(i, reply, Welcome))
         return welcomes
 
@@ -95,10 +96,13 @@ class RPool:
         for worker in range(len(self._workers)):
             own = [admission for admission in admissions if admission.r_worker == worker]
             if own:
-                self._send(worker, Admit(
-                    seq_ids=np.array([admission.seq_id for admission in own], np.int64),
-                    max_tokens=np.array([admission.max_tokens for admission in own], np.int32),
-                ))
+                self._send(
+                    worker,
+                    Admit(
+                        seq_ids=np.array([admission.seq_id for admission in own], np.int64),
+                        max_tokens=np.array([admission.max_tokens for admission in own], np.int32),
+                    ),
+                )
 
     def release(self, released: Mapping[int, Sequence[int]]) -> None:
         """R-worker -> sequences that nothing in flight uses any more."""
@@ -114,12 +118,17 @@ class RPool:
                 continue
             num_tokens = np.array([segment.num_tokens for segment in own], np.int32)
             num_queries = np.array([segment.num_queries for segment in own], np.int32)
-            self._send(worker, Step(
-                step=step, micro_batch=micro_batch.index,
-                seq_ids=np.array([segment.seq_id for segment in own], np.int64),
-                starts=np.array([segment.start for segment in own], np.int32),
-                num_tokens=num_tokens, num_queries=num_queries,
-            ))
+            self._send(
+                worker,
+                Step(
+                    step=step,
+                    micro_batch=micro_batch.index,
+                    seq_ids=np.array([segment.seq_id for segment in own], np.int64),
+                    starts=np.array([segment.start for segment in own], np.int32),
+                    num_tokens=num_tokens,
+                    num_queries=num_queries,
+                ),
+            )
             end_token, end_query = token + int(num_tokens.sum()), query + int(num_queries.sum())
             shares.append(_Share(worker, slice(token, end_token), slice(query, end_query)))
             token, query = end_token, end_query
@@ -135,10 +144,17 @@ class RPool:
         """Sends the next layer.  The arrays are not copied: leave them alone until `collect`."""
         ticket.layer += 1
         for share in ticket.shares:
-            self._send(share.worker, Attend(
-                step=ticket.step, micro_batch=ticket.micro_batch, layer=ticket.layer,
-                q=q[share.queries], k=k[share.tokens], v=v[share.tokens],
-            ))
+            self._send(
+                share.worker,
+                Attend(
+                    step=ticket.step,
+                    micro_batch=ticket.micro_batch,
+                    layer=ticket.layer,
+                    q=q[share.queries],
+                    k=k[share.tokens],
+                    v=v[share.tokens],
+                ),
+            )
             self._awaited[share.worker] += 1
 
     def collect(self, ticket: Ticket) -> np.ndarray:
@@ -146,8 +162,9 @@ class RPool:
         parts = []
         for share in ticket.shares:
             reply = self._expect(share.worker, self._recv(share.worker), Attended)
-            if (reply.step, reply.micro_batch, reply.layer) != (ticket.step, ticket.micro_batch, ticket.layer) or \
-                    len(reply.o) != share.queries.stop - share.queries.start:
+            if (reply.step, reply.micro_batch, reply.layer) != (ticket.step, ticket.micro_batch, ticket.layer) or len(
+                reply.o
+            ) != share.queries.stop - share.queries.start:
                 raise RWorkerFailed(f"{self._workers[share.worker].name} answered something else than it was asked")
             parts.append(reply.o)
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
@@ -172,11 +189,11 @@ class RPool:
 
     def _send(self, worker: int, message: Message) -> None:
         channel = self._workers[worker].channel
-        self._guard(worker, lambda: channel.send(message, timeout_s=self._timeout_s))
+        self._guard(worker, partial(channel.send, message, timeout_s=self._timeout_s))
 
     def _recv(self, worker: int) -> Message:
         channel = self._workers[worker].channel
-        reply = self._guard(worker, lambda: channel.recv(timeout_s=self._timeout_s))
+        reply = self._guard(worker, partial(channel.recv, timeout_s=self._timeout_s))
         self._awaited[worker] -= 1
         return reply
 

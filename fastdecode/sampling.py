@@ -19,10 +19,16 @@ def sampling_rows(sequences: Sequence_[Sequence], vocab_size: int) -> SamplingRo
     for row, sequence in enumerate(sequences):
         request = sequence.request
         if request.params.has_penalties:
-            penalties.append(Penalties(
-                row, list(request.prompt_token_ids), sequence.output_token_ids, request.params.presence_penalty,
-                request.params.frequency_penalty, request.params.repetition_penalty,
-            ))
+            penalties.append(
+                Penalties(
+                    row,
+                    list(request.prompt_token_ids),
+                    sequence.output_token_ids,
+                    request.params.presence_penalty,
+                    request.params.frequency_penalty,
+                    request.params.repetition_penalty,
+                )
+            )
         if len(sequence.output_token_ids) < request.params.min_tokens:
             ends = sorted(t for t in request.eos_token_ids | request.stop_token_ids if t < vocab_size)
             if ends:
@@ -34,5 +40,6 @@ def sampling_rows(sequences: Sequence_[Sequence], vocab_size: int) -> SamplingRo
         min_p=np.array([p.min_p for p in params], np.float32),
         uniforms=uniforms(seeds, counts),
         num_logprobs=np.array([-1 if p.logprobs is None else p.logprobs for p in params], np.int64),
-        penalties=penalties, banned=banned,
+        penalties=penalties,
+        banned=banned,
     )

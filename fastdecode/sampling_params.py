@@ -102,7 +102,9 @@ class SamplingParams:
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise ValueError(f"min_tokens ({self.min_tokens}) must be at most max_tokens ({self.max_tokens})")
         if self.temperature == 0 and self.n > 1:
-            raise ValueError(f"n={self.n} with temperature=0 would give the same text {self.n} times; set temperature > 0")
+            raise ValueError(
+                f"n={self.n} with temperature=0 would give the same text {self.n} times; set temperature > 0"
+            )
         if self.stop_strings and not self.detokenize:
             raise ValueError("stop strings are looked for in the text: set detokenize=True, or use stop_token_ids")
 

@@ -114,7 +114,9 @@ class Scheduler:
 
     def _admit(self) -> tuple[list[Admission], list[Segment]]:
         """Moves waiting sequences to running, in order, as far as seats, KV and the token budget reach."""
-        config, admissions, prompts, tokens_left = self._config, [], [], self._config.max_num_batched_tokens
+        config, tokens_left = self._config, self._config.max_num_batched_tokens
+        admissions: list[Admission] = []
+        prompts: list[Segment] = []
         while self._waiting and len(self._running) < config.max_num_seqs:
             sequence = self._waiting[0]
             prompt, needed = sequence.request.prompt_token_ids, self._blocks(sequence)

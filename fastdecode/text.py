@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
 from tokenizers.decoders import DecodeStream
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -30,14 +31,26 @@ class Tokenizer:
         """With the special tokens (a beginning of sequence, say) that the tokenizer adds by itself."""
         return list(self._tokenizer(text)["input_ids"])
 
-    def encode_chat(self, messages: Sequence[dict[str, Any]], **template_options: Any) -> list[int]:
-        if not self._tokenizer.chat_template:
-            raise ConfigError("this model's tokenizer has no chat template; pass chat_template=..., or use generate()")
-        return list(self._tokenizer.apply_chat_template(
-            list(messages), tokenize=True, return_dict=True, **template_options)["input_ids"])
+    def has_chat_template(self) -> bool:
+        return bool(self._tokenizer.chat_template)
 
-    def with_chat_template(self, template: str) -> None:
-        self._tokenizer.chat_template = template
+    def encode_chat(
+        self, messages: Sequence[Mapping[str, Any]], *, chat_template: str | None, add_generation_prompt: bool
+    ) -> list[int]:
+        """Raises RequestError if the template does not take these messages."""
+        try:
+            encoded = self._tokenizer.apply_chat_template(
+                [dict(message) for message in messages],
+                chat_template=chat_template,
+                add_generation_prompt=add_generation_prompt,
+                tokenize=True,
+                return_dict=True,
+            )
+        except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+            raise RequestError(
+                "invalid_request", f"the chat template does not take this conversation: {error}"
+            ) from error
+        return list(encoded["input_ids"])
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
         return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens))

@@ -12,7 +12,20 @@ from gpu_sworker.sampler import Penalties, Sampled, SamplingRows, TokenLogprob, 
 from gpu_sworker.sworker import FlatBatch, ModelFacts, SWorker
 
 __all__ = [
-    "DTYPES", "AttentionCall", "AttentionSpec", "FlatBatch", "ModelFacts", "ModelNotFound", "Penalties",
-    "Sampled", "SamplingRows", "SWorker", "SWorkerError", "TokenLogprob", "UnsupportedModel", "derive_seed",
-    "generate_reference", "uniforms",
+    "DTYPES",
+    "AttentionCall",
+    "AttentionSpec",
+    "FlatBatch",
+    "ModelFacts",
+    "ModelNotFound",
+    "Penalties",
+    "SWorker",
+    "SWorkerError",
+    "Sampled",
+    "SamplingRows",
+    "TokenLogprob",
+    "UnsupportedModel",
+    "derive_seed",
+    "generate_reference",
+    "uniforms",
 ]

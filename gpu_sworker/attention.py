@@ -32,8 +32,17 @@ ATTENTION_NAME = "fastdecode"
 
 # Arguments that transformers passes along and that do not change what attention computes.
 _HARMLESS_ARGUMENTS = {
-    "position_ids", "cache_position", "position_embeddings", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q",
-    "max_length_k", "cumulative_seqlens_q", "cumulative_seqlens_k", "input_ids", "inputs_embeds",
+    "position_ids",
+    "cache_position",
+    "position_embeddings",
+    "cu_seq_lens_q",
+    "cu_seq_lens_k",
+    "max_length_q",
+    "max_length_k",
+    "cumulative_seqlens_q",
+    "cumulative_seqlens_k",
+    "input_ids",
+    "inputs_embeds",
 }
 
 
@@ -117,11 +126,17 @@ def _suspend(
     forward = current.forward
     call = AttentionCall(
         layer=forward.num_calls,
-        q=query[0].transpose(0, 1), k=key[0].transpose(0, 1), v=value[0].transpose(0, 1),
+        q=query[0].transpose(0, 1),
+        k=key[0].transpose(0, 1),
+        v=value[0].transpose(0, 1),
         scale=query.shape[-1] ** -0.5 if scaling is None else float(scaling),
-        softcap=softcap, sinks=s_aux, window_argument=sliding_window, mask=attention_mask,
+        softcap=softcap,
+        sinks=s_aux,
+        window_argument=sliding_window,
+        mask=attention_mask,
         other_tensors=tuple(
-            name for name, value in others.items()
+            name
+            for name, value in others.items()
             if isinstance(value, torch.Tensor) and name not in _HARMLESS_ARGUMENTS
         ),
     )

@@ -1,8 +1,8 @@
 """What an S-worker refuses.  Both are the caller's: the text says what is wrong and what would work.
 
-    SWorkerError
-    ├── ModelNotFound       no such directory, or not (whole) a Hugging Face model with safetensors weights
-    └── UnsupportedModel    a model whose attention cannot be split off, or a device that is not there
+SWorkerError
+├── ModelNotFound       no such directory, or not (whole) a Hugging Face model with safetensors weights
+└── UnsupportedModel    a model whose attention cannot be split off, or a device that is not there
 """
 
 from __future__ import annotations

@@ -82,8 +82,14 @@ def load(directory: Path, config: PretrainedConfig, dtype: torch.dtype, device: 
     _check_weights(directory)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
-            directory, config=config, dtype=dtype, attn_implementation=ATTENTION_NAME, use_safetensors=True,
-            trust_remote_code=False, local_files_only=True, output_loading_info=True,
+            directory,
+            config=config,
+            dtype=dtype,
+            attn_implementation=ATTENTION_NAME,
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+            output_loading_info=True,
         )
     except (ValueError, KeyError) as error:  # how models say that they know only their own attention
         logger.debug("transformers refused the attention function: %s", error)
@@ -108,7 +114,8 @@ def max_positions(config: PretrainedConfig) -> int | None:
         if parameters.get("rope_type") in _BATCH_DEPENDENT_ROPE:
             # Up to here its frequencies are the same for every batch, and so are the tokens.
             original = parameters.get("original_max_position_embeddings") or getattr(
-                text, "original_max_position_embeddings", None)
+                text, "original_max_position_embeddings", None
+            )
             longest = min(filter(None, (longest, original)), default=None)
     return longest
 
@@ -127,7 +134,9 @@ def _vet_config(config: PretrainedConfig, model_type: str) -> None:
     others = set(getattr(text, "layer_types", None) or ()) - _ATTENTION_LAYER_TYPES
     if others or getattr(model_class, "_is_stateful", False):
         kinds = ", ".join(sorted(map(str, others))) or "state-space"
-        raise UnsupportedModel(model_type, f"it has layers that are not attention and keep a state of their own ({kinds})")
+        raise UnsupportedModel(
+            model_type, f"it has layers that are not attention and keep a state of their own ({kinds})"
+        )
     if getattr(text, "alibi", False) or model_type in _ALIBI_MODELS:
         raise UnsupportedModel(model_type, "it adds ALiBi biases to its attention scores")
 

@@ -20,16 +20,18 @@ def prompt_attention(
     windowed = spec.window is not None and spec.window < len(q)
     if spec.softcap is None and spec.sinks is None and not windowed:
         out = F.scaled_dot_product_attention(
-            q.transpose(0, 1)[None], k.transpose(0, 1)[None], v.transpose(0, 1)[None],
-            is_causal=True, scale=spec.scale, enable_gqa=spec.num_q_heads != spec.num_kv_heads,
+            q.transpose(0, 1)[None],
+            k.transpose(0, 1)[None],
+            v.transpose(0, 1)[None],
+            is_causal=True,
+            scale=spec.scale,
+            enable_gqa=spec.num_q_heads != spec.num_kv_heads,
         )
         return out[0].transpose(0, 1)
     return general_prompt_attention(q, k, v, spec)
 
 
-def general_prompt_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec
-) -> torch.Tensor:
+def general_prompt_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec) -> torch.Tensor:
     """The same for every rule (window, soft-cap, sinks), a slab of queries at a time; also the reference."""
     num_tokens, num_q_heads, _ = q.shape
     group = num_q_heads // spec.num_kv_heads

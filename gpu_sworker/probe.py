@@ -47,7 +47,8 @@ def probe(forward: Forward, num_layers: int) -> tuple[AttentionSpec, ...]:
     if len(specs) != num_layers:
         raise NotSplittable(
             f"{len(specs)} of its {num_layers} layers ask for attention; the others keep a state of another kind"
-            if specs else NOT_THROUGH_INTERFACE
+            if specs
+            else NOT_THROUGH_INTERFACE
         )
     return tuple(specs)
 
@@ -66,7 +67,12 @@ def _describe(call: AttentionCall, requests: list[MaskRequest]) -> AttentionSpec
             f"layer {call.layer} adds {', '.join(call.other_tensors)} to its attention (a position bias or the like)"
         )
     return AttentionSpec(
-        num_q_heads, num_kv_heads, head_dim, call.scale, _window(call, requests), call.softcap,
+        num_q_heads,
+        num_kv_heads,
+        head_dim,
+        call.scale,
+        _window(call, requests),
+        call.softcap,
         None if call.sinks is None else tuple(call.sinks.detach().float().reshape(-1).tolist()),
     )
 

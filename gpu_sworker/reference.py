@@ -22,8 +22,12 @@ def generate_reference(
         ids = torch.tensor([list(prompt)])
         with torch.inference_mode():
             out = model.generate(
-                ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, do_sample=False,
-                pad_token_id=0, **limits,
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                pad_token_id=0,
+                **limits,
             )
         outputs.append(out[0, len(prompt) :].tolist())
     return outputs

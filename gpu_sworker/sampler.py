@@ -78,8 +78,8 @@ def sample(logits: torch.Tensor, rows: SamplingRows) -> Sampled:
         logits = raw.clone()
         for penalties in rows.penalties:
             _apply_penalties(logits[penalties.row], penalties)
-        for row, token_ids in rows.banned:
-            logits[row, torch.tensor(token_ids, device=logits.device)] = -torch.inf
+        for row, banned in rows.banned:
+            logits[row, torch.tensor(banned, device=logits.device)] = -torch.inf
     token_ids = logits.argmax(dim=1)
     random = np.flatnonzero(rows.temperature > 0)
     if len(random):

@@ -64,10 +64,14 @@ class SWorker:
         except NotSplittable as reason:
             raise UnsupportedModel(config.model_type, str(reason)) from reason
         self.facts = ModelFacts(
-            model_type=config.model_type, layers=layers, vocab_size=text_config.vocab_size,
-            max_positions=max_positions(config), eos_token_ids=_eos_token_ids(self._model),
+            model_type=config.model_type,
+            layers=layers,
+            vocab_size=text_config.vocab_size,
+            max_positions=max_positions(config),
+            eos_token_ids=_eos_token_ids(self._model),
             num_parameters=sum(p.numel() for p in self._model.parameters()),
-            dtype=str(self.dtype).removeprefix("torch."), device=str(self.device),
+            dtype=str(self.dtype).removeprefix("torch."),
+            device=str(self.device),
         )
 
     @contextmanager

@@ -63,7 +63,10 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFas
     bpe = ByteLevelBPETokenizer()
     bpe.train_from_iterator(texts, vocab_size=vocab_size, special_tokens=[END_OF_FILE], show_progress=False)
     return PreTrainedTokenizerFast(
-        tokenizer_object=bpe._tokenizer, eos_token=END_OF_FILE, bos_token=END_OF_FILE, pad_token=END_OF_FILE,
+        tokenizer_object=bpe._tokenizer,
+        eos_token=END_OF_FILE,
+        bos_token=END_OF_FILE,
+        pad_token=END_OF_FILE,
         clean_up_tokenization_spaces=False,
     )
 
@@ -100,10 +103,19 @@ def train(args: argparse.Namespace) -> None:
     stream = torch.cat([to_stream(tokenizer, training_texts, args.seed + epoch) for epoch in range(2)])
     held_out = to_stream(tokenizer, held_out_texts, None)
     config = LlamaConfig(
-        vocab_size=args.vocab_size, hidden_size=256, intermediate_size=704, num_hidden_layers=6,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=64, max_position_embeddings=1024,
-        rope_theta=10000.0, tie_word_embeddings=True,
-        bos_token_id=0, eos_token_id=0, pad_token_id=0,
+        vocab_size=args.vocab_size,
+        hidden_size=256,
+        intermediate_size=704,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        max_position_embeddings=1024,
+        rope_theta=10000.0,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=0,
     )
     model = LlamaForCausalLM(config)
     num_parameters = sum(p.numel() for p in model.parameters())
@@ -116,9 +128,7 @@ def train(args: argparse.Namespace) -> None:
         torch.optim.AdamW(others, lr=ADAM_LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.0),
     ]
     peaks = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
-    phase_steps = [
-        int(args.tokens * p.share_of_tokens) // (p.context_tokens * p.sequences_per_step) for p in PHASES
-    ]
+    phase_steps = [int(args.tokens * p.share_of_tokens) // (p.context_tokens * p.sequences_per_step) for p in PHASES]
     num_steps, step, started = sum(phase_steps), 0, time.monotonic()
     generator = torch.Generator().manual_seed(args.seed)
     for phase, steps_here in zip(PHASES, phase_steps, strict=True):
@@ -149,9 +159,13 @@ def train(args: argparse.Namespace) -> None:
     tokenizer.save_pretrained(output)
     record = {
         "source": f"Python {platform.python_version()} standard library without tests (PSF licence)",
-        "training_tokens": args.tokens, "corpus_tokens": len(stream) // 2, "parameters": num_parameters,
-        "held_out_loss_nats_per_token": round(loss, 4), "held_out_perplexity": round(math.exp(loss), 3),
-        "seed": args.seed, "seconds": round(time.monotonic() - started),
+        "training_tokens": args.tokens,
+        "corpus_tokens": len(stream) // 2,
+        "parameters": num_parameters,
+        "held_out_loss_nats_per_token": round(loss, 4),
+        "held_out_perplexity": round(math.exp(loss), 3),
+        "seed": args.seed,
+        "seconds": round(time.monotonic() - started),
         "command": "python scripts/train_demo_model.py --output scripts/demo_model",
     }
     (output / "training.json").write_text(json.dumps(record, indent=2) + "\n")

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
+
 from models import VOCAB, make_model
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

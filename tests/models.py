@@ -6,13 +6,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 VOCAB = 256
 
 _LLAMA_LIKE: dict[str, Any] = dict(
-    vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
-    num_key_value_heads=2, max_position_embeddings=512, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    vocab_size=VOCAB,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=512,
+    bos_token_id=1,
+    eos_token_id=2,
+    pad_token_id=0,
 )
 
 # family -> (model type, configuration); windows are shorter than the prompts of the equality tests.
@@ -21,25 +29,70 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("qwen2", _LLAMA_LIKE),
     "qwen3": ("qwen3", _LLAMA_LIKE | {"head_dim": 32}),
     "mistral-window": ("mistral", _LLAMA_LIKE | {"sliding_window": 24}),
-    "opt": ("opt", dict(
-        vocab_size=VOCAB, hidden_size=64, ffn_dim=96, num_hidden_layers=3, num_attention_heads=4,
-        max_position_embeddings=512, word_embed_proj_dim=64, bos_token_id=1, eos_token_id=2, pad_token_id=0)),
+    "opt": (
+        "opt",
+        dict(
+            vocab_size=VOCAB,
+            hidden_size=64,
+            ffn_dim=96,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            max_position_embeddings=512,
+            word_embed_proj_dim=64,
+            bos_token_id=1,
+            eos_token_id=2,
+            pad_token_id=0,
+        ),
+    ),
     "gemma2": ("gemma2", _LLAMA_LIKE | {"head_dim": 32, "sliding_window": 24, "query_pre_attn_scalar": 24}),
-    "gemma3": ("gemma3_text", _LLAMA_LIKE | {
-        "head_dim": 32, "sliding_window": 24, "query_pre_attn_scalar": 24, "num_hidden_layers": 7}),
+    "gemma3": (
+        "gemma3_text",
+        _LLAMA_LIKE | {"head_dim": 32, "sliding_window": 24, "query_pre_attn_scalar": 24, "num_hidden_layers": 7},
+    ),
     "phi3": ("phi3", _LLAMA_LIKE | {"sliding_window": 40}),
     "mixtral": ("mixtral", _LLAMA_LIKE | {"num_local_experts": 4, "num_experts_per_tok": 2}),
-    "qwen3-moe": ("qwen3_moe", _LLAMA_LIKE | {
-        "head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}),
-    "gpt-neox": ("gpt_neox", dict(
-        vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
-        max_position_embeddings=512, bos_token_id=1, eos_token_id=2, pad_token_id=0)),
-    "gpt2": ("gpt2", dict(
-        vocab_size=VOCAB, n_embd=64, n_layer=3, n_head=4, n_positions=512, bos_token_id=1, eos_token_id=2,
-        pad_token_id=0)),
-    "gpt-oss": ("gpt_oss", _LLAMA_LIKE | {
-        "head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 24,
-        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}),
+    "qwen3-moe": (
+        "qwen3_moe",
+        _LLAMA_LIKE | {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48},
+    ),
+    "gpt-neox": (
+        "gpt_neox",
+        dict(
+            vocab_size=VOCAB,
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            max_position_embeddings=512,
+            bos_token_id=1,
+            eos_token_id=2,
+            pad_token_id=0,
+        ),
+    ),
+    "gpt2": (
+        "gpt2",
+        dict(
+            vocab_size=VOCAB,
+            n_embd=64,
+            n_layer=3,
+            n_head=4,
+            n_positions=512,
+            bos_token_id=1,
+            eos_token_id=2,
+            pad_token_id=0,
+        ),
+    ),
+    "gpt-oss": (
+        "gpt_oss",
+        _LLAMA_LIKE
+        | {
+            "head_dim": 16,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "sliding_window": 24,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        },
+    ),
     "granite": ("granite", _LLAMA_LIKE | {"attention_multiplier": 0.2, "residual_multiplier": 0.8}),
     "olmo2": ("olmo2", _LLAMA_LIKE),
     "cohere": ("cohere", _LLAMA_LIKE),

@@ -7,8 +7,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import transport  # noqa: E402
-from transport.testing import CHECKS, serve_echo  # noqa: E402
+import transport
+from transport.testing import CHECKS, serve_echo
 
 if transport.import_mpi().COMM_WORLD.Get_rank() == 1:
     with transport.listen("mpi://") as listener:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from fastdecode import LLM, SamplingParams, mpi_main  # noqa: E402
+from fastdecode import LLM, SamplingParams, mpi_main
 
 
 def main() -> int:
@@ -17,10 +17,18 @@ def main() -> int:
     for case in job["cases"]:
         for workers, micro_batches in job["splits"]:
             ranks = [f"mpi://{rank}" for rank in range(1, workers + 1)]
-            with LLM(case["directory"], r_worker_addresses=ranks, micro_batches=micro_batches, skip_tokenizer_init=True) as llm:
+            with LLM(
+                case["directory"], r_worker_addresses=ranks, micro_batches=micro_batches, skip_tokenizer_init=True
+            ) as llm:
                 outputs = llm.generate(case["prompts"], params, use_tqdm=False)
             tokens = [output.outputs[0].token_ids for output in outputs]
-            print(case["family"], workers, micro_batches, "equal" if tokens == case["reference"] else "DIFFERENT", flush=True)
+            print(
+                case["family"],
+                workers,
+                micro_batches,
+                "equal" if tokens == case["reference"] else "DIFFERENT",
+                flush=True,
+            )
     return 0
 
 

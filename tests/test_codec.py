@@ -43,8 +43,14 @@ def columns(n: int, dtype: str) -> st.SearchStrategy[np.ndarray]:
 def floats(shape: tuple[int, ...]) -> st.SearchStrategy[np.ndarray]:
     bits = st.binary(min_size=4 * int(np.prod(shape)), max_size=4 * int(np.prod(shape)))
     return st.builds(
-        lambda raw, name: np.frombuffer(raw, np.uint8)[: int(np.prod(shape)) * DTYPES[name].itemsize].view(DTYPES[name])
-        .reshape(shape), bits, st.sampled_from(FLOAT_DTYPES))
+        lambda raw, name: (
+            np.frombuffer(raw, np.uint8)[: int(np.prod(shape)) * DTYPES[name].itemsize]
+            .view(DTYPES[name])
+            .reshape(shape)
+        ),
+        bits,
+        st.sampled_from(FLOAT_DTYPES),
+    )
 
 
 @st.composite
@@ -52,9 +58,14 @@ def layer_specs(draw: st.DrawFn) -> LayerSpec:
     kv_heads, group = draw(st.integers(1, 8)), draw(st.integers(1, 8))
     finite = st.floats(-10, 10, width=32)
     return LayerSpec(
-        kv_heads * group, kv_heads, draw(st.integers(1, 256)), draw(finite), draw(st.none() | positives),
+        kv_heads * group,
+        kv_heads,
+        draw(st.integers(1, 256)),
+        draw(finite),
+        draw(st.none() | positives),
         draw(st.none() | st.floats(0.5, 100)),
-        draw(st.none() | st.tuples(*[finite] * (kv_heads * group))))
+        draw(st.none() | st.tuples(*[finite] * (kv_heads * group))),
+    )
 
 
 @st.composite
@@ -62,25 +73,45 @@ def messages(draw: st.DrawFn) -> Message:
     n, rows, queries = draw(st.integers(0, 5)), draw(st.integers(0, 4)), draw(st.integers(0, 2))
     queries = min(queries, rows)
     heads, dim = draw(st.integers(1, 3)), draw(st.integers(1, 5))
-    return draw(st.one_of(
-        st.builds(Hello, st.lists(layer_specs(), min_size=1, max_size=3).map(tuple), st.sampled_from(FLOAT_DTYPES),
-                  st.integers(1, 4096), st.none() | st.integers(0, 2**62)),
-        st.builds(Welcome, positives, positives, positives, texts, positives, positives),
-        st.builds(Admit, columns(n, "int64"), columns(n, "int32")),
-        st.builds(Step, tokens, counts, columns(n, "int64"), columns(n, "int32"), columns(n, "int32"), columns(n, "int32")),
-        st.builds(Attend, tokens, counts, counts, floats((queries, heads, dim)), floats((rows, 1, dim)), floats((rows, 1, dim))),
-        st.builds(Attended, tokens, counts, counts, floats((rows, heads, dim))),
-        st.builds(Release, columns(n, "int64")),
-        st.builds(Ping, tokens), st.builds(Pong, tokens), st.builds(Goodbye, st.booleans()),
-        st.builds(Failure, texts, texts),
-    ))
+    return draw(
+        st.one_of(
+            st.builds(
+                Hello,
+                st.lists(layer_specs(), min_size=1, max_size=3).map(tuple),
+                st.sampled_from(FLOAT_DTYPES),
+                st.integers(1, 4096),
+                st.none() | st.integers(0, 2**62),
+            ),
+            st.builds(Welcome, positives, positives, positives, texts, positives, positives),
+            st.builds(Admit, columns(n, "int64"), columns(n, "int32")),
+            st.builds(
+                Step, tokens, counts, columns(n, "int64"), columns(n, "int32"), columns(n, "int32"), columns(n, "int32")
+            ),
+            st.builds(
+                Attend,
+                tokens,
+                counts,
+                counts,
+                floats((queries, heads, dim)),
+                floats((rows, 1, dim)),
+                floats((rows, 1, dim)),
+            ),
+            st.builds(Attended, tokens, counts, counts, floats((rows, heads, dim))),
+            st.builds(Release, columns(n, "int64")),
+            st.builds(Ping, tokens),
+            st.builds(Pong, tokens),
+            st.builds(Goodbye, st.booleans()),
+            st.builds(Failure, texts, texts),
+        )
+    )
 
 
 def as_plain(message: Message) -> object:
     """Comparable: arrays become their type, shape and bytes."""
     return type(message).__name__, [
         (value.dtype.name, value.shape, value.tobytes()) if isinstance(value, np.ndarray) else value
-        for value in (getattr(message, name) for name in message.__struct_fields__)]
+        for value in (getattr(message, name) for name in message.__struct_fields__)
+    ]
 
 
 @given(messages(), st.integers(0, 2**64 - 1))
@@ -154,19 +185,22 @@ def test_limits_hold_both_ways() -> None:
         Codec(Limits(max_array_bytes=63)).decode(Codec().encode(0, message))
 
 
-@pytest.mark.parametrize("make", [
-    lambda: Attend(0, 0, 0, np.zeros((1, 2, 4)), np.zeros((1, 2, 4)), np.zeros((1, 2, 4))),  # float64
-    lambda: Attend(0, 0, 0, *[np.zeros((2, 4), np.float32)] * 3),
-    lambda: Attend(0, 0, 0, np.zeros((1, 1, 4), np.float32), *[np.zeros((1, 1, 5), np.float32)] * 2),
-    lambda: Attend(0, 0, 0, np.zeros((2, 1, 4), np.float32), *[np.zeros((1, 1, 4), np.float32)] * 2),
-    lambda: Admit(np.zeros(2, np.int64), np.zeros(3, np.int32)),
-    lambda: Admit(np.zeros(2, np.int32), np.zeros(2, np.int32)),
-    lambda: LayerSpec(5, 2, 64, 1.0),
-    lambda: LayerSpec(4, 2, 64, float("nan")),
-    lambda: LayerSpec(4, 2, 64, 1.0, softcap=0.0),
-    lambda: LayerSpec(4, 2, 64, 1.0, sinks=(1.0,)),
-    lambda: Hello((LayerSpec(4, 2, 64, 1.0),), "float64", 16),
-])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Attend(0, 0, 0, np.zeros((1, 2, 4)), np.zeros((1, 2, 4)), np.zeros((1, 2, 4))),  # float64
+        lambda: Attend(0, 0, 0, *[np.zeros((2, 4), np.float32)] * 3),
+        lambda: Attend(0, 0, 0, np.zeros((1, 1, 4), np.float32), *[np.zeros((1, 1, 5), np.float32)] * 2),
+        lambda: Attend(0, 0, 0, np.zeros((2, 1, 4), np.float32), *[np.zeros((1, 1, 4), np.float32)] * 2),
+        lambda: Admit(np.zeros(2, np.int64), np.zeros(3, np.int32)),
+        lambda: Admit(np.zeros(2, np.int32), np.zeros(2, np.int32)),
+        lambda: LayerSpec(5, 2, 64, 1.0),
+        lambda: LayerSpec(4, 2, 64, float("nan")),
+        lambda: LayerSpec(4, 2, 64, 1.0, softcap=0.0),
+        lambda: LayerSpec(4, 2, 64, 1.0, sinks=(1.0,)),
+        lambda: Hello((LayerSpec(4, 2, 64, 1.0),), "float64", 16),
+    ],
+)
 def test_wrong_shapes_cannot_even_be_said(make: object) -> None:
     with pytest.raises(ValueError):
         make()  # type: ignore[operator]

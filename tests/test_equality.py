@@ -1,4 +1,4 @@
-"""Token for token what ``transformers.generate`` gives: every family, number of R-workers, of micro-batches, transport."""
+"""Token for token what ``transformers.generate`` gives: every family, split and transport."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 from conftest import NEW_TOKENS, Case
-from models import FAMILIES
 
 from cpu_attention import LISTENING
 from fastdecode import LLM, SamplingParams
+from models import FAMILIES
 
 ROOT = Path(__file__).parents[1]
 GREEDY = SamplingParams(temperature=0, max_tokens=NEW_TOKENS)
@@ -26,10 +26,28 @@ def addresses(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, li
     directory = tmp_path_factory.mktemp("sockets")
     processes = []
     for bind in [f"ipc://{directory}/{i}" for i in range(3)] + ["tcp://127.0.0.1:0"] * 3:
-        processes.append(subprocess.Popen(
-            [sys.executable, "-m", "cpu_attention", "--bind", bind, "--kv-cache-memory", "256MiB", "--threads", "1",
-             "--log-level", "warning", "--exit-with-parent"],
-            cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
+        processes.append(
+            subprocess.Popen(
+                [
+                    sys.executable,
+                    "-m",
+                    "cpu_attention",
+                    "--bind",
+                    bind,
+                    "--kv-cache-memory",
+                    "256MiB",
+                    "--threads",
+                    "1",
+                    "--log-level",
+                    "warning",
+                    "--exit-with-parent",
+                ],
+                cwd=ROOT,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+        )
     found = [process.stdout.readline().strip().removeprefix(LISTENING) for process in processes]  # type: ignore[union-attr]
     yield {"ipc": found[:3], "tcp": found[3:]}
     for process in processes:
@@ -57,27 +75,50 @@ def test_threads(family: str, case: Callable[[str], Case]) -> None:
 def test_processes(family: str, scheme: str, addresses: dict[str, list[str]], case: Callable[[str], Case]) -> None:
     made = case(family)
     for workers, micro_batches in SPLITS:
-        with LLM(made.directory, r_worker_addresses=addresses[scheme][:workers], micro_batches=micro_batches,
-                 skip_tokenizer_init=True) as llm:
+        with LLM(
+            made.directory,
+            r_worker_addresses=addresses[scheme][:workers],
+            micro_batches=micro_batches,
+            skip_tokenizer_init=True,
+        ) as llm:
             assert tokens(llm, made) == made.reference, (workers, micro_batches)
 
 
 def test_mpi(mpirun: list[str], case: Callable[[str], Case], tmp_path: Path) -> None:
     """All families and splits in one job of four ranks."""
-    job = [{"family": family, "directory": str(case(family).directory), "prompts": case(family).prompts,
-            "reference": case(family).reference} for family in FAMILIES]
+    job = [
+        {
+            "family": family,
+            "directory": str(case(family).directory),
+            "prompts": case(family).prompts,
+            "reference": case(family).reference,
+        }
+        for family in FAMILIES
+    ]
     (tmp_path / "job.json").write_text(json.dumps({"cases": job, "splits": SPLITS, "new_tokens": NEW_TOKENS}))
-    out = subprocess.run([*mpirun, "-n", "4", sys.executable, ROOT / "tests" / "mpi_equality.py", tmp_path / "job.json"],
-                         capture_output=True, text=True, timeout=280)
+    out = subprocess.run(
+        [*mpirun, "-n", "4", sys.executable, ROOT / "tests" / "mpi_equality.py", tmp_path / "job.json"],
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
     assert out.returncode == 0, out.stdout[-3000:] + out.stderr[-3000:]
     assert out.stdout.count("equal") == len(FAMILIES) * len(SPLITS)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt-oss"])
-@pytest.mark.parametrize("options", [
-    {"max_num_seqs": 3}, {"max_num_batched_tokens": 1}, {"micro_batches": 5, "num_r_workers": 3}, {"block_tokens": 7},
-    {"block_tokens": 256}, {"r_worker_threads": 3}, {"kv_cache_memory": "400KB", "num_r_workers": 2, "max_model_len": 240},
-])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_num_seqs": 3},
+        {"max_num_batched_tokens": 1},
+        {"micro_batches": 5, "num_r_workers": 3},
+        {"block_tokens": 7},
+        {"block_tokens": 256},
+        {"r_worker_threads": 3},
+        {"kv_cache_memory": "400KB", "num_r_workers": 2, "max_model_len": 240},
+    ],
+)
 def test_no_option_changes_tokens(family: str, options: dict[str, object], case: Callable[[str], Case]) -> None:
     made = case(family)
     with LLM(made.directory, skip_tokenizer_init=True, **options) as llm:
@@ -89,8 +130,10 @@ def test_half_precision_kv_stays_close(kv_dtype: str, llama: Case) -> None:
     """Rounded K and V may turn a close call; on these prompts at least the beginnings agree."""
     with LLM(llama.directory, kv_cache_dtype=kv_dtype, skip_tokenizer_init=True) as llm:
         result = tokens(llm, llama)
-    agreed = [next((i for i, (a, b) in enumerate(zip(x, y, strict=True)) if a != b), len(x))
-              for x, y in zip(result, llama.reference, strict=True)]
+    agreed = [
+        next((i for i, (a, b) in enumerate(zip(x, y, strict=True)) if a != b), len(x))
+        for x, y in zip(result, llama.reference, strict=True)
+    ]
     assert sum(agreed) / sum(map(len, llama.reference)) > (0.9 if kv_dtype == "float16" else 0.3), agreed
 
 

@@ -32,7 +32,9 @@ FILES = sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))
 def imports(path: Path) -> Iterator[tuple[str, ast.Import | ast.ImportFrom, bool]]:
     """(module, node, whether inside a function) of every import in the file."""
     tree = ast.parse(path.read_text())
-    inner = {id(n) for f in ast.walk(tree) if isinstance(f, ast.FunctionDef | ast.AsyncFunctionDef) for n in ast.walk(f)}
+    inner = {
+        id(n) for f in ast.walk(tree) if isinstance(f, ast.FunctionDef | ast.AsyncFunctionDef) for n in ast.walk(f)
+    }
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             for alias in node.names:
@@ -88,7 +90,16 @@ def test_no_import_cycles() -> None:
 @pytest.mark.parametrize("name", sorted(PURE))
 def test_pure_rooms(name: str) -> None:
     for module, _, _ in imports(ROOT / "fastdecode" / name):
-        assert module.split(".")[0] not in {"torch", "time", "socket", "zmq", "os", "transport", "gpu_sworker", "threading"}
+        assert module.split(".")[0] not in {
+            "torch",
+            "time",
+            "socket",
+            "zmq",
+            "os",
+            "transport",
+            "gpu_sworker",
+            "threading",
+        }
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
@@ -107,8 +118,18 @@ def test_nothing_unsafe(path: Path) -> None:
     assert not {"pickle", "cloudpickle", "dill", "marshal", "shelve"} & {m.split(".")[0] for m, _, _ in imports(path)}
 
 
-@pytest.mark.parametrize("module", ["transport", "cpu_attention", "fastdecode", "fastdecode.cli", "fastdecode.commands.rworker",
-                                    "fastdecode.commands.generate", "fastdecode.scheduler"])
+@pytest.mark.parametrize(
+    "module",
+    [
+        "transport",
+        "cpu_attention",
+        "fastdecode",
+        "fastdecode.cli",
+        "fastdecode.commands.rworker",
+        "fastdecode.commands.generate",
+        "fastdecode.scheduler",
+    ],
+)
 def test_no_torch(module: str) -> None:
     """A CPU node, and a user who asks for help, need no torch."""
     code = f"import sys, {module}; print([m for m in ('torch', 'transformers') if m in sys.modules])"

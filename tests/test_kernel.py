@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -16,8 +17,17 @@ from cpu_attention.threads import ThreadedAttend, share_rows
 TOLERANCE = 5e-6
 
 
-def random_case(seed: int, *, kv_heads: int, group: int, head_dim: int, block: int, lengths: list[int], dtype: str,
-                rule: AttentionRule) -> tuple[np.ndarray, ...]:
+def random_case(
+    seed: int,
+    *,
+    kv_heads: int,
+    group: int,
+    head_dim: int,
+    block: int,
+    lengths: list[int],
+    dtype: str,
+    rule: AttentionRule,
+) -> tuple[np.ndarray, ...]:
     """Arguments of `attend` without `out`: sequences in shuffled blocks, whose unused places hold rubbish."""
     generator = np.random.default_rng(seed)
     storage = STORAGE_DTYPES[dtype]
@@ -50,30 +60,69 @@ def test_shapes(dtype: str, head_dim: int, kv_heads: int, group: int) -> None:
     block = 16
     rule = AttentionRule(head_dim**-0.5)
     lengths = [1, block - 1, block, block + 1, 5 * block + 3]
-    out, expected = both(random_case(head_dim, kv_heads=kv_heads, group=group, head_dim=head_dim, block=block,
-                                     lengths=lengths, dtype=dtype, rule=rule))
+    out, expected = both(
+        random_case(
+            head_dim,
+            kv_heads=kv_heads,
+            group=group,
+            head_dim=head_dim,
+            block=block,
+            lengths=lengths,
+            dtype=dtype,
+            rule=rule,
+        )
+    )
     np.testing.assert_allclose(out, expected, atol=TOLERANCE, rtol=TOLERANCE)
 
 
 @settings(max_examples=150)
 @given(
-    seed=st.integers(0, 2**31), kv_heads=st.integers(1, 4), group=st.integers(1, 8), head_dim=st.integers(1, 40),
-    block=st.integers(1, 40), lengths=st.lists(st.integers(1, 130), min_size=1, max_size=5),
-    dtype=st.sampled_from(sorted(STORAGE_DTYPES)), window=st.none() | st.integers(1, 140),
-    softcap=st.none() | st.floats(0.5, 50), has_sinks=st.booleans(), scale=st.floats(-2, 2),
+    seed=st.integers(0, 2**31),
+    kv_heads=st.integers(1, 4),
+    group=st.integers(1, 8),
+    head_dim=st.integers(1, 40),
+    block=st.integers(1, 40),
+    lengths=st.lists(st.integers(1, 130), min_size=1, max_size=5),
+    dtype=st.sampled_from(sorted(STORAGE_DTYPES)),
+    window=st.none() | st.integers(1, 140),
+    softcap=st.none() | st.floats(0.5, 50),
+    has_sinks=st.booleans(),
+    scale=st.floats(-2, 2),
 )
-def test_any_shape_and_rule(seed: int, kv_heads: int, group: int, head_dim: int, block: int, lengths: list[int],
-                            dtype: str, window: int | None, softcap: float | None, has_sinks: bool, scale: float) -> None:
+def test_any_shape_and_rule(
+    seed: int,
+    kv_heads: int,
+    group: int,
+    head_dim: int,
+    block: int,
+    lengths: list[int],
+    dtype: str,
+    window: int | None,
+    softcap: float | None,
+    has_sinks: bool,
+    scale: float,
+) -> None:
     sinks = np.random.default_rng(seed).normal(0, 3, kv_heads * group).astype(np.float32) if has_sinks else None
-    out, expected = both(random_case(seed, kv_heads=kv_heads, group=group, head_dim=head_dim, block=block, lengths=lengths,
-                                     dtype=dtype, rule=AttentionRule(scale, window, softcap, sinks)))
+    out, expected = both(
+        random_case(
+            seed,
+            kv_heads=kv_heads,
+            group=group,
+            head_dim=head_dim,
+            block=block,
+            lengths=lengths,
+            dtype=dtype,
+            rule=AttentionRule(scale, window, softcap, sinks),
+        )
+    )
     # Scores reach |scale|·|q||k|, and fp32 rounds them before the exponential.
     np.testing.assert_allclose(out, expected, atol=2e-4, rtol=1e-4)
 
 
 def test_large_scores_do_not_overflow() -> None:
-    arguments = random_case(3, kv_heads=1, group=2, head_dim=64, block=16, lengths=[40, 3], dtype="float32",
-                            rule=AttentionRule(50.0))
+    arguments = random_case(
+        3, kv_heads=1, group=2, head_dim=64, block=16, lengths=[40, 3], dtype="float32", rule=AttentionRule(50.0)
+    )
     out, expected = both(arguments)
     assert np.isfinite(out).all()
     np.testing.assert_allclose(out, expected, atol=2e-3)
@@ -107,8 +156,16 @@ def test_append(wire: str, storage: str) -> None:
 
 @pytest.mark.parametrize("num_threads", [1, 2, 3, 8])
 def test_threads_change_nothing(num_threads: int) -> None:
-    arguments = random_case(1, kv_heads=2, group=2, head_dim=64, block=16, lengths=[100, 1, 1, 1, 77, 5, 300],
-                            dtype="float16", rule=AttentionRule(0.125))
+    arguments = random_case(
+        1,
+        kv_heads=2,
+        group=2,
+        head_dim=64,
+        block=16,
+        lengths=[100, 1, 1, 1, 77, 5, 300],
+        dtype="float16",
+        rule=AttentionRule(0.125),
+    )
     outs = [np.empty_like(arguments[0]) for _ in range(2)]
     threaded = ThreadedAttend(kernel.attend, num_threads)
     threaded(*arguments, outs[0])
@@ -122,14 +179,15 @@ def test_share_rows(lengths: list[int], num_shares: int) -> None:
     """Contiguous, complete, and no share over its part by more than the longest row."""
     cuts = share_rows(np.array(lengths, np.int64), num_shares)
     assert cuts == sorted(cuts) and cuts[0] == 0 and cuts[-1] == len(lengths) and len(cuts) == num_shares + 1
-    for begin, end in zip(cuts, cuts[1:], strict=False):
+    for begin, end in itertools.pairwise(cuts):
         assert sum(lengths[begin:end]) <= sum(lengths) / num_shares + max(lengths, default=0)
 
 
 def test_window_reads_only_the_window() -> None:
     """Keys before it may be anything, NaN too."""
     q, k, v, tables, positions, rule = random_case(
-        5, kv_heads=1, group=1, head_dim=16, block=8, lengths=[64], dtype="float32", rule=AttentionRule(0.25, window=8))
+        5, kv_heads=1, group=1, head_dim=16, block=8, lengths=[64], dtype="float32", rule=AttentionRule(0.25, window=8)
+    )
     expected = both((q, k, v, tables, positions, rule))[1]
     k[tables[0, 0]] = v[tables[0, 0]] = np.nan
     out = np.empty_like(q)

@@ -62,8 +62,14 @@ class StoreMachine(RuleBasedStateMachine):
             blocks = self.store.block_tables([seq_id])[0][positions // 4] if count else np.zeros(0, np.int32)
             for layer, shape in enumerate(LAYOUT.layers):
                 rows = np.broadcast_to(fresh[:, None, None], (count, shape.num_kv_heads, shape.head_dim))
-                kernel.append(rows.astype(np.float32), -rows.astype(np.float32), blocks, (positions % 4).astype(np.int32),
-                              self.store.k_blocks[layer], self.store.v_blocks[layer])
+                kernel.append(
+                    rows.astype(np.float32),
+                    -rows.astype(np.float32),
+                    blocks,
+                    (positions % 4).astype(np.int32),
+                    self.store.k_blocks[layer],
+                    self.store.v_blocks[layer],
+                )
 
     @rule(seq_id=st.integers(0, 9))
     def release(self, seq_id: int) -> None:

@@ -87,7 +87,10 @@ def test_prompt_then_decodes(worker: RWorker) -> None:
     assert worker.handle(SESSION, Admit(ids(7, 8), ints(40, 40))) is None
     kept: dict[tuple[int, int], list[np.ndarray]] = {}
     plan = [  # per step: (sequence, start, tokens, queries)
-        [(7, 0, 11, 0), (8, 0, 3, 0)], [(7, 11, 1, 1), (8, 3, 1, 1)], [(8, 4, 6, 6), (7, 12, 1, 1)], [(7, 13, 1, 1)],
+        [(7, 0, 11, 0), (8, 0, 3, 0)],
+        [(7, 11, 1, 1), (8, 3, 1, 1)],
+        [(8, 4, 6, 6), (7, 12, 1, 1)],
+        [(7, 13, 1, 1)],
     ]
     for step, rows in enumerate(plan):
         seqs, starts, counts, queries = zip(*rows, strict=True)
@@ -175,9 +178,15 @@ def test_budget_of_a_session() -> None:
 
 
 @settings(max_examples=200)
-@given(st.lists(st.tuples(st.integers(0, 3), st.integers(-2, 12), st.integers(-2, 12), st.integers(-2, 12)), max_size=4),
-       st.integers(0, 2), st.integers(0, 12), st.integers(0, 12))
-def test_no_step_reaches_a_kernel_unchecked(rows: list[tuple[int, int, int, int]], layer: int, tokens: int, queries: int) -> None:
+@given(
+    st.lists(st.tuples(st.integers(0, 3), st.integers(-2, 12), st.integers(-2, 12), st.integers(-2, 12)), max_size=4),
+    st.integers(0, 2),
+    st.integers(0, 12),
+    st.integers(0, 12),
+)
+def test_no_step_reaches_a_kernel_unchecked(
+    rows: list[tuple[int, int, int, int]], layer: int, tokens: int, queries: int
+) -> None:
     """Whatever Step says, Attend is answered with what was asked or refused; the store stays sound."""
     worker = RWorker(kv_cache_bytes=1 << 16)
     worker.handle(SESSION, HELLO)

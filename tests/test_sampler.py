@@ -16,16 +16,20 @@ def rows(n: int, **columns: object) -> SamplingRows:
     """n rows of greedy sampling, but for what is given: a value for all or a list."""
     defaults = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "uniforms": 0.5, "num_logprobs": -1}
     dtypes = {"top_k": np.int64, "num_logprobs": np.int64, "uniforms": np.float64}
-    arrays = {name: np.broadcast_to(np.array(columns.pop(name, value), dtypes.get(name, np.float32)), n).copy()
-              for name, value in defaults.items()}
+    arrays = {
+        name: np.broadcast_to(np.array(columns.pop(name, value), dtypes.get(name, np.float32)), n).copy()
+        for name, value in defaults.items()
+    }
     return SamplingRows(**arrays, **columns)  # type: ignore[arg-type]
 
 
 def draws(logits: list[float], n: int = 20_000, **columns: object) -> np.ndarray:
     """Frequencies of n draws with evenly spread uniforms: exact to 1/n."""
     spread = (np.arange(n) + 0.5) / n
-    sampled = sample(torch.tensor([logits]).expand(n, -1), rows(n, temperature=columns.pop("temperature", 1.0),
-                                                               uniforms=spread, **columns))
+    sampled = sample(
+        torch.tensor([logits]).expand(n, -1),
+        rows(n, temperature=columns.pop("temperature", 1.0), uniforms=spread, **columns),
+    )
     return np.bincount(sampled.token_ids, minlength=len(logits)) / n
 
 
@@ -47,13 +51,19 @@ def kept(mask: list[bool]) -> np.ndarray:
     return weights / weights.sum()
 
 
-@pytest.mark.parametrize("columns, mask", [
-    ({"top_k": 2}, [True, False, False, False, True]), ({"top_k": 1}, [False, False, False, False, True]),
-    ({"top_k": 99}, [True] * 5), ({"top_p": 0.7}, [True, False, False, False, True]),
-    ({"top_p": 1e-6}, [False, False, False, False, True]), ({"min_p": 0.2}, [True, False, False, False, True]),
-    ({"min_p": 1.0}, [False, False, False, False, True]),
-    ({"top_k": 3, "min_p": 0.3}, [True, False, False, False, True]),
-])
+@pytest.mark.parametrize(
+    "columns, mask",
+    [
+        ({"top_k": 2}, [True, False, False, False, True]),
+        ({"top_k": 1}, [False, False, False, False, True]),
+        ({"top_k": 99}, [True] * 5),
+        ({"top_p": 0.7}, [True, False, False, False, True]),
+        ({"top_p": 1e-6}, [False, False, False, False, True]),
+        ({"min_p": 0.2}, [True, False, False, False, True]),
+        ({"min_p": 1.0}, [False, False, False, False, True]),
+        ({"top_k": 3, "min_p": 0.3}, [True, False, False, False, True]),
+    ],
+)
 def test_filters(columns: dict[str, float], mask: list[bool]) -> None:
     np.testing.assert_allclose(draws(LOGITS, **columns), kept(mask), atol=1e-3)
 
@@ -61,8 +71,13 @@ def test_filters(columns: dict[str, float], mask: list[bool]) -> None:
 def test_rows_do_not_mix() -> None:
     """Greedy, filtered and free rows in one batch are each what they are alone."""
     logits = torch.randn(6, 50, generator=torch.Generator().manual_seed(0))
-    columns = {"temperature": [0, 1, 1, 0.5, 1, 0], "top_k": [0, 3, 0, 0, 5, 7], "top_p": [1, 1, 0.4, 1, 0.8, 0.3],
-               "min_p": [0, 0, 0, 0.1, 0.02, 0.5], "uniforms": [0.1, 0.9, 0.5, 0.99, 0.0, 0.7]}
+    columns = {
+        "temperature": [0, 1, 1, 0.5, 1, 0],
+        "top_k": [0, 3, 0, 0, 5, 7],
+        "top_p": [1, 1, 0.4, 1, 0.8, 0.3],
+        "min_p": [0, 0, 0, 0.1, 0.02, 0.5],
+        "uniforms": [0.1, 0.9, 0.5, 0.99, 0.0, 0.7],
+    }
     together = sample(logits, rows(6, **columns)).token_ids
     alone = [sample(logits[i : i + 1], rows(1, **{k: v[i] for k, v in columns.items()})).token_ids[0] for i in range(6)]
     assert together.tolist() == alone
@@ -77,7 +92,9 @@ def test_a_token_without_probability_is_never_drawn(uniform: float, top_p: float
 
 def test_penalties() -> None:
     logits = torch.tensor([[1.0, 1.0, -1.0, 1.0]])
-    penalties = Penalties(0, prompt_token_ids=[3], output_token_ids=[0, 0, 2], presence=0.25, frequency=0.5, repetition=2.0)
+    penalties = Penalties(
+        0, prompt_token_ids=[3], output_token_ids=[0, 0, 2], presence=0.25, frequency=0.5, repetition=2.0
+    )
     result = sample(logits, rows(1, penalties=[penalties], num_logprobs=0))
     assert result.token_ids[0] == 1  # 0: 1/2 - 0.25 - 2*0.5, 2: -1*2 - ..., 3: 1/2
     # Log-probabilities are those of the raw logits.
@@ -90,7 +107,9 @@ def test_banned_tokens() -> None:
 
 
 def test_logprobs() -> None:
-    result = sample(torch.tensor([LOGITS, LOGITS]), rows(2, num_logprobs=[2, -1], temperature=[1, 0], uniforms=0.999999))
+    result = sample(
+        torch.tensor([LOGITS, LOGITS]), rows(2, num_logprobs=[2, -1], temperature=[1, 0], uniforms=0.999999)
+    )
     entries, nothing = result.logprobs
     expected = np.log(softmax(LOGITS))
     assert nothing == [] and [e.token_id for e in entries[1:]] == [4, 0] and [e.rank for e in entries[1:]] == [1, 2]
@@ -105,7 +124,7 @@ def test_uniforms_look_uniform_and_depend_on_both() -> None:
     n = 200_000
     counter = np.arange(n, dtype=np.uint64)
     for stream in (uniforms(np.full(n, 7, np.uint64), counter), uniforms(counter, np.zeros(n, np.uint64))):
-        assert 0 <= stream.min() and stream.max() < 1
+        assert stream.min() >= 0 and stream.max() < 1
         assert abs(stream.mean() - 0.5) < 0.003 and abs(stream.var() - 1 / 12) < 0.002
         assert abs(np.corrcoef(stream[:-1], stream[1:])[0, 1]) < 0.01
         assert len(np.unique(stream)) > n - 5

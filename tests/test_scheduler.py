@@ -16,14 +16,28 @@ from fastdecode.scheduler import Scheduler, SchedulerConfig
 END = 1
 
 
-def create_scheduler(*, max_num_seqs: int = 8, max_num_batched_tokens: int = 64, num_micro_batches: int = 2,
-                     block_tokens: int = 4, capacity_blocks: tuple[int, ...] = (50, 50)) -> Scheduler:
-    return Scheduler(SchedulerConfig(max_num_seqs, max_num_batched_tokens, num_micro_batches, block_tokens, capacity_blocks))
+def create_scheduler(
+    *,
+    max_num_seqs: int = 8,
+    max_num_batched_tokens: int = 64,
+    num_micro_batches: int = 2,
+    block_tokens: int = 4,
+    capacity_blocks: tuple[int, ...] = (50, 50),
+) -> Scheduler:
+    return Scheduler(
+        SchedulerConfig(max_num_seqs, max_num_batched_tokens, num_micro_batches, block_tokens, capacity_blocks)
+    )
 
 
 def a_sequence(seq_id: int, prompt: int = 5, output: int = 4, **changes: object) -> Sequence:
-    request = Request(str(seq_id), tuple(range(10, 10 + prompt)), SamplingParams(max_tokens=output), output,
-                      frozenset(), frozenset({END}))
+    request = Request(
+        str(seq_id),
+        tuple(range(10, 10 + prompt)),
+        SamplingParams(max_tokens=output),
+        output,
+        frozenset(),
+        frozenset({END}),
+    )
     return Sequence(seq_id, request, 0, 0)
 
 
@@ -41,14 +55,22 @@ def run_step(scheduler: Scheduler, token: int = 7) -> tuple[Step | None, list[Se
 @settings(max_examples=200)
 @given(
     sizes=st.lists(st.tuples(st.integers(1, 40), st.integers(1, 12)), min_size=1, max_size=25),
-    max_num_seqs=st.integers(1, 6), budget=st.integers(1, 60), micro_batches=st.integers(1, 4),
+    max_num_seqs=st.integers(1, 6),
+    budget=st.integers(1, 60),
+    micro_batches=st.integers(1, 4),
     capacity=st.lists(st.integers(14, 40), min_size=1, max_size=4).map(tuple),
 )
-def test_every_sequence_gets_every_token(sizes: list[tuple[int, int]], max_num_seqs: int, budget: int,
-                                         micro_batches: int, capacity: tuple[int, ...]) -> None:
+def test_every_sequence_gets_every_token(
+    sizes: list[tuple[int, int]], max_num_seqs: int, budget: int, micro_batches: int, capacity: tuple[int, ...]
+) -> None:
     """In order of arrival, once per step, its prompt first, its positions without a gap, on one R-worker."""
-    scheduler = create_scheduler(max_num_seqs=max_num_seqs, max_num_batched_tokens=budget, block_tokens=4,
-                                 num_micro_batches=micro_batches, capacity_blocks=capacity)
+    scheduler = create_scheduler(
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=budget,
+        block_tokens=4,
+        num_micro_batches=micro_batches,
+        capacity_blocks=capacity,
+    )
     sequences = [a_sequence(i, *size) for i, size in enumerate(sizes)]
     for sequence in sequences:
         scheduler.add(sequence)
@@ -81,7 +103,10 @@ def test_sequences_join_and_leave_between_steps() -> None:
     scheduler = create_scheduler(max_num_seqs=2)
     for i in range(3):
         scheduler.add(a_sequence(i, output=2 + i))
-    steps = [{s.seq_id for m in step.micro_batches for s in m.segments} for step in iter(lambda: run_step(scheduler)[0], None)]
+    steps = [
+        {s.seq_id for m in step.micro_batches for s in m.segments}
+        for step in iter(lambda: run_step(scheduler)[0], None)
+    ]
     assert steps == [{0, 1}, {0, 1}, {1, 2}, {2}, {2}, {2}]
 
 
@@ -130,9 +155,15 @@ def test_remove_waiting_and_running() -> None:
     assert (scheduler.num_running, scheduler.num_waiting) == (0, 1)
 
 
-@pytest.mark.parametrize("reserved, capacity, needed, expected", [
-    ([5, 3, 4], [9, 9, 9], 1, 1), ([5, 3, 4], [9, 4, 9], 2, 2), ([5, 3, 4], [9, 9, 9], 7, None), ([2, 2], [9, 9], 1, 0),
-])
+@pytest.mark.parametrize(
+    "reserved, capacity, needed, expected",
+    [
+        ([5, 3, 4], [9, 9, 9], 1, 1),
+        ([5, 3, 4], [9, 4, 9], 2, 2),
+        ([5, 3, 4], [9, 9, 9], 7, None),
+        ([2, 2], [9, 9], 1, 0),
+    ],
+)
 def test_placement(reserved: list[int], capacity: list[int], needed: int, expected: int | None) -> None:
     assert least_reserved(reserved, capacity, needed) == expected
 

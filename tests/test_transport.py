@@ -54,8 +54,12 @@ def test_conformance_close(listener: Listener) -> None:
 
 
 def test_conformance_mpi(mpirun: list[str]) -> None:
-    out = subprocess.run([*mpirun, "-n", "2", sys.executable, ROOT / "tests" / "mpi_conformance.py"],
-                         capture_output=True, text=True, timeout=120)
+    out = subprocess.run(
+        [*mpirun, "-n", "2", sys.executable, ROOT / "tests" / "mpi_conformance.py"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert out.returncode == 0, out.stdout + out.stderr
     assert f"{len(CHECKS)} checks passed" in out.stdout
 
@@ -119,10 +123,17 @@ def test_nobody_there(scheme: str, tmp_path: Path) -> None:
         channel.send(Ping(1), timeout_s=0.2)
 
 
-@pytest.mark.parametrize("address, hint", [
-    ("shm://x", "known: inproc://, ipc://, tcp://, mpi://"), ("nonsense", "known"), ("tcp://127.0.0.1", "tcp://HOST:PORT"),
-    ("tcp://127.0.0.1:99999", "65535"), ("ipc://" + "x" * 200, "100 bytes"), ("inproc://nobody", "start it first"),
-])
+@pytest.mark.parametrize(
+    "address, hint",
+    [
+        ("shm://x", "known: inproc://, ipc://, tcp://, mpi://"),
+        ("nonsense", "known"),
+        ("tcp://127.0.0.1", "tcp://HOST:PORT"),
+        ("tcp://127.0.0.1:99999", "65535"),
+        ("ipc://" + "x" * 200, "100 bytes"),
+        ("inproc://nobody", "start it first"),
+    ],
+)
 def test_bad_addresses(address: str, hint: str) -> None:
     with pytest.raises(AddressError, match=hint):
         connect(address)

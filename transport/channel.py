@@ -152,5 +152,3 @@ class Listener:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
-
-

@@ -120,7 +120,7 @@ class Codec:
         if not isinstance(value, np.ndarray) or value.dtype.name not in DTYPES:
             raise TypeError(f"{type(value).__name__} cannot travel; arrays of {', '.join(DTYPES)} can")
         # A byte view, because bfloat16 has no buffer format of its own.
-        self._arrays_out.append(memoryview(np.ascontiguousarray(value).reshape(-1).view(np.uint8)))
+        self._arrays_out.append(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
         return len(self._arrays_out), value.dtype.name, value.shape
 
     def _view_array(self, wanted: type, description: object) -> np.ndarray:

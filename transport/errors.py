@@ -1,12 +1,12 @@
 """What can go wrong between two workers, and whose fault it is.
 
-    TransportError
-    ├── AddressError       the caller's: an address that cannot be used, or a backend that is not installed
-    ├── ProtocolError      the peer's: it sent something that is not a valid message; the channel lives on
-    ├── MessageTooLarge    the caller's: refused before a byte was sent; the channel lives on
-    ├── PeerTimeout        the peer's: no answer before the deadline; the channel lives on
-    ├── PeerLost           the peer is gone; every later call on this channel says so again
-    └── ChannelClosed      ours: used after close()
+TransportError
+├── AddressError       the caller's: an address that cannot be used, or a backend that is not installed
+├── ProtocolError      the peer's: it sent something that is not a valid message; the channel lives on
+├── MessageTooLarge    the caller's: refused before a byte was sent; the channel lives on
+├── PeerTimeout        the peer's: no answer before the deadline; the channel lives on
+├── PeerLost           the peer is gone; every later call on this channel says so again
+└── ChannelClosed      ours: used after close()
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ class InprocLink:
     def _check_open(self) -> None:
         if self._closed:
             raise ChannelClosed(f"the channel to {self.peer} was closed by this side")
-        if self._lost or self._port._closed and self._inbox.empty():
+        if self._lost or (self._port._closed and self._inbox.empty()):
             self._lost = True
             raise PeerLost(f"{self.peer} is gone: its thread has ended")
 

@@ -57,8 +57,10 @@ class LayerSpec(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fie
     sinks: tuple[float, ...] | None = None  # one logit per query head that takes weight but has no value
 
     def __post_init__(self) -> None:
-        _require(self.num_q_heads % self.num_kv_heads == 0,
-                 f"{self.num_q_heads} query heads are not a multiple of {self.num_kv_heads} KV heads")
+        _require(
+            self.num_q_heads % self.num_kv_heads == 0,
+            f"{self.num_q_heads} query heads are not a multiple of {self.num_kv_heads} KV heads",
+        )
         _require(np.isfinite(self.scale), "scale must be finite")
         _require(self.softcap is None or (np.isfinite(self.softcap) and self.softcap > 0), "softcap must be > 0")
         _require(self.sinks is None or len(self.sinks) == self.num_q_heads, "one sink per query head")
@@ -104,8 +106,12 @@ class Step(Message, frozen=True):
     num_queries: np.ndarray  # [n] int32, how many of the last ones attend here; sum = A
 
     def __post_init__(self) -> None:
-        _require_columns(seq_ids=(self.seq_ids, "int64"), starts=(self.starts, "int32"),
-                         num_tokens=(self.num_tokens, "int32"), num_queries=(self.num_queries, "int32"))
+        _require_columns(
+            seq_ids=(self.seq_ids, "int64"),
+            starts=(self.starts, "int32"),
+            num_tokens=(self.num_tokens, "int32"),
+            num_queries=(self.num_queries, "int32"),
+        )
 
 
 class Attend(Message, frozen=True):
@@ -173,14 +179,17 @@ def _require_columns(**columns: tuple[np.ndarray, str]) -> None:
     length = None
     for name, (column, dtype) in columns.items():
         _require(isinstance(column, np.ndarray), f"{name} is no array")
-        _require(column.ndim == 1 and column.dtype.name == dtype,
-                 f"{name} must be [n] {dtype}, not {column.shape} {column.dtype.name}")
+        _require(
+            column.ndim == 1 and column.dtype.name == dtype,
+            f"{name} must be [n] {dtype}, not {column.shape} {column.dtype.name}",
+        )
         length = len(column) if length is None else length
         _require(len(column) == length, f"{name} has {len(column)} entries, not {length}")
 
 
 def _require_floats(name: str, array: np.ndarray) -> None:
     _require(isinstance(array, np.ndarray), f"{name} is no array")
-    _require(array.ndim == 3 and array.dtype.name in FLOAT_DTYPES,
-             f"{name} must be [rows, heads, head_dim] of {', '.join(FLOAT_DTYPES)}, "
-             f"not {array.shape} {array.dtype.name}")
+    _require(
+        array.ndim == 3 and array.dtype.name in FLOAT_DTYPES,
+        f"{name} must be [rows, heads, head_dim] of {', '.join(FLOAT_DTYPES)}, not {array.shape} {array.dtype.name}",
+    )

@@ -42,7 +42,7 @@ class _Mailbox:
     def send(self, rank: int, frames: Sequence[Buffer], timeout_s: float) -> None:
         sizes = [memoryview(frame).nbytes for frame in frames]
         manifest = np.array([_MAGIC, len(frames), *sizes], np.int64)
-        for buffer in (memoryview(manifest).cast("B"), *frames):
+        for buffer in (manifest.data.cast("B"), *frames):
             request = self._comm.Isend([buffer, self._mpi.BYTE], dest=rank, tag=self._send_tag)
             self._unfinished.append((request, buffer))
         self.flush(timeout_s, rank, at_most=_MAX_UNFINISHED_SENDS)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import numpy as np
 
 from transport.channel import BadDelivery, Channel, Listener
-from transport.codec import DTYPES, LIMITS
+from transport.codec import DTYPES, LIMITS, Buffer
 from transport.errors import ChannelClosed, MessageTooLarge, PeerTimeout
 from transport.messages import Attend, Attended, Failure, Goodbye, Ping, Pong, Release
 
@@ -84,7 +84,7 @@ def check_bad_frames(channel: Channel) -> None:
     """Unknown, truncated and wrong-shaped frames are refused; the other end lives on."""
     good = channel._codec.encode(channel.session, Attend(0, 0, 0, *[np.zeros((2, 1, 4), np.float32)] * 3))
     header = bytes(good[0])
-    bad: list[list[object]] = [
+    bad: list[list[Buffer]] = [
         [b""],
         [b"garbage"],
         [b"XXXX" + header[4:], *good[1:]],
@@ -129,8 +129,14 @@ def check_close(channel: Channel) -> None:
 
 
 CHECKS: tuple[Callable[[Channel], None], ...] = (
-    check_round_trip, check_order, check_large_messages, check_deadline, check_bad_frames, check_too_large,
-    check_other_sessions, check_close,
+    check_round_trip,
+    check_order,
+    check_large_messages,
+    check_deadline,
+    check_bad_frames,
+    check_too_large,
+    check_other_sessions,
+    check_close,
 )
 
 

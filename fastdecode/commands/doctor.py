@@ -23,7 +23,18 @@ from cpu_attention import (
     numa_nodes,
 )
 
-_PACKAGES = ("torch", "transformers", "numba", "numpy", "pyzmq", "mpi4py", "msgspec", "greenlet", "safetensors", "tokenizers")
+_PACKAGES = (
+    "torch",
+    "transformers",
+    "numba",
+    "numpy",
+    "pyzmq",
+    "mpi4py",
+    "msgspec",
+    "greenlet",
+    "safetensors",
+    "tokenizers",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,16 +68,23 @@ def collect(*, measure: bool) -> dict[str, dict[str, Any]]:
             memory[f"read, {threads} thread{'s' * (threads > 1)}"] = f"{measure_read_bandwidth(threads) / 1e9:.1f} GB/s"
     return {
         "machine": {
-            "host": platform.node(), "system": f"{platform.system()} {platform.release()}", "processor": cpu_name(),
+            "host": platform.node(),
+            "system": f"{platform.system()} {platform.release()}",
+            "processor": cpu_name(),
             "cores to use": f"{len(cores)} ({_ranges(cores)})",
-            **{f"NUMA node {node.index}": f"cores {_ranges(node.cores)}, {format_bytes(node.memory_bytes)}"
-               for node in nodes},
+            **{
+                f"NUMA node {node.index}": f"cores {_ranges(node.cores)}, {format_bytes(node.memory_bytes)}"
+                for node in nodes
+            },
         },
         "memory": memory,
         "accelerator": _accelerator(),
         "MPI": {"mpirun": _mpirun(), "mpi4py": _version("mpi4py")},
-        "versions": {"fastdecode": fastdecode.__version__, "python": sys.version.split()[0],
-                     **{name: _version(name) for name in _PACKAGES}},
+        "versions": {
+            "fastdecode": fastdecode.__version__,
+            "python": sys.version.split()[0],
+            **{name: _version(name) for name in _PACKAGES},
+        },
     }
 
 
@@ -77,10 +95,8 @@ def _accelerator() -> dict[str, str]:
         return {"GPU": f"torch cannot be imported: {error}"}
     if not torch.cuda.is_available():
         return {"GPU": f"none that torch {torch.__version__} sees; the S-worker runs on the CPU"}
-    return {
-        f"cuda:{i}": f"{torch.cuda.get_device_name(i)}, {format_bytes(torch.cuda.get_device_properties(i).total_memory)}"
-        for i in range(torch.cuda.device_count())
-    }
+    devices = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    return {f"cuda:{i}": f"{device.name}, {format_bytes(device.total_memory)}" for i, device in enumerate(devices)}
 
 
 def _mpirun() -> str:

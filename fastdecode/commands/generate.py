@@ -14,8 +14,19 @@ from fastdecode.errors import ConfigError, FastDecodeError
 from fastdecode.outputs import RequestOutput
 
 _ENGINE_FLAGS = (
-    "tokenizer", "dtype", "device", "kv_cache_dtype", "kv_cache_memory", "num_r_workers", "r_worker_threads",
-    "transport", "micro_batches", "max_num_seqs", "max_num_batched_tokens", "max_model_len", "worker_timeout_s",
+    "tokenizer",
+    "dtype",
+    "device",
+    "kv_cache_dtype",
+    "kv_cache_memory",
+    "num_r_workers",
+    "r_worker_threads",
+    "transport",
+    "micro_batches",
+    "max_num_seqs",
+    "max_num_batched_tokens",
+    "max_model_len",
+    "worker_timeout_s",
 )
 _SAMPLING_FLAGS = ("n", "temperature", "top_p", "top_k", "min_p", "seed", "max_tokens")
 
@@ -24,21 +35,40 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="Hugging Face model directory (config.json, *.safetensors)")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", action="append", dest="prompts", metavar="TEXT", help="may be given several times")
-    source.add_argument("--prompts-file", metavar="FILE",
-                        help='one prompt per line; lines of a .jsonl file are {"prompt": ...} or {"prompt_token_ids": ...}')
+    source.add_argument(
+        "--prompts-file",
+        metavar="FILE",
+        help='one prompt per line; lines of a .jsonl file are {"prompt": ...} or {"prompt_token_ids": ...}',
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object per prompt on standard output")
 
     engine = parser.add_argument_group("engine")
-    types = {"kv_cache_memory": str, "worker_timeout_s": float, "tokenizer": str, "dtype": str, "device": str,
-             "kv_cache_dtype": str, "transport": str}
+    types = {
+        "kv_cache_memory": str,
+        "worker_timeout_s": float,
+        "tokenizer": str,
+        "dtype": str,
+        "device": str,
+        "kv_cache_dtype": str,
+        "transport": str,
+    }
     choices = {"dtype": DTYPE_NAMES, "kv_cache_dtype": DTYPE_NAMES, "transport": TRANSPORTS}
     for name in _ENGINE_FLAGS:
         engine.add_argument(
-            "--" + name.replace("_", "-").removesuffix("-s"), dest=name, type=types.get(name, int),
-            choices=choices.get(name), default=getattr(EngineConfig, name), help=_help(name),
+            "--" + name.replace("_", "-").removesuffix("-s"),
+            dest=name,
+            type=types.get(name, int),
+            choices=choices.get(name),
+            default=getattr(EngineConfig, name),
+            help=_help(name),
         )
-    engine.add_argument("--r-worker-address", action="append", dest="r_worker_addresses", metavar="ADDRESS",
-                        help="an R-worker that runs already; may be given several times")
+    engine.add_argument(
+        "--r-worker-address",
+        action="append",
+        dest="r_worker_addresses",
+        metavar="ADDRESS",
+        help="an R-worker that runs already; may be given several times",
+    )
 
     sampling = parser.add_argument_group("sampling")
     for name, kind, default, text in (
@@ -51,7 +81,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("max_tokens", int, 64, "new tokens at most"),
     ):
         sampling.add_argument("--" + name.replace("_", "-"), type=kind, default=default, help=text)
-    sampling.add_argument("--stop", action="append", metavar="TEXT", help="ends a continuation; may be given several times")
+    sampling.add_argument(
+        "--stop", action="append", metavar="TEXT", help="ends a continuation; may be given several times"
+    )
     sampling.add_argument("--ignore-eos", action="store_true", help="go on after the end-of-sequence token")
 
 
@@ -59,8 +91,11 @@ def run(args: argparse.Namespace) -> int:
     try:
         if args.transport == "mpi":
             budget = EngineConfig.from_options({"model": args.model, "kv_cache_memory": args.kv_cache_memory})
-            return int(fastdecode.mpi_main(
-                lambda: _generate(args), kv_cache_bytes=budget.kv_cache_memory, num_threads=args.r_worker_threads))
+            return int(
+                fastdecode.mpi_main(
+                    lambda: _generate(args), kv_cache_bytes=budget.kv_cache_memory, num_threads=args.r_worker_threads
+                )
+            )
         return _generate(args)
     except FastDecodeError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -74,7 +109,8 @@ def _generate(args: argparse.Namespace) -> int:
         options = {name: getattr(args, name) for name in (*_ENGINE_FLAGS, "r_worker_addresses")}
         try:
             params = fastdecode.SamplingParams(
-                **{name: getattr(args, name) for name in _SAMPLING_FLAGS}, stop=args.stop, ignore_eos=args.ignore_eos)
+                **{name: getattr(args, name) for name in _SAMPLING_FLAGS}, stop=args.stop, ignore_eos=args.ignore_eos
+            )
         except ValueError as error:
             raise ConfigError(str(error)) from error
         with fastdecode.LLM(args.model, **options) as llm:
@@ -89,8 +125,10 @@ def _generate(args: argparse.Namespace) -> int:
     for output in outputs:
         _print(output, as_json=args.json)
     num_tokens = sum(len(completion.token_ids) for output in outputs for completion in output.outputs)
-    print(f"{len(outputs)} prompts, {num_tokens} new tokens in {seconds:.2f} s: {num_tokens / seconds:.1f} tokens/s",
-          file=sys.stderr)
+    print(
+        f"{len(outputs)} prompts, {num_tokens} new tokens in {seconds:.2f} s: {num_tokens / seconds:.1f} tokens/s",
+        file=sys.stderr,
+    )
     return 1 if any(output.error for output in outputs) else 0
 
 
@@ -104,7 +142,7 @@ def _read_prompts(args: argparse.Namespace) -> list[str | dict[str, object]]:
         raise ConfigError(f"cannot read the prompts: {error}") from error
     if path.suffix != ".jsonl":
         return [line for line in lines if line]
-    prompts = []
+    prompts: list[str | dict[str, object]] = []
     for number, line in enumerate(lines, 1):
         try:
             prompts.append(dict(json.loads(line)))
@@ -115,12 +153,21 @@ def _read_prompts(args: argparse.Namespace) -> list[str | dict[str, object]]:
 
 def _print(output: RequestOutput, *, as_json: bool) -> None:
     if as_json:
-        print(json.dumps({
-            "request_id": output.request_id, "prompt": output.prompt,
-            "error": None if output.error is None else {"code": output.error.code, "message": output.error.message},
-            "outputs": [{"text": c.text, "token_ids": c.token_ids, "finish_reason": c.finish_reason}
-                        for c in output.outputs],
-        }))
+        print(
+            json.dumps(
+                {
+                    "request_id": output.request_id,
+                    "prompt": output.prompt,
+                    "error": None
+                    if output.error is None
+                    else {"code": output.error.code, "message": output.error.message},
+                    "outputs": [
+                        {"text": c.text, "token_ids": c.token_ids, "finish_reason": c.finish_reason}
+                        for c in output.outputs
+                    ],
+                }
+            )
+        )
     elif output.error:
         print(f"--- prompt refused ({output.error.code}): {output.error.message}")
     else:

@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# The whole test suite: style, types, tests.  Needs Python 3.11 or 3.12 and nothing else.
+# Further arguments go to pytest.
+set -euo pipefail
+source "$(dirname "$0")/environment.sh"
+use_environment test
+export HF_HUB_OFFLINE=1
+if [ $# -eq 0 ]; then
+    ruff check .
+    ruff format --check .
+    mypy
+fi
+exec python -m pytest "$@"

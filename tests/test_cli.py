@@ -1,0 +1,202 @@
+"""The command line, as a user would type it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import Case
+
+ROOT = Path(__file__).parents[1]
+
+
+def fastdecode(*arguments: object, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "fastdecode", *map(str, arguments)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["--version"], ["generate", "--help"], ["rworker", "--help"], ["doctor", "--help"]]
+)
+def test_help_is_instant_and_needs_no_torch(arguments: list[str]) -> None:
+    """The goal is a second on an idle machine; the best of three keeps a busy one from lying."""
+    seconds = []
+    for _ in range(3):
+        started = time.perf_counter()
+        assert fastdecode(*arguments).returncode == 0
+        seconds.append(time.perf_counter() - started)
+    assert min(seconds) < 1.0
+    code = (
+        f"import sys; from fastdecode.cli import main\ntry: main({arguments!r})\n"
+        "except SystemExit: pass\nprint('torch' in sys.modules)"
+    )
+    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
+    assert out.stdout.strip().endswith("False")
+
+
+def test_no_command_shows_the_commands() -> None:
+    assert "generate" in fastdecode().stdout
+    wrong = fastdecode("generat")
+    assert wrong.returncode == 2 and "choose from" in wrong.stderr
+
+
+def test_generate_text(demo_model: Path) -> None:
+    out = fastdecode(
+        "generate",
+        demo_model,
+        "--prompt",
+        "def f(x):",
+        "--prompt",
+        "import os\n",
+        "--max-tokens",
+        8,
+        "--transport",
+        "ipc",
+        "--num-r-workers",
+        2,
+        "--kv-cache-dtype",
+        "float16",
+    )
+    assert out.returncode == 0, out.stderr
+    assert "def f(x):" in out.stdout and out.stdout.count("--- length, 8 tokens") == 2
+    assert "tokens/s" in out.stderr and out.stderr.count("of float16 KV") == 2
+
+
+def test_generate_files_and_json(demo_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("def f(x):\n\nimport os\n")
+    (tmp_path / "p.jsonl").write_text(
+        '{"prompt": "def f(x):"}\n{"prompt_token_ids": [1, 2]}\n{"prompt_token_ids": [9999]}\n'
+    )
+    text = fastdecode("generate", demo_model, "--prompts-file", tmp_path / "p.txt", "--max-tokens", 4, "--json")
+    lines = [json.loads(line) for line in text.stdout.splitlines()]
+    assert text.returncode == 0 and [line["prompt"] for line in lines] == ["def f(x):", "import os"]
+    mixed = fastdecode("generate", demo_model, "--prompts-file", tmp_path / "p.jsonl", "--max-tokens", 4, "--json")
+    lines = [json.loads(line) for line in mixed.stdout.splitlines()]
+    assert mixed.returncode == 1  # one was refused, the others were served
+    assert (
+        lines[2]["error"]["code"] == "invalid_request"
+        and lines[1]["error"] is None
+        and len(lines[1]["outputs"][0]["token_ids"]) == 4
+    )
+
+
+@pytest.mark.parametrize(
+    "arguments, text",
+    [
+        (["nowhere", "--prompt", "x"], "error: nowhere is no directory"),
+        (["MODEL", "--prompt", "x", "--temperature", "-1"], "error: temperature must be from 0 to 100"),
+        (["MODEL", "--prompt", "x", "--transport", "mpi"], "error: transport 'mpi' wants one rank"),
+        (
+            ["MODEL", "--prompt", "x", "--kv-cache-memory", "much"],
+            "error: kv_cache_memory: 'much' is no amount of memory",
+        ),
+        (["MODEL", "--prompts-file", "/nonexistent"], "error: cannot read the prompts"),
+        (["MODEL"], "one of the arguments --prompt --prompts-file is required"),
+    ],
+)
+def test_errors_are_one_line(arguments: list[str], text: str, demo_model: Path) -> None:
+    out = fastdecode("generate", *[str(demo_model) if a == "MODEL" else a for a in arguments])
+    assert out.returncode == 2 and text in out.stderr and "Traceback" not in out.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments, text",
+    [
+        (["--bind", "tcp://0.0.0.0:1"], "loopback"),
+        (["--bind", "bogus"], "known: inproc://"),
+        (["--bind", "ipc:///tmp/x", "--kv-cache-memory", "3 potatoes"], "no amount of memory"),
+        (["--bind", "ipc:///tmp/x", "--threads", "0"], "no number above 0"),
+        ([], "--bind"),
+    ],
+)
+def test_rworker_errors(arguments: list[str], text: str) -> None:
+    out = fastdecode("rworker", *arguments)
+    assert out.returncode == 2 and text in out.stderr and "Traceback" not in out.stderr
+
+
+def test_doctor() -> None:
+    out = fastdecode("doctor", "--json")
+    facts = json.loads(out.stdout)
+    assert out.returncode == 0 and facts["versions"]["numba"] != "not installed"
+    assert "GB/s" in facts["memory"]["read, 1 thread"] and "mpirun" in facts["MPI"]
+    assert "default KV budget" in fastdecode("doctor", "--skip-bandwidth").stdout
+
+
+def test_mpirun(mpirun: list[str], demo_model: Path) -> None:
+    """The same text as without MPI, and the table of roles."""
+    arguments = ["generate", str(demo_model), "--prompt", "def f(x):", "--max-tokens", "12", "--json"]
+    out = subprocess.run(
+        [
+            *mpirun,
+            "-n",
+            "3",
+            sys.executable,
+            "-m",
+            "fastdecode",
+            *arguments,
+            "--transport",
+            "mpi",
+            "--kv-cache-memory",
+            "64MiB",
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert out.returncode == 0, out.stderr
+    assert out.stdout == fastdecode(*arguments).stdout
+    roles = [
+        line.split()[1]
+        for line in out.stderr.splitlines()
+        if line.strip()[:1].isdigit() and "worker" in line.split()[1]
+    ]
+    assert roles == ["S-worker", "R-worker", "R-worker"]
+
+
+@pytest.mark.parametrize(
+    "code, text",
+    [
+        ("raise RuntimeError('rank 0 fell over')", "rank 0 fell over"),
+        ("import os; os.kill(os.getpid(), 9)", "rank 0"),
+        ("return 3", ""),
+    ],
+)
+def test_mpirun_with_a_failing_rank_0(code: str, text: str, mpirun: list[str]) -> None:
+    script = (
+        f"import sys, fastdecode\ndef main():\n    {code}\nsys.exit(fastdecode.mpi_main(main, kv_cache_bytes=10**6))"
+    )
+    out = subprocess.run(
+        [*mpirun, "-n", "3", sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert out.returncode != 0 and text in out.stdout + out.stderr
+
+
+def test_mpirun_with_a_killed_r_worker(mpirun: list[str], llama: Case) -> None:
+    """MPI has no recovery: the job ends, non-zero, and does not hang."""
+    script = (
+        "import os, sys, threading, fastdecode\n"
+        "from mpi4py import MPI\n"
+        "if MPI.COMM_WORLD.Get_rank() == 2:\n"
+        "    threading.Timer(3, os.kill, (os.getpid(), 9)).start()\n"
+        "def main():\n"
+        f"    with fastdecode.LLM({str(llama.directory)!r}, transport='mpi', skip_tokenizer_init=True) as llm:\n"
+        "        while True:\n"
+        "            llm.generate([[5] * 9] * 4, fastdecode.SamplingParams(max_tokens=300), use_tqdm=False)\n"
+        "sys.exit(fastdecode.mpi_main(main, kv_cache_bytes=10**8))"
+    )
+    started = time.monotonic()
+    out = subprocess.run(
+        [*mpirun, "-n", "3", sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=100
+    )
+    assert out.returncode != 0 and time.monotonic() - started < 60
+    assert "rank 2" in out.stdout + out.stderr

@@ -1,0 +1,244 @@
+"""The harm done on purpose: workers killed, stopped, lying or slow; nothing hangs, and nothing is left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import Case
+
+from cpu_attention import LISTENING, RWorker, serve
+from fastdecode import LLM, SamplingParams
+from fastdecode.errors import RWorkerFailed, RWorkerLost, RWorkerTimeout
+from transport import Attend, Attended, connect, listen
+
+ROOT = Path(__file__).parents[1]
+LONG = SamplingParams(temperature=0, max_tokens=400, ignore_eos=True)
+
+
+def children() -> list[psutil.Process]:
+    return [p for p in psutil.Process().children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE]
+
+
+def wait_until(condition: object, timeout_s: float = 10) -> bool:
+    deadline = time.monotonic() + timeout_s
+    while not condition() and time.monotonic() < deadline:  # type: ignore[operator]
+        threading.Event().wait(0.02)
+    return bool(condition())  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("transport", ["ipc", "tcp"])
+@pytest.mark.parametrize("harm", [signal.SIGKILL, signal.SIGSTOP], ids=str)
+def test_worker_lost_in_the_middle(transport: str, harm: signal.Signals, llama: Case) -> None:
+    """A typed error that names the worker, within 5 s; then close() still ends everything."""
+    before = len(children())
+    with LLM(llama.directory, transport=transport, num_r_workers=2, skip_tokenizer_init=True) as llm:
+        victim = children()[-1]
+        moment: list[float] = []
+
+        def strike() -> None:
+            victim.send_signal(harm)
+            moment.append(time.monotonic())
+
+        timer = threading.Timer(0.3, strike)
+        timer.start()
+        with pytest.raises(RWorkerLost, match=f"process {victim.pid}.*is gone"):
+            for _ in range(50):
+                llm.generate([[5] * 20] * 8, LONG, use_tqdm=False)
+        assert time.monotonic() - moment[0] < 5
+        with pytest.raises(RWorkerLost):  # and again, not a hang
+            llm.generate([[5]], LONG, use_tqdm=False)
+        if harm == signal.SIGSTOP:
+            victim.send_signal(signal.SIGCONT)
+    assert len(children()) == before
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_thread_worker_that_dies(llama: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    handle = RWorker.handle
+
+    def die(self: RWorker, session: int, message: object) -> object:
+        if isinstance(message, Attend) and message.step == 5:
+            raise SystemExit  # ends the thread like nothing else can
+        return handle(self, session, message)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(RWorker, "handle", die)
+    with (
+        LLM(llama.directory, skip_tokenizer_init=True) as llm,
+        pytest.raises(RWorkerLost, match="R-worker 0 \\(a thread\\)"),
+    ):
+        llm.generate([[5]], LONG, use_tqdm=False)
+
+
+def test_slow_worker_times_out_by_name(llama: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    handle = RWorker.handle
+
+    def dawdle(self: RWorker, session: int, message: object) -> object:
+        if isinstance(message, Attend) and message.step == 3:
+            threading.Event().wait(1.5)
+        return handle(self, session, message)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(RWorker, "handle", dawdle)
+    with (
+        LLM(llama.directory, skip_tokenizer_init=True, worker_timeout_s=0.3) as llm,
+        pytest.raises(RWorkerTimeout, match="R-worker 0 .*no answer .* within 0.3 s"),
+    ):
+        llm.generate([[5]], LONG, use_tqdm=False)
+
+
+def test_failing_worker_says_why(llama: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise MemoryError("no memory for this")
+
+    with LLM(llama.directory, skip_tokenizer_init=True) as llm:
+        monkeypatch.setattr("cpu_attention.kernel.append", broken)
+        with pytest.raises(RWorkerFailed, match="R-worker 0 .*no memory for this"):
+            llm.generate([[5]], LONG, use_tqdm=False)
+
+
+@pytest.mark.parametrize(
+    "lie",
+    [
+        lambda a: Attended(a.step + 1, a.micro_batch, a.layer, a.q),
+        lambda a: Attended(a.step, a.micro_batch, a.layer, a.q[:0]),
+        lambda a: Attended(a.step, a.micro_batch, a.layer + 1, a.q),
+    ],
+)
+def test_lying_worker_is_caught(lie: object, llama: Case) -> None:
+    """An answer to another question, or of another size, never reaches the model."""
+    worker = RWorker(kv_cache_bytes=1 << 24)
+    handle = worker.handle
+
+    def handle_and_lie(session: int, message: object) -> object:
+        reply = handle(session, message)  # type: ignore[arg-type]
+        return lie(message) if isinstance(message, Attend) and message.step == 4 else reply  # type: ignore[operator]
+
+    worker.handle = handle_and_lie  # type: ignore[method-assign,assignment]
+    listener = listen("inproc://liar")
+    thread = threading.Thread(target=serve, args=(listener, worker))
+    thread.start()
+    try:
+        with (
+            LLM(llama.directory, skip_tokenizer_init=True, r_worker_addresses=["inproc://liar"]) as llm,
+            pytest.raises(RWorkerFailed, match="something else than it was asked"),
+        ):
+            llm.generate([[5]], LONG, use_tqdm=False)
+    finally:
+        listener.close()
+        thread.join(10)
+
+
+def test_interrupted_generate_leaves_a_working_engine(llama: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C in the middle of a layer: KV comes back, and the next call gives the right tokens."""
+    params = SamplingParams(temperature=0, max_tokens=32)
+    with LLM(llama.directory, skip_tokenizer_init=True, num_r_workers=2) as llm:
+        attend_prompt, calls = llm._engine._sworker.attend_prompt, []
+
+        def interrupt(*arguments: object) -> object:
+            calls.append(1)
+            if len(calls) == 7:
+                raise KeyboardInterrupt
+            return attend_prompt(*arguments)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(llm._engine._sworker, "attend_prompt", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            llm.generate(llama.prompts, params, use_tqdm=False)
+        outputs = llm.generate(llama.prompts, params, use_tqdm=False)
+        assert [output.outputs[0].token_ids for output in outputs] == llama.reference
+        assert llm._engine._scheduler._reserved_blocks == [0, 0]
+
+
+@pytest.mark.parametrize("transport", ["inproc", "ipc", "tcp"])
+def test_close_leaves_nothing(transport: str, llama: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No process, thread, socket, file or file descriptor, after ten lives."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+
+    def life() -> None:
+        with LLM(llama.directory, transport=transport, num_r_workers=2, skip_tokenizer_init=True) as llm:
+            llm.generate([[5, 6]], SamplingParams(max_tokens=2), use_tqdm=False)
+
+    life()
+    me = psutil.Process()
+    before = len(children()), threading.active_count(), me.num_fds(), me.num_threads()
+    for _ in range(3 if transport != "inproc" else 10):
+        life()
+    after = len(children()), threading.active_count(), me.num_fds(), me.num_threads()
+    assert all(a <= b for a, b in zip(after, before, strict=True)), (before, after)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_workers_follow_a_killed_parent(llama: Case, tmp_path: Path) -> None:
+    code = (
+        "import os, sys, fastdecode, psutil\n"
+        f"llm = fastdecode.LLM({str(llama.directory)!r}, transport='ipc', num_r_workers=2, skip_tokenizer_init=True)\n"
+        "print(*[c.pid for c in psutil.Process().children()], flush=True)\n"
+        "os.kill(os.getpid(), 9)\n"
+    )
+    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    pids = [int(pid) for pid in out.stdout.split()]
+    assert len(pids) == 2 and out.returncode == -signal.SIGKILL
+    assert wait_until(lambda: not any(psutil.pid_exists(pid) for pid in pids))
+
+
+@pytest.fixture
+def lone_worker(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fastdecode", "rworker", "--bind", f"ipc://{tmp_path}/w", "--kv-cache-memory", "64MiB"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    assert process.stdout
+    yield process, process.stdout.readline().strip().removeprefix(LISTENING)
+    process.kill()
+    process.wait()
+
+
+def test_worker_started_by_hand_outlives_its_s_workers(
+    lone_worker: tuple[subprocess.Popen[str], str], llama: Case
+) -> None:
+    """One that says goodbye, one that is killed in session, one that sends garbage; then a good one again."""
+    process, address = lone_worker
+    params = SamplingParams(temperature=0, max_tokens=32)
+
+    def run() -> list[list[int]]:
+        with LLM(llama.directory, r_worker_addresses=[address], skip_tokenizer_init=True) as llm:
+            return [o.outputs[0].token_ids for o in llm.generate(llama.prompts, params, use_tqdm=False)]
+
+    assert run() == llama.reference
+    code = (
+        f"import os, fastdecode; fastdecode.LLM({str(llama.directory)!r}, r_worker_addresses=[{address!r}], "
+        "skip_tokenizer_init=True); os.kill(os.getpid(), 9)"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60, capture_output=True)
+    with connect(address) as channel:
+        for _ in range(50):
+            channel._link.send_frames([os.urandom(100), b"x"], 5)
+    assert run() == llama.reference
+    assert process.poll() is None
+    process.terminate()
+    assert process.wait(10) == 0
+
+
+def test_second_s_worker_is_told_to_wait(lone_worker: tuple[subprocess.Popen[str], str], llama: Case) -> None:
+    _, address = lone_worker
+    with LLM(llama.directory, r_worker_addresses=[address], skip_tokenizer_init=True) as llm:
+        with pytest.raises(RWorkerFailed, match="in session with another S-worker"):
+            LLM(llama.directory, r_worker_addresses=[address], skip_tokenizer_init=True)
+        assert llm.generate([[5]], SamplingParams(max_tokens=2), use_tqdm=False)[0].error is None
+
+
+def test_worker_process_that_cannot_start(llama: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setattr("sys.executable", "/bin/false")
+    with pytest.raises(Exception, match="R-worker 0 .* ended at its start with exit code 1"):
+        LLM(llama.directory, transport="ipc", skip_tokenizer_init=True)

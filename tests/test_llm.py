@@ -1,0 +1,371 @@
+"""The public API: what comes back, in which order, and what bad input does."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Case
+from tqdm import tqdm
+
+from fastdecode import LLM, RequestOutput, SamplingParams
+from fastdecode.errors import ConfigError, ModelError, RWorkerUnreachable
+
+GREEDY = SamplingParams(temperature=0, max_tokens=12)
+CODE = "def read(path):\n    with open("
+
+
+@pytest.fixture(scope="module")
+def llm(demo_model: Path) -> Iterator[LLM]:
+    with LLM(demo_model, num_r_workers=2) as llm:
+        yield llm
+
+
+def quiet(llm: LLM, prompts: Any, params: Any = None) -> list[RequestOutput]:
+    return llm.generate(prompts, params, use_tqdm=False)
+
+
+def token_ids(outputs: list[RequestOutput]) -> list[list[list[int]]]:
+    return [[completion.token_ids for completion in output.outputs] for output in outputs]
+
+
+# --- forms of input and output
+
+
+def test_forms_of_a_prompt(llm: LLM) -> None:
+    ids = quiet(llm, CODE, GREEDY)[0].prompt_token_ids
+    forms: list[Any] = [CODE, ids, {"prompt": CODE}, {"prompt_token_ids": ids}, tuple(ids)]
+    results = token_ids(quiet(llm, forms, GREEDY))
+    assert all(result == results[0] for result in results)
+    assert token_ids(quiet(llm, ids, GREEDY)) == results[:1]  # one bare list of ids is one prompt
+    assert quiet(llm, [], GREEDY) == []
+
+
+def test_output_fields(llm: LLM) -> None:
+    (output,) = quiet(llm, [CODE], GREEDY)
+    (completion,) = output.outputs
+    assert output.prompt == CODE and output.finished and output.error is None
+    assert completion.text and len(completion.token_ids) == 12 and completion.finish_reason == "length"
+    assert completion.stop_reason is None and completion.logprobs is None and completion.index == 0
+    metrics = output.metrics
+    assert metrics and 0 <= metrics.queue_s <= metrics.first_token_s <= metrics.total_s < 60
+
+
+def test_results_come_in_input_order(llm: LLM) -> None:
+    prompts = [f"x{i} = {i}\n" for i in range(30)]
+    params = [SamplingParams(temperature=0, max_tokens=1 + (i * 7) % 13) for i in range(30)]
+    outputs = quiet(llm, prompts, params)
+    assert [output.prompt for output in outputs] == prompts
+    assert [len(output.outputs[0].token_ids) for output in outputs] == [p.max_tokens for p in params]
+
+
+def test_generate_iter_gives_results_as_they_finish(llm: LLM) -> None:
+    params = [SamplingParams(temperature=0, max_tokens=m) for m in (30, 3, 15)]
+    lengths = [len(o.outputs[0].token_ids) for o in llm.generate_iter([CODE] * 3, params)]
+    assert lengths == [3, 15, 30]
+
+
+def test_leaving_an_iteration_frees_everything(llm: LLM) -> None:
+    for _ in llm.generate_iter([CODE] * 5, [SamplingParams(temperature=0, max_tokens=2 + 40 * i) for i in range(5)]):
+        break
+    scheduler = llm._engine._scheduler
+    assert not scheduler.has_work and scheduler._reserved_blocks == [0, 0]
+    assert len(quiet(llm, [CODE], GREEDY)) == 1
+
+
+def test_one_iteration_at_a_time(llm: LLM) -> None:
+    iteration = llm.generate_iter([CODE], GREEDY)
+    next(iteration)
+    with pytest.raises(ConfigError, match="generating already"):
+        quiet(llm, [CODE], GREEDY)
+    iteration.close()  # type: ignore[attr-defined]
+    assert quiet(llm, [CODE], GREEDY)
+
+
+def test_progress_bar(llm: LLM, capsys: pytest.CaptureFixture[str]) -> None:
+    made = []
+
+    def make(**options: Any) -> tqdm[Any]:
+        made.append(tqdm(**options))
+        return made[0]
+
+    llm.generate([CODE] * 3, GREEDY, use_tqdm=make)
+    assert made[0].n == made[0].total == 3
+    quiet(llm, [CODE], GREEDY)
+    assert "prompts" in capsys.readouterr().err
+
+
+def test_params_per_prompt_must_match(llm: LLM) -> None:
+    with pytest.raises(ConfigError, match="3 prompts and 2 sampling params"):
+        quiet(llm, [CODE] * 3, [GREEDY] * 2)
+    with pytest.raises(ConfigError, match="must be SamplingParams, got dict"):
+        quiet(llm, [CODE], [{"temperature": 0}])
+
+
+def test_defaults_come_from_the_model(llm: LLM) -> None:
+    assert llm.get_default_sampling_params().temperature == 0
+    assert token_ids(quiet(llm, CODE)) == token_ids(quiet(llm, CODE, SamplingParams(temperature=0)))
+
+
+# --- one bad prompt
+
+
+def test_a_bad_prompt_fails_alone(llm: LLM) -> None:
+    too_long = [5] * (llm.max_model_len)
+    prompts: list[Any] = [CODE, "", too_long, [1, 4096], [1, -1], [1, 2.5], 17, {"text": "x"}, b"bytes", CODE]
+    outputs = quiet(llm, prompts, GREEDY)
+    assert token_ids(outputs[:1]) == token_ids(outputs[-1:])
+    texts = [
+        "the prompt is empty",
+        "has 1024 tokens; with one of output the limit is max_model_len = 1024",
+        "token id 4096 is not in the vocabulary.*0 to 4095",
+        "token id -1 is not",
+        "token id 2.5 is not",
+        "a prompt is a string, .* not int",
+        "not NoneType",
+        "not bytes",
+    ]
+    for output, text in zip(outputs[1:-1], texts, strict=True):
+        assert output.error is not None
+        with pytest.raises(ValueError, match=text):
+            _raise(output.error.message)
+        assert output.outputs[0].finish_reason == "error" and output.outputs[0].token_ids == []
+        assert output.error.code == ("context_length_exceeded" if "max_model_len" in text else "invalid_request")
+
+
+def _raise(text: str) -> None:
+    raise ValueError(text)
+
+
+def test_a_prompt_that_just_fits(llm: LLM) -> None:
+    (output,) = quiet(llm, [[5] * (llm.max_model_len - 1)], SamplingParams(temperature=0, max_tokens=9))
+    assert output.error is None and len(output.outputs[0].token_ids) == 1
+
+
+def test_bad_prompts_do_not_shift_seeds(llm: LLM, demo_model: Path) -> None:
+    params = SamplingParams(temperature=1, max_tokens=10)
+    results = []
+    for bad in ("", CODE):
+        with LLM(demo_model) as fresh:
+            results.append(token_ids(quiet(fresh, [bad, CODE], params))[1])
+    assert results[0] == results[1]
+
+
+# --- sampling
+
+RANDOM = SamplingParams(temperature=0.8, top_p=0.95, seed=11, max_tokens=20)
+
+
+@pytest.fixture(scope="module")
+def random_tokens(llm: LLM) -> list[list[list[int]]]:
+    return token_ids(quiet(llm, CODE, RANDOM))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"num_r_workers": 3},
+        {"micro_batches": 1},
+        {"transport": "ipc", "num_r_workers": 2},
+        {"seed": 5},
+    ],
+    ids=str,
+)
+def test_draws_depend_on_seed_and_position_only(
+    options: dict[str, Any], random_tokens: list[Any], demo_model: Path
+) -> None:
+    """Alone or in company, first or last, on any split: the same tokens for the same seed."""
+    with LLM(demo_model, **options) as llm:
+        company = [SamplingParams(temperature=1, max_tokens=3 + i) for i in range(7)]
+        outputs = quiet(llm, [f"# {i}\nimport" for i in range(7)] + [CODE], [*company, RANDOM])
+    assert token_ids(outputs)[-1:] == random_tokens
+
+
+def test_seeds_differ(llm: LLM, random_tokens: list[Any]) -> None:
+    assert token_ids(quiet(llm, CODE, dataclasses.replace(RANDOM, seed=12))) != random_tokens
+    unseeded = dataclasses.replace(RANDOM, seed=None)
+    first, second = token_ids(quiet(llm, [CODE] * 2, unseeded))
+    assert first != second
+
+
+def test_n_samples(llm: LLM) -> None:
+    (output,) = quiet(llm, CODE, dataclasses.replace(RANDOM, n=5))
+    assert [completion.index for completion in output.outputs] == [0, 1, 2, 3, 4]
+    assert len({tuple(completion.token_ids) for completion in output.outputs}) == 5
+    (again,) = quiet(llm, CODE, dataclasses.replace(RANDOM, n=2))
+    assert token_ids([again])[0] == token_ids([output])[0][:2]  # sample i is the same for every n
+
+
+def test_logprobs(llm: LLM) -> None:
+    (output,) = quiet(llm, CODE, SamplingParams(temperature=0, max_tokens=5, logprobs=3))
+    completion = output.outputs[0]
+    assert completion.logprobs and len(completion.logprobs) == 5
+    for token, entries in zip(completion.token_ids, completion.logprobs, strict=True):
+        assert len(entries) == 3 and entries[token].rank == 1 and entries[token].decoded_token is not None
+        assert sorted(entry.rank for entry in entries.values()) == [1, 2, 3]
+    chosen = [entries[token].logprob for token, entries in zip(completion.token_ids, completion.logprobs, strict=True)]
+    assert completion.cumulative_logprob == pytest.approx(sum(chosen)) and max(chosen) <= 0
+
+
+def test_penalties_change_the_outcome(llm: LLM) -> None:
+    plain, penalised = (
+        quiet(llm, "for i in range(", SamplingParams(temperature=0, max_tokens=40, repetition_penalty=p))[0].outputs[0]
+        for p in (1.0, 1.8)
+    )
+    assert len(set(penalised.token_ids)) > len(set(plain.token_ids))
+
+
+# --- ends
+
+
+def test_stop_strings_across_tokens(llm: LLM) -> None:
+    text = quiet(llm, CODE, SamplingParams(temperature=0, max_tokens=40))[0].outputs[0].text
+    stop = text[11:17]  # somewhere in the middle, whatever the token borders
+    (output,) = quiet(llm, CODE, SamplingParams(temperature=0, max_tokens=40, stop=["never", stop]))
+    completion = output.outputs[0]
+    assert completion.text == text[: text.find(stop)] and completion.stop_reason == stop
+    assert completion.finish_reason == "stop" and len(completion.token_ids) < 40
+    (output,) = quiet(
+        llm, CODE, SamplingParams(temperature=0, max_tokens=40, stop=stop, include_stop_str_in_output=True)
+    )
+    assert output.outputs[0].text == text[: text.find(stop)] + stop
+
+
+def test_stop_tokens_and_minimum(llm: LLM) -> None:
+    ids = quiet(llm, CODE, GREEDY)[0].outputs[0].token_ids
+    stop = next(t for i, t in enumerate(ids) if i >= 2 and t not in ids[:i])
+    place = ids.index(stop)
+    (output,) = quiet(llm, CODE, SamplingParams(temperature=0, max_tokens=12, stop_token_ids=[stop]))
+    assert output.outputs[0].token_ids == ids[: place + 1] and output.outputs[0].stop_reason == stop
+    (longer,) = quiet(
+        llm, CODE, SamplingParams(temperature=0, max_tokens=12, stop_token_ids=[stop], min_tokens=place + 3)
+    )
+    assert len(longer.outputs[0].token_ids) >= place + 3 and stop not in longer.outputs[0].token_ids[: place + 2]
+
+
+def test_end_of_sequence(case: Callable[[str], Case]) -> None:
+    """A token made the end token ends the text; ignore_eos goes on."""
+    llama = case("llama")
+    end = llama.reference[0][5]
+    with LLM(llama.directory, skip_tokenizer_init=True) as llm:
+        llm._engine._sworker.facts = dataclasses.replace(llm.facts, eos_token_ids=(end,))
+        first = llama.reference[0].index(end)
+        (output,) = quiet(llm, [llama.prompts[0]], SamplingParams(temperature=0, max_tokens=32))
+        assert output.outputs[0].token_ids == llama.reference[0][: first + 1]
+        assert (output.outputs[0].finish_reason, output.outputs[0].stop_reason) == ("stop", None)
+        (output,) = quiet(llm, [llama.prompts[0]], SamplingParams(temperature=0, max_tokens=32, ignore_eos=True))
+        assert output.outputs[0].token_ids == llama.reference[0]
+
+
+def test_text_options(llm: LLM) -> None:
+    (output,) = quiet(llm, CODE, SamplingParams(temperature=0, max_tokens=5, detokenize=False))
+    assert output.outputs[0].text == "" and len(output.outputs[0].token_ids) == 5
+
+
+def test_chat(llm: LLM) -> None:
+    template = (
+        "{% for m in messages %}# {{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+        "{% if add_generation_prompt %}#:{% endif %}"
+    )
+    conversation = [{"role": "user", "content": "sort a list"}]
+    (output,) = llm.chat(conversation, GREEDY, use_tqdm=False, chat_template=template)
+    assert token_ids([output]) == token_ids(quiet(llm, "# user: sort a list\n#:", GREEDY))
+    good, bad, also_good = llm.chat(
+        [conversation, ["no message"], conversation],
+        GREEDY,
+        use_tqdm=False,  # type: ignore[list-item]
+        chat_template=template,
+    )
+    assert (
+        token_ids([good]) == token_ids([also_good]) and bad.error and "chat template does not take" in bad.error.message
+    )
+    with pytest.raises(ConfigError, match="no chat template"):
+        llm.chat(conversation, GREEDY)
+
+
+# --- without a tokenizer
+
+
+def test_skip_tokenizer_init(demo_model: Path) -> None:
+    with LLM(demo_model, skip_tokenizer_init=True) as llm:
+        ok, text, stop = quiet(llm, [[1, 2, 3], "text", [1]], [GREEDY, GREEDY, SamplingParams(stop="x")])
+        assert ok.error is None and ok.outputs[0].text == "" and ok.outputs[0].token_ids
+        assert text.error and "needs the tokenizer" in text.error.message
+        assert stop.error and "stop strings need a tokenizer" in stop.error.message
+        with pytest.raises(ConfigError, match="needs the tokenizer"):
+            llm.chat([{"role": "user", "content": "x"}])
+
+
+def test_missing_tokenizer(llama: Case) -> None:
+    with pytest.raises(ConfigError, match="skip_tokenizer_init=True"):
+        LLM(llama.directory)
+
+
+# --- options
+
+
+@pytest.mark.parametrize(
+    "options, text",
+    [
+        ({"num_rworkers": 2}, "no option 'num_rworkers'; did you mean 'num_r_workers'"),
+        ({"gpu": 1}, "no option 'gpu'"),
+        ({"num_r_workers": 0}, "num_r_workers must be a whole number from 1"),
+        ({"micro_batches": 0}, "micro_batches"),
+        ({"dtype": "int8"}, "dtype must be one of auto, float32"),
+        ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype must be one of"),
+        ({"transport": "carrier-pigeon"}, "transport must be one of inproc, ipc, tcp, mpi"),
+        ({"kv_cache_memory": "lots"}, "no amount of memory; write it like 4GiB"),
+        ({"max_model_len": 1}, "max_model_len"),
+        ({"kv_cache_memory": "900TiB"}, "more than the .* of memory that are free"),
+        ({"r_worker_addresses": ["shm://1"]}, "known: inproc://"),
+        ({"worker_timeout_s": 0}, "worker_timeout_s"),
+        ({"r_worker_addresses": ["ipc://a", "ipc://a"]}, "twice"),
+        ({"transport": "mpi"}, "mpirun -n 3"),
+        ({"r_worker_addresses": ["ipc://a"], "num_r_workers": 2}, "either num_r_workers"),
+        ({"max_model_len": 5000}, "max_model_len is 5000, but the model computes positions up to 512"),
+        (
+            {"kv_cache_memory": "1KiB"},
+            "KV budget of 1024 bytes holds no block: 32 tokens x 768 bytes per token = 24576",
+        ),
+        (
+            {"kv_cache_memory": "100KiB", "max_model_len": 500},
+            "too small for one sequence of max_model_len = 500 tokens: 499 tokens of KV x 768 bytes, "
+            "in blocks of 32 = 384.0 KiB"
+            ".*largest R-worker holds 128 tokens.*raise kv_cache_memory or lower max_model_len",
+        ),
+    ],
+)
+def test_bad_options(options: dict[str, Any], text: str, llama: Case) -> None:
+    with pytest.raises(ConfigError, match=text):
+        LLM(llama.directory, skip_tokenizer_init=True, **options)
+
+
+def test_small_budget_bounds_the_length(llama: Case, caplog: pytest.LogCaptureFixture) -> None:
+    with LLM(llama.directory, skip_tokenizer_init=True, kv_cache_memory="100KiB") as llm:
+        assert llm.max_model_len == 129 and "max_model_len is 129" in caplog.text
+        fits, too_long = quiet(llm, [[5] * 100, [5] * 129], SamplingParams(temperature=0, max_tokens=None))
+        assert len(fits.outputs[0].token_ids) == 29 or fits.outputs[0].finish_reason == "stop"
+        assert too_long.error and too_long.error.code == "context_length_exceeded"
+
+
+def test_missing_model() -> None:
+    with pytest.raises(ModelError, match="is no directory"):
+        LLM("meta-llama/Llama-2-7b")
+
+
+@pytest.mark.parametrize("address", ["tcp://127.0.0.1:9", "ipc:///tmp/fastdecode-nobody-here"])
+def test_nobody_answers(address: str, llama: Case) -> None:
+    with pytest.raises(RWorkerUnreachable, match=f"R-worker 0 .*{address}.*is it running"):
+        LLM(llama.directory, skip_tokenizer_init=True, r_worker_addresses=[address], worker_timeout_s=0.5)
+
+
+def test_closed(llama: Case) -> None:
+    llm = LLM(llama.directory, skip_tokenizer_init=True)
+    llm.close()
+    llm.close()
+    with pytest.raises(ConfigError, match="closed"):
+        quiet(llm, [[1]], GREEDY)

@@ -1,0 +1,242 @@
+"""What the S-worker accepts, what it refuses and why; prompt attention against its plain version."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import Case
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+from gpu_sworker import AttentionSpec, FlatBatch, ModelNotFound, SWorker, UnsupportedModel
+from gpu_sworker.prefill import general_prompt_attention, prompt_attention
+from models import VOCAB, make_model
+
+SMALL = {"hidden_size": 64, "vocab_size": VOCAB, "num_hidden_layers": 2, "num_attention_heads": 4}
+WITH_KV = SMALL | {"num_key_value_heads": 2, "intermediate_size": 64}
+
+# model type -> (configuration, part of the reason)
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "falcon": (SMALL, "does not go through transformers' attention interface"),
+    "falcon-alibi": (SMALL | {"alibi": True}, "ALiBi"),
+    "bloom": ({"hidden_size": 64, "n_head": 4, "n_layer": 2, "vocab_size": VOCAB}, "ALiBi"),
+    "mpt": ({"d_model": 64, "n_heads": 4, "n_layers": 2, "vocab_size": VOCAB}, "ALiBi"),
+    "gptj": ({"n_embd": 64, "n_head": 4, "n_layer": 2, "rotary_dim": 8, "vocab_size": VOCAB}, "attention interface"),
+    "mamba": ({"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": VOCAB}, "not attention"),
+    "rwkv": ({"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": VOCAB}, "not attention"),
+    "jamba": (WITH_KV | {"num_hidden_layers": 8, "use_mamba_kernels": False}, "not attention"),
+    "qwen3_next": (WITH_KV | {"num_hidden_layers": 4, "num_experts": 4, "num_experts_per_tok": 2}, "linear_attention"),
+    "t5": ({"d_model": 64, "d_kv": 16, "num_layers": 2, "num_heads": 4, "vocab_size": VOCAB}, "encoder-decoder"),
+    "deepseek_v3": (
+        SMALL
+        | {
+            "intermediate_size": 64,
+            "moe_intermediate_size": 32,
+            "num_key_value_heads": 4,
+            "n_routed_experts": 4,
+            "n_group": 1,
+            "topk_group": 1,
+            "num_experts_per_tok": 2,
+            "kv_lora_rank": 32,
+            "q_lora_rank": 32,
+            "qk_rope_head_dim": 16,
+            "qk_nope_head_dim": 32,
+            "v_head_dim": 32,
+        },
+        "keys of 48 and values of 32",
+    ),
+    "llama4_text": (
+        WITH_KV
+        | {
+            "intermediate_size_mlp": 64,
+            "head_dim": 16,
+            "num_local_experts": 2,
+            "attention_chunk_size": 64,
+            "pad_token_id": 0,
+        },
+        "neither causal nor a causal sliding window",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_with_type_reason_and_what_works(name: str, tmp_path: Path) -> None:
+    settings, reason = REFUSED[name]
+    config = CONFIG_MAPPING[name.removesuffix("-alibi")](**settings)
+    make = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    make.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedModel) as info:
+        SWorker(tmp_path)
+    assert info.value.model_type == config.model_type and reason in info.value.reason
+    assert f"cannot run a '{config.model_type}' model" in str(info.value) and "supported are" in str(info.value)
+
+
+@pytest.fixture
+def copy(llama: Case, tmp_path: Path) -> Path:
+    """A model directory to damage."""
+    return Path(shutil.copytree(llama.directory, tmp_path / "model"))
+
+
+def edit_config(directory: Path, **changes: object) -> None:
+    path = directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def refuses(directory: Path, kind: type[Exception], text: str, **options: str) -> None:
+    with pytest.raises(kind, match=text):
+        SWorker(directory, **options)
+
+
+def test_missing_directory(tmp_path: Path) -> None:
+    refuses(tmp_path / "nothing", ModelNotFound, "is no directory.*Nothing is downloaded")
+
+
+def test_no_config(tmp_path: Path) -> None:
+    refuses(tmp_path, ModelNotFound, "has no config.json")
+
+
+def test_config_that_is_no_json(copy: Path) -> None:
+    (copy / "config.json").write_text("{")
+    refuses(copy, ModelNotFound, "is not JSON")
+
+
+def test_config_without_weights(copy: Path) -> None:
+    (copy / "model.safetensors").unlink()
+    refuses(copy, ModelNotFound, "no \\*.safetensors weights")
+
+
+def test_pickled_weights_are_not_opened(copy: Path) -> None:
+    (copy / "model.safetensors").rename(copy / "pytorch_model.bin")
+    refuses(copy, ModelNotFound, "is a pickle, which is never opened")
+
+
+@pytest.mark.parametrize("keep", [0, 4, 100, 0.5, 0.999])
+def test_truncated_weights(keep: float, copy: Path) -> None:
+    path = copy / "model.safetensors"
+    data = path.read_bytes()
+    path.write_bytes(data[: int(keep if keep > 1 or keep == 0 else keep * len(data))])
+    refuses(copy, ModelNotFound, "missing, truncated or damaged")
+
+
+def test_missing_shard(copy: Path) -> None:
+    (copy / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "model-1.safetensors"}}))
+    refuses(copy, ModelNotFound, "model-1.safetensors is missing")
+
+
+def test_weights_of_another_model(copy: Path) -> None:
+    edit_config(copy, num_hidden_layers=5)
+    refuses(copy, ModelNotFound, "lack .* tensors that LlamaForCausalLM needs")
+
+
+def test_wrong_shapes(copy: Path) -> None:
+    edit_config(copy, intermediate_size=50)
+    refuses(copy, ModelNotFound, "cannot be loaded")
+
+
+def test_unknown_architecture(copy: Path) -> None:
+    edit_config(copy, model_type="brandnew")
+    refuses(copy, UnsupportedModel, "brandnew.*transformers does not know it")
+
+
+def test_remote_code_is_never_run(copy: Path) -> None:
+    (copy / "modeling.py").write_text("raise SystemExit('executed')")
+    edit_config(
+        copy, model_type="brandnew", auto_map={"AutoConfig": "modeling.C", "AutoModelForCausalLM": "modeling.M"}
+    )
+    refuses(copy, UnsupportedModel, "its own code, which is never run")
+
+
+def test_quantised_weights(copy: Path) -> None:
+    edit_config(copy, quantization_config={"quant_method": "gptq", "bits": 4})
+    refuses(copy, UnsupportedModel, "quantised \\(gptq\\)")
+
+
+@pytest.mark.parametrize(
+    "device, text", [("cuda:63", "is not there"), ("tpu", "is no device"), ("meta", "not supported")]
+)
+def test_device_that_is_not_there(device: str, text: str, llama: Case) -> None:
+    refuses(llama.directory, UnsupportedModel, text, device=device)
+
+
+def test_facts(case: Callable[[str], Case]) -> None:
+    facts = SWorker(case("gemma2").directory).facts
+    assert [layer.window for layer in facts.layers] == [24, None, 24]
+    assert facts.layers[0].softcap == 50.0 and facts.layers[0].scale == pytest.approx(24**-0.5)
+    assert (facts.vocab_size, facts.max_positions, facts.eos_token_ids, facts.dtype) == (VOCAB, 512, (2,), "float32")
+    sinks = SWorker(case("gpt-oss").directory).facts.layers[1].sinks
+    assert sinks is not None and len(sinks) == 4
+
+
+def test_rope_that_depends_on_the_batch_is_capped(tmp_path: Path) -> None:
+    """LongRoPE changes all frequencies once one position passes the original length, which a flat batch may not do."""
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": [1.0] * 8,
+        "long_factor": [2.0] * 8,
+        "original_max_position_embeddings": 128,
+        "factor": 4.0,
+    }
+    directory = make_model("phi3", tmp_path, rope_parameters=rope, original_max_position_embeddings=128)
+    assert SWorker(directory).facts.max_positions == 128
+
+
+def test_suspended_forwards_do_not_mix(llama: Case) -> None:
+    """Two forwards, resumed in turn, one abandoned halfway: the other's logits are those it has alone."""
+    sworker = SWorker(llama.directory)
+    batches = [FlatBatch(np.array(p, np.int64), np.arange(len(p)), np.array([len(p) - 1])) for p in llama.prompts[4:7]]
+
+    def drive(forward: Any, call: Any, steps: int = 99) -> torch.Tensor:
+        for _ in range(steps):
+            try:
+                call = forward.send(sworker.attend_prompt(call, 0, len(call.q)))
+            except StopIteration as end:
+                return end.value
+        return call
+
+    with sworker.inference():
+        alone = [drive(forward, next(forward)) for forward in map(sworker.forward, batches)]
+        forwards = [sworker.forward(batch) for batch in batches]
+        calls = [next(forward) for forward in forwards]
+        halfway = [drive(forward, call, 1) for forward, call in zip(forwards, calls, strict=True)]
+        forwards[1].close()
+        for i in (2, 0):
+            assert torch.equal(drive(forwards[i], halfway[i]), alone[i])
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        AttentionSpec(4, 2, 16, 0.25, None, None, None),
+        AttentionSpec(4, 4, 16, 0.3, 200, None, None),
+        AttentionSpec(4, 2, 16, 0.25, 5, None, None),
+        AttentionSpec(4, 1, 16, 0.25, 1, 10.0, None),
+        AttentionSpec(2, 2, 16, 0.25, 9, None, (0.5, -2.0)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("num_tokens", [1, 2, 37])
+def test_prompt_attention(spec: AttentionSpec, num_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fast path and the slab-wise one against one softmax over everything, in float64."""
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(num_tokens, spec.num_q_heads, 16, generator=generator)
+    k, v = (torch.randn(num_tokens, spec.num_kv_heads, 16, generator=generator) for _ in "kv")
+    group = spec.num_q_heads // spec.num_kv_heads
+    scores = spec.scale * torch.einsum("qhd,khd->hqk", q.double(), k.double().repeat_interleave(group, 1))
+    if spec.softcap:
+        scores = spec.softcap * torch.tanh(scores / spec.softcap)
+    distance = torch.arange(num_tokens)[:, None] - torch.arange(num_tokens)
+    scores = scores.masked_fill((distance < 0) | (distance >= (spec.window or 10**9)), -torch.inf).exp()
+    sinks = torch.tensor(spec.sinks or [-torch.inf] * spec.num_q_heads).double().exp()[:, None, None]
+    expected = torch.einsum(
+        "hqk,khd->qhd", scores / (scores.sum(2, keepdim=True) + sinks), v.double().repeat_interleave(group, 1)
+    )
+    monkeypatch.setattr("gpu_sworker.prefill._SCORES_AT_ONCE", 300)
+    for attention in (prompt_attention, general_prompt_attention):
+        torch.testing.assert_close(attention(q, k, v, spec).double(), expected, atol=1e-5, rtol=1e-5)
