@@ -28,7 +28,8 @@ class EngineConfig:
     r_worker_threads: attention threads of each; None: this machine's cores, shared among them.
     transport: ``inproc`` (threads of this process), ``ipc`` or ``tcp`` (processes, ZeroMQ), ``mpi`` (ranks).
     r_worker_addresses: R-workers that run already, like ``tcp://127.0.0.1:5555``; none are started then.
-    micro_batches: how many share a step, so that S- and R-Part overlap.
+    micro_batches: how many share a step, so that S- and R-Part overlap. None: 2 with a GPU; 1 on a CPU, where
+        both Parts want the same cores and halving the batch costs more than the overlap gains.
     max_num_seqs: sequences that run at the same time, at most.
     max_num_batched_tokens: prompt tokens of one step, at most; a longer prompt gets a step to itself.
     max_model_len: longest prompt + output in tokens; None: what the model and the KV budget allow.
@@ -48,7 +49,7 @@ class EngineConfig:
     r_worker_threads: int | None = None
     transport: str = "inproc"
     r_worker_addresses: tuple[str, ...] = ()
-    micro_batches: int = 2
+    micro_batches: int | None = None
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 4096
     max_model_len: int | None = None
@@ -85,7 +86,6 @@ class EngineConfig:
         _one_of("transport", self.transport, TRANSPORTS)
         for name, low, high in (
             ("num_r_workers", 1, 4096),
-            ("micro_batches", 1, 64),
             ("max_num_seqs", 1, 1 << 20),
             ("max_num_batched_tokens", 1, 1 << 20),
             ("block_tokens", 1, 4096),
@@ -93,6 +93,7 @@ class EngineConfig:
         ):
             _in_range(name, getattr(self, name), low, high)
         for name, low, high in (
+            ("micro_batches", 1, 64),
             ("r_worker_threads", 1, 4096),
             ("max_model_len", 2, 1 << 30),
             ("kv_cache_memory", 1, 1 << 62),

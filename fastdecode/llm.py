@@ -74,7 +74,7 @@ class LLM:
                     SchedulerConfig(
                         max_num_seqs=config.max_num_seqs,
                         max_num_batched_tokens=config.max_num_batched_tokens,
-                        num_micro_batches=config.micro_batches,
+                        num_micro_batches=config.micro_batches or (1 if self.facts.device == "cpu" else 2),
                         block_tokens=config.block_tokens,
                         capacity_blocks=tuple(welcome.num_blocks for welcome in welcomes),
                     )

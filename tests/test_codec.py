@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -124,6 +124,7 @@ def test_round_trip(message: Message, session: int) -> None:
 
 @given(st.lists(st.binary(max_size=200), max_size=12))
 @example([b"FDEC\x01\x00\x00\x00" + bytes(8)])
+@example([b"FDEC\x01\x00\x00\x00" + bytes(8) + b"\x91\xa5\xc1dmit"])  # a tag that is no text
 @example([b"FDEC\x01\x00\x00\x00" + bytes(8) + b"\x91" * 5000])
 def test_arbitrary_bytes(frames: list[bytes]) -> None:
     """Never anything but a message or a ProtocolError."""
@@ -133,6 +134,7 @@ def test_arbitrary_bytes(frames: list[bytes]) -> None:
         pass
 
 
+@settings(max_examples=1000)
 @given(messages(), st.data())
 def test_damaged_messages(message: Message, data: st.DataObject) -> None:
     """A flipped byte, a cut, an added or lost frame: a message or a ProtocolError, and arrays that fit their frames."""

@@ -108,7 +108,7 @@ class Codec:
         self._frames_in, self._num_viewed = frames, 0
         try:
             message = self._decoder.decode(header[_PREFIX.size :])
-        except (msgspec.DecodeError, RecursionError) as error:
+        except (msgspec.MsgspecError, ValueError, RecursionError) as error:  # ValueError: text that is not UTF-8
             raise ProtocolError(f"not a message of this protocol: {error}") from error
         finally:
             viewed, self._frames_in, self._num_viewed = self._num_viewed, (), 0
