@@ -17,7 +17,7 @@ _DOORS = {
     "CompletionOutput": "fastdecode.outputs",
     "Logprob": "fastdecode.outputs",
     "EngineConfig": "fastdecode.config",
-    "mpi_main": "fastdecode.launch",
+    "mpi_main": "fastdecode.launch_mpi",
 }
 
 __all__ = ["__version__", *_DOORS]  # noqa: PLE0604

@@ -51,4 +51,8 @@ class RWorkerTimeout(RWorkerError, TimeoutError):
 
 
 class RWorkerFailed(RWorkerError):
-    pass
+    """`kind` is the name of the error on the R-worker, if it told one."""
+
+    def __init__(self, message: str, kind: str | None = None) -> None:
+        super().__init__(message)
+        self.kind = kind

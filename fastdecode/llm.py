@@ -10,18 +10,21 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 from tqdm import tqdm
 
-from cpu_attention import KVLayout, LayerShape, available_memory_bytes, format_bytes
+from cpu_attention import KVBudgetExceeded, KVLayout
+from fastdecode.capacity import describe_places, kv_layout, local_kv_bytes, max_model_len
 from fastdecode.config import EngineConfig
-from fastdecode.engine import Engine, failed_output
+from fastdecode.engine import Engine
 from fastdecode.errors import ConfigError, ModelError, RequestError, RWorkerFailed
-from fastdecode.launch import RWorkers, find_r_workers, mpi_addresses, start_r_workers
+from fastdecode.launch import find_r_workers, start_r_workers
+from fastdecode.launch_mpi import mpi_addresses
 from fastdecode.outputs import RequestOutput
+from fastdecode.prompts import Conversation, Prompt, ReadPrompt, pair, read_prompt
+from fastdecode.results import refused_output
 from fastdecode.rpool import RPool
 from fastdecode.sampling_params import SamplingParams
 from fastdecode.scheduler import Scheduler, SchedulerConfig
@@ -31,9 +34,6 @@ from transport import Hello, LayerSpec, Welcome
 
 logger = logging.getLogger(__name__)
 
-Prompt = str | Sequence[int] | Mapping[str, Any]
-
-_KV_SHARE = 0.4  # of the free memory, for R-workers started here without a budget
 _OPEN_TIMEOUT_S = 120.0  # an R-worker compiles its kernels when a session opens
 
 
@@ -57,13 +57,21 @@ class LLM:
             self.facts: ModelFacts = sworker.facts
             self._tokenizer = None if config.skip_tokenizer_init else Tokenizer(config.tokenizer or config.model)
             self._default_params = _default_params(sworker)
-            layout = _layout(config, sworker.facts)
-            workers = self._start_workers(addresses, layout)
+            layout = kv_layout(config, sworker.facts)
+            if addresses:
+                workers = find_r_workers(addresses)
+            else:
+                workers = start_r_workers(
+                    transport=config.transport,
+                    num_workers=config.num_r_workers,
+                    threads_each=config.r_worker_threads,
+                    kv_cache_bytes_each=local_kv_bytes(config, sworker.facts, layout),
+                )
             cleanup.callback(workers.close)
             self._rpool = RPool(workers.handles, config.worker_timeout_s)
             cleanup.callback(self._rpool.close)
             welcomes = _open_session(self._rpool, config, sworker.facts, layout)
-            self.max_model_len = _max_model_len(config, sworker.facts, layout, welcomes)
+            self.max_model_len = max_model_len(config, sworker.facts, layout, welcomes)
             self._engine = Engine(
                 sworker=sworker,
                 rpool=self._rpool,
@@ -80,7 +88,7 @@ class LLM:
                     )
                 ),
             )
-            self.kv_places = _describe_places(self._rpool, welcomes, layout)
+            self.kv_places = describe_places(self._rpool.names, welcomes, layout, config.kv_cache_memory)
             for line in self.kv_places:
                 logger.info("%s", line)
             self._cleanup = cleanup.pop_all()
@@ -134,8 +142,8 @@ class LLM:
         if chat_template is None and not self._tokenizer.has_chat_template():
             raise ConfigError("this model's tokenizer has no chat template; pass chat_template=..., or use generate()")
         conversations: Sequence[Any] = [messages] if messages and isinstance(messages[0], Mapping) else messages
-        prompts = [_Conversation(conversation, chat_template, add_generation_prompt) for conversation in conversations]
-        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)  # type: ignore[arg-type]
+        prompts = [Conversation(conversation, chat_template, add_generation_prompt) for conversation in conversations]
+        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
 
     def get_default_sampling_params(self) -> SamplingParams:
         """What the model's generation_config.json asks for; what `generate` takes without params."""
@@ -153,44 +161,10 @@ class LLM:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _start_workers(self, addresses: list[str], layout: KVLayout) -> RWorkers:
-        config = self.config
-        if addresses:
-            return find_r_workers(addresses)
-        budget = config.kv_cache_memory
-        if budget is None:
-            # What may ever be used, within a share of what is free.
-            longest = config.max_model_len or self.facts.max_positions or (1 << 30)
-            usable = config.max_num_seqs * layout.num_blocks(longest) * layout.block_bytes
-            budget = min(int(_KV_SHARE * available_memory_bytes()) // config.num_r_workers, usable)
-        elif budget * config.num_r_workers > available_memory_bytes():
-            raise ConfigError(
-                f"kv_cache_memory {format_bytes(budget)} x {config.num_r_workers} R-workers is more than the "
-                f"{format_bytes(available_memory_bytes())} of memory that are free"
-            )
-        return start_r_workers(
-            transport=config.transport,
-            num_workers=config.num_r_workers,
-            threads_each=config.r_worker_threads,
-            kv_cache_bytes_each=budget,
-        )
-
     def _pair(
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
     ) -> list[tuple[Prompt, SamplingParams]]:
-        listed: Sequence[Any] = prompts  # type: ignore[assignment]
-        if isinstance(prompts, str | Mapping) or (prompts and isinstance(prompts[0], int)):
-            listed = [prompts]
-        if params is None:
-            params = self._default_params
-        if isinstance(params, SamplingParams):
-            params = [params] * len(listed)
-        if len(params) != len(listed):
-            raise ConfigError(f"{len(listed)} prompts and {len(params)} sampling params; give one for all, or one each")
-        for given in params:
-            if not isinstance(given, SamplingParams):
-                raise ConfigError(f"sampling_params must be SamplingParams, got {type(given).__name__}")
-        return list(zip(listed, params, strict=True))
+        return pair(prompts, self._default_params if params is None else params)
 
     def _run(self, requests: list[tuple[Prompt, SamplingParams]]) -> Iterator[tuple[int, RequestOutput]]:
         """(place in `requests`, output) as they finish."""
@@ -202,59 +176,19 @@ class LLM:
         places: dict[str, int] = {}
         try:
             for place, (prompt, params) in enumerate(requests):
-                text: str | None = None
-                token_ids: list[int] = []
+                request_id, read = self._engine.next_request_id(), ReadPrompt(None, [])
                 try:
-                    text, token_ids = self._read_prompt(prompt)
-                    places[self._engine.add_request(token_ids, params, prompt=text)] = place
+                    read = read_prompt(prompt, self._tokenizer)
+                    self._engine.add_request(request_id, read.token_ids, params, prompt=read.text)
+                    places[request_id] = place
                 except RequestError as error:
-                    yield place, failed_output(f"refused-{place}", text, token_ids, error, params.n)
+                    yield place, refused_output(request_id, read.text, read.token_ids, error, params.n)
             while self._engine.has_work:
                 for output in self._engine.step():
                     yield places.pop(output.request_id), output
         finally:
             self._in_use = False
             self._engine.abort(places)
-
-    def _read_prompt(self, prompt: Prompt | _Conversation) -> tuple[str | None, list[int]]:
-        """(text if there is one, token ids).  Raises RequestError."""
-        if isinstance(prompt, _Conversation):
-            assert self._tokenizer is not None, "chat has checked"
-            return None, self._tokenizer.encode_chat(
-                prompt.messages, chat_template=prompt.chat_template, add_generation_prompt=prompt.add_generation_prompt
-            )
-        if isinstance(prompt, Mapping):
-            if "prompt_token_ids" in prompt:
-                return prompt.get("prompt"), _token_ids(prompt["prompt_token_ids"])
-            prompt = prompt.get("prompt")  # type: ignore[assignment]
-        if not isinstance(prompt, str):
-            return None, _token_ids(prompt)
-        if self._tokenizer is None:
-            raise RequestError("invalid_request", "a text prompt needs the tokenizer that skip_tokenizer_init left out")
-        return prompt, self._tokenizer.encode(prompt)
-
-
-@dataclass(frozen=True)
-class _Conversation:
-    """A prompt that the chat template still has to write, so that one it refuses fails alone."""
-
-    messages: Sequence[Mapping[str, Any]]
-    chat_template: str | None
-    add_generation_prompt: bool
-
-
-def _token_ids(value: object) -> list[int]:
-    if isinstance(value, str | bytes | Mapping) or not hasattr(value, "__iter__"):
-        raise RequestError(
-            "invalid_request",
-            f'a prompt is a string, a list of token ids or {{"prompt_token_ids": [...]}}, not {type(value).__name__}',
-        )
-    return [int(token) if hasattr(token, "__index__") and not isinstance(token, bool) else token for token in value]
-
-
-def _layout(config: EngineConfig, facts: ModelFacts) -> KVLayout:
-    dtype = facts.dtype if config.kv_cache_dtype == "auto" else config.kv_cache_dtype
-    return KVLayout(tuple(LayerShape(s.num_kv_heads, s.head_dim) for s in facts.layers), dtype, config.block_tokens)
 
 
 def _open_session(rpool: RPool, config: EngineConfig, facts: ModelFacts, layout: KVLayout) -> list[Welcome]:
@@ -271,42 +205,9 @@ def _open_session(rpool: RPool, config: EngineConfig, facts: ModelFacts, layout:
     try:
         return rpool.open(hello, _OPEN_TIMEOUT_S if started_here else min(_OPEN_TIMEOUT_S, config.worker_timeout_s))
     except RWorkerFailed as error:
-        if "KVBudgetExceeded" in str(error):
+        if error.kind == KVBudgetExceeded.__name__:
             raise ConfigError(f"{error}: raise kv_cache_memory") from error
         raise
-
-
-def _max_model_len(config: EngineConfig, facts: ModelFacts, layout: KVLayout, welcomes: Sequence[Welcome]) -> int:
-    """The longest sequence that the model knows positions for and that one R-worker can hold.
-
-    Its last token is sampled and never stored, so it may be one longer than the KV.
-    """
-    largest = max(welcome.num_blocks * welcome.block_tokens for welcome in welcomes)
-    asked, known = config.max_model_len, facts.max_positions
-    if asked is not None and known is not None and asked > known:
-        raise ConfigError(f"max_model_len is {asked}, but the model computes positions up to {known} only")
-    if asked is not None and asked > largest + 1:
-        needed = layout.num_blocks(asked - 1) * layout.block_bytes
-        raise ConfigError(
-            f"the KV budget is too small for one sequence of max_model_len = {asked} tokens: {asked - 1} tokens of KV "
-            f"x {layout.token_bytes} bytes, in blocks of {layout.block_tokens} = {format_bytes(needed)} ({needed} "
-            f"bytes), but the largest R-worker holds {largest} tokens ({largest * layout.token_bytes} bytes); raise "
-            "kv_cache_memory or lower max_model_len"
-        )
-    limit = min(filter(None, (asked, known, largest + 1)))
-    if asked is None and known is not None and limit < known:
-        logger.warning(
-            "max_model_len is %d: the KV budget of one R-worker ends there, the model goes to %d", limit, known
-        )
-    return limit
-
-
-def _describe_places(rpool: RPool, welcomes: Sequence[Welcome], layout: KVLayout) -> list[str]:
-    return [
-        f"{name} on {welcome.host}, process {welcome.pid}: {format_bytes(welcome.num_blocks * welcome.block_bytes)} of "
-        f"{layout.dtype} KV = {welcome.num_blocks * welcome.block_tokens} tokens, {welcome.num_threads} threads"
-        for name, welcome in zip(rpool.names, welcomes, strict=True)
-    ]
 
 
 def _default_params(sworker: SWorker) -> SamplingParams:

@@ -200,7 +200,7 @@ class RPool:
     def _expect(self, worker: int, reply: Message, kind: type[_Result]) -> _Result:
         name = self._workers[worker].name
         if isinstance(reply, Failure):
-            raise RWorkerFailed(f"{name} failed: {reply.kind}: {reply.text}")
+            raise RWorkerFailed(f"{name} failed: {reply.kind}: {reply.text}", reply.kind)
         if not isinstance(reply, kind):
             raise RWorkerFailed(f"{name} answered {type(reply).__name__} where {kind.__name__} was due")
         return reply

@@ -200,3 +200,18 @@ def test_mpirun_with_a_killed_r_worker(mpirun: list[str], llama: Case) -> None:
     )
     assert out.returncode != 0 and time.monotonic() - started < 60
     assert "rank 2" in out.stdout + out.stderr
+
+
+def test_without_mpi4py(demo_model: Path) -> None:
+    """An install without MPI works; who asks for it is told what to install."""
+    code = (
+        "import sys; sys.modules['mpi4py'] = None\n"
+        "from fastdecode.cli import main\n"
+        f"sys.exit(main(['generate', {str(demo_model)!r}, '--prompt', 'x', '--max-tokens', '2', *sys.argv[1:]]))"
+    )
+    plain, mpi = (
+        subprocess.run([sys.executable, "-c", code, *flags], cwd=ROOT, capture_output=True, text=True, timeout=60)
+        for flags in ([], ["--transport", "mpi"])
+    )
+    assert plain.returncode == 0 and "2 new tokens" in plain.stderr
+    assert mpi.returncode == 2 and "pip install 'fastdecode[mpi]'" in mpi.stderr and "Traceback" not in mpi.stderr

@@ -101,6 +101,8 @@ def test_progress_bar(llm: LLM, capsys: pytest.CaptureFixture[str]) -> None:
 def test_params_per_prompt_must_match(llm: LLM) -> None:
     with pytest.raises(ConfigError, match="3 prompts and 2 sampling params"):
         quiet(llm, [CODE] * 3, [GREEDY] * 2)
+    with pytest.raises(ConfigError, match="1 prompts and 0 sampling params"):
+        quiet(llm, [CODE], [])
     with pytest.raises(ConfigError, match="must be SamplingParams, got dict"):
         quiet(llm, [CODE], [{"temperature": 0}])
 
@@ -148,10 +150,10 @@ def test_a_prompt_that_just_fits(llm: LLM) -> None:
 def test_bad_prompts_do_not_shift_seeds(llm: LLM, demo_model: Path) -> None:
     params = SamplingParams(temperature=1, max_tokens=10)
     results = []
-    for bad in ("", CODE):
+    for bad in ("", 17, CODE):
         with LLM(demo_model) as fresh:
             results.append(token_ids(quiet(fresh, [bad, CODE], params))[1])
-    assert results[0] == results[1]
+    assert results[0] == results[1] == results[2]
 
 
 # --- sampling

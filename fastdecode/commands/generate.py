@@ -179,7 +179,9 @@ def _print(output: RequestOutput, *, as_json: bool) -> None:
 def _help(option: str) -> str:
     """The option's line in EngineConfig's docstring, which is the one place that describes it."""
     lines = (EngineConfig.__doc__ or "").splitlines()
-    start = next(i for i, line in enumerate(lines) if line.strip().startswith(f"{option}:"))
+    start = next((i for i, line in enumerate(lines) if line.strip().startswith(f"{option}:")), None)
+    if start is None:
+        return ""  # docstrings were stripped (python -OO)
     text = [lines[start].split(":", 1)[1]]
     for line in lines[start + 1 :]:
         if not line.startswith(" " * 8):

@@ -1,0 +1,139 @@
+"""One mpirun, many ranks: rank 0 is the S-worker, every other rank an R-worker.
+
+rank 0      table of roles ─► main() ──────────────────────► dismiss the others ─► exit code
+rank 1…     table of roles ─► serve an R-worker … until dismissed ───────────────► exit code 0
+any rank    an exception: the message, then MPI_Abort, which ends all of them
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from cpu_attention import RWorker, available_cores, available_memory_bytes, default_kv_cache_bytes, format_bytes, serve
+from fastdecode.errors import ConfigError
+from transport import AddressError, Goodbye, TransportError, connect, import_mpi, listen
+
+logger = logging.getLogger(__name__)
+
+_DISMISS_TIMEOUT_S = 10.0
+_ROLE_BYTES = 512
+
+
+def mpi_addresses() -> list[str]:
+    """Every rank but this one, which must be rank 0 of at least two.  Raises ConfigError."""
+    comm = _world()
+    if comm.Get_size() < 2:
+        raise ConfigError(
+            "transport 'mpi' wants one rank for the S-worker and one or more for R-workers; start it "
+            "with, for example, mpirun -n 3 fastdecode generate MODEL --transport mpi"
+        )
+    if comm.Get_rank() != 0:
+        raise ConfigError(
+            "only rank 0 runs the S-worker; start scripts through fastdecode.mpi_main, which makes the "
+            "other ranks R-workers"
+        )
+    return [f"mpi://{rank}" for rank in range(1, comm.Get_size())]
+
+
+def mpi_main(main: Callable[[], int], *, kv_cache_bytes: int | None = None, num_threads: int | None = None) -> int:
+    """Runs `main` on rank 0 and an R-worker on every other rank, until `main` returns.  Returns the exit code.
+
+    A rank that fails ends the whole job with a non-zero code: MPI has no recovery.  The other way round, when
+    rank 0 ends, well or not, the R-workers are dismissed.  Raises ConfigError without MPI.
+
+    kv_cache_bytes, num_threads: of each R-worker; None: a share of what its host has.
+    """
+    comm = _world()
+    rank = comm.Get_rank()
+    try:
+        _print_roles(comm)
+        if rank == 0:
+            try:
+                return main()
+            finally:
+                _dismiss(range(1, comm.Get_size()))
+        num_sharing = max(1, _ranks_on_this_host(comm) - 1)
+        worker = RWorker(
+            kv_cache_bytes=kv_cache_bytes or default_kv_cache_bytes() // num_sharing,
+            num_threads=num_threads or max(1, len(available_cores()) // num_sharing),
+        )
+        with listen("mpi://") as listener:
+            serve(listener, worker, dismissable=True)
+        worker.close()
+        return 0
+    except Exception:
+        print(f"rank {rank} on {platform.node()} failed and ends the job:", file=sys.stderr)
+        traceback.print_exc()
+        sys.stderr.flush()
+        comm.Abort(1)
+        raise
+
+
+def _world() -> Any:
+    try:
+        return import_mpi().COMM_WORLD
+    except AddressError as error:
+        raise ConfigError(str(error)) from error
+
+
+class _Role(msgspec.Struct):
+    rank: int
+    host: str
+    role: str
+    pid: int
+    cores: int
+    memory_bytes: int
+
+
+def _print_roles(comm: Any) -> None:
+    """A table of who does what, printed by rank 0 before anything is loaded."""
+    rank, size = comm.Get_rank(), comm.Get_size()
+    own = _Role(
+        rank,
+        platform.node()[:200],
+        "S-worker" if rank == 0 else "R-worker",
+        os.getpid(),
+        len(available_cores()),
+        available_memory_bytes(),
+    )
+    sent = np.zeros(_ROLE_BYTES, np.uint8)
+    encoded = msgspec.json.encode(own)
+    sent[: len(encoded)] = np.frombuffer(encoded, np.uint8)
+    received = np.zeros((size, _ROLE_BYTES), np.uint8) if rank == 0 else None
+    comm.Gather(sent, received, root=0)
+    if received is None:
+        return
+    print(f"{'rank':>4}  {'role':8}  {'host':20}  {'pid':>8}  {'cores':>5}  free memory", file=sys.stderr)
+    for row in received:
+        role = msgspec.json.decode(row.tobytes().rstrip(b"\0"), type=_Role)
+        print(
+            f"{role.rank:>4}  {role.role:8}  {role.host:20}  {role.pid:>8}  {role.cores:>5}  "
+            f"{format_bytes(role.memory_bytes)}",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def _ranks_on_this_host(comm: Any) -> int:
+    for name in ("OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS", "SLURM_NTASKS_PER_NODE"):
+        if os.environ.get(name, "").isdecimal():
+            return int(os.environ[name])
+    return int(comm.Get_size())
+
+
+def _dismiss(ranks: range) -> None:
+    for rank in ranks:
+        try:
+            with connect(f"mpi://{rank}") as channel:
+                channel.send(Goodbye(dismiss=True), timeout_s=_DISMISS_TIMEOUT_S)
+        except TransportError as error:
+            logger.warning("rank %d takes no goodbye: %s", rank, error)

@@ -1,0 +1,101 @@
+"""From finished sequences to what the caller gets: text, log-probabilities, times."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from fastdecode.errors import RequestError
+from fastdecode.outputs import CompletionOutput, Logprob, OutputError, RequestMetrics, RequestOutput
+from fastdecode.request import Request, Sequence
+from fastdecode.text import StopFinder, StopMatch, Tokenizer
+from gpu_sworker import TokenLogprob
+
+
+@dataclass(eq=False)
+class Continuation:
+    """A sequence and what only the outside wants of it."""
+
+    sequence: Sequence
+    stop_finder: StopFinder | None
+    stop_match: StopMatch | None = None
+    logprobs: list[list[TokenLogprob]] = field(default_factory=list)
+
+    def take(self, token_id: int, logprobs: list[TokenLogprob]) -> None:
+        """Notes a new token, before the scheduler does."""
+        if logprobs:
+            self.logprobs.append(logprobs)
+        if self.stop_finder and self.stop_match is None:
+            self.stop_match = self.stop_finder.push(token_id)
+
+
+@dataclass(eq=False)
+class LiveRequest:
+    """A request on its way.  Times are seconds of one monotonic clock."""
+
+    request: Request
+    prompt: str | None
+    continuations: list[Continuation]
+    num_unfinished: int
+    arrived: float
+    first_scheduled: float | None = None
+    first_token: float | None = None
+
+
+def finished_output(live: LiveRequest, now: float, tokenizer: Tokenizer | None) -> RequestOutput:
+    assert live.first_scheduled is not None and live.first_token is not None, "it has tokens"
+    return RequestOutput(
+        request_id=live.request.request_id,
+        prompt=live.prompt,
+        prompt_token_ids=list(live.request.prompt_token_ids),
+        outputs=[_completion(continuation, tokenizer) for continuation in live.continuations],
+        metrics=RequestMetrics(
+            queue_s=live.first_scheduled - live.arrived,
+            first_token_s=live.first_token - live.arrived,
+            total_s=now - live.arrived,
+        ),
+    )
+
+
+def refused_output(
+    request_id: str, prompt: str | None, prompt_token_ids: list[int], error: RequestError, num_samples: int
+) -> RequestOutput:
+    """An error, and as many empty continuations as were asked for, so that loops over outputs need no special case."""
+    empty = [CompletionOutput(index, "", [], None, None, "error") for index in range(num_samples)]
+    return RequestOutput(request_id, prompt, prompt_token_ids, empty, OutputError(error.code, str(error)))
+
+
+def _completion(continuation: Continuation, tokenizer: Tokenizer | None) -> CompletionOutput:
+    sequence = continuation.sequence
+    asked = sequence.request.params.logprobs is not None
+    assert sequence.finish_reason is not None, "it is finished"
+    return CompletionOutput(
+        index=sequence.index,
+        text=_text(continuation, tokenizer),
+        token_ids=list(sequence.output_token_ids),
+        cumulative_logprob=sum(entries[0].logprob for entries in continuation.logprobs) if asked else None,
+        logprobs=[_logprobs(entries, tokenizer) for entries in continuation.logprobs] if asked else None,
+        finish_reason=sequence.finish_reason,
+        stop_reason=sequence.stop_reason,
+    )
+
+
+def _text(continuation: Continuation, tokenizer: Tokenizer | None) -> str:
+    """Without the token or string that ended it, unless that was asked for."""
+    sequence, params = continuation.sequence, continuation.sequence.request.params
+    if tokenizer is None or not params.detokenize:
+        return ""
+    if isinstance(sequence.stop_reason, str) and continuation.stop_match:
+        return continuation.stop_match.cut(include_stop=params.include_stop_str_in_output)
+    token_ids = sequence.output_token_ids
+    if sequence.finish_reason == "stop" and not params.include_stop_str_in_output:
+        token_ids = token_ids[:-1]
+    return tokenizer.decode(token_ids, skip_special_tokens=params.skip_special_tokens)
+
+
+def _logprobs(entries: list[TokenLogprob], tokenizer: Tokenizer | None) -> dict[int, Logprob]:
+    return {
+        entry.token_id: Logprob(
+            entry.logprob, entry.rank, tokenizer.token_text(entry.token_id) if tokenizer else None
+        )
+        for entry in entries
+    }  # fmt: skip
