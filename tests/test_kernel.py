@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -193,3 +197,15 @@ def test_window_reads_only_the_window() -> None:
     out = np.empty_like(q)
     kernel.attend(q, k, v, tables, positions, replace(rule), out)
     np.testing.assert_allclose(out, expected, atol=TOLERANCE)
+
+
+def test_nothing_is_out_of_bounds(tmp_path: Path) -> None:
+    """The kernels' and the R-worker's tests again, compiled with numba's bounds checks, which are off otherwise."""
+    tests = Path(__file__).parent
+    out = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "not out_of_bounds",
+         tests / "test_kernel.py", tests / "test_kvstore.py", tests / "test_rworker.py"],
+        env=os.environ | {"NUMBA_BOUNDSCHECK": "1", "NUMBA_CACHE_DIR": str(tmp_path)}, cwd=tests.parent,
+        capture_output=True, text=True, timeout=250,
+    )  # fmt: skip
+    assert out.returncode == 0, out.stdout[-3000:]
