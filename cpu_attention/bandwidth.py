@@ -9,12 +9,16 @@ from concurrent.futures import ThreadPoolExecutor
 import numba
 import numpy as np
 
-_BYTES_PER_THREAD = 256 << 20  # well beyond any last-level cache
+from cpu_attention.machine import available_memory_bytes
+
+_BYTES_PER_THREAD = 256 << 20  # beyond any last-level cache
+_SHARE_OF_MEMORY = 8  # at most an eighth of what is free
 
 
 def measure_read_bandwidth(num_threads: int, repeats: int = 5) -> float:
     """Bytes per second that `num_threads` threads read together, the median of `repeats` passes."""
-    parts = [np.ones(_BYTES_PER_THREAD // 8, np.uint64) for _ in range(num_threads)]
+    part_bytes = min(_BYTES_PER_THREAD, available_memory_bytes() // _SHARE_OF_MEMORY // num_threads)
+    parts = [np.ones(part_bytes // 8, np.uint64) for _ in range(num_threads)]
     _sum(parts[0][:8])
     seconds = []
     with ThreadPoolExecutor(num_threads) as pool:
@@ -23,7 +27,7 @@ def measure_read_bandwidth(num_threads: int, repeats: int = 5) -> float:
             totals = list(pool.map(_sum, parts))
             seconds.append(time.perf_counter() - started)
             assert all(total == len(parts[0]) for total in totals)
-    return num_threads * _BYTES_PER_THREAD / statistics.median(seconds)
+    return sum(part.nbytes for part in parts) / statistics.median(seconds)
 
 
 @numba.njit(nogil=True, cache=True)

@@ -32,7 +32,7 @@ class KVStore:
     def __init__(self, layout: KVLayout, budget_bytes: int) -> None:
         """Raises KVBudgetExceeded if not even one block fits.  Memory is touched only as it fills."""
         self.layout = layout
-        self.num_blocks = budget_bytes // layout.block_bytes
+        self.num_blocks = min(budget_bytes // layout.block_bytes, np.iinfo(np.int32).max)  # tables are int32
         if self.num_blocks < 1:
             raise KVBudgetExceeded(
                 f"a KV budget of {budget_bytes} bytes holds no block: {layout.block_tokens} tokens x "
@@ -46,7 +46,9 @@ class KVStore:
         self.v_blocks = [
             np.zeros((self.num_blocks, s.num_kv_heads, layout.block_tokens, s.head_dim), dtype) for s in layout.layers
         ]
-        self._free = list(range(self.num_blocks - 1, -1, -1))  # a stack: what was used last is still in cache
+        # A stack, [:_num_free] of it: what was used last is taken first, while it is still in cache.
+        self._free = np.arange(self.num_blocks - 1, -1, -1, dtype=np.int32)
+        self._num_free = self.num_blocks
         self._stored: dict[int, _Stored] = {}
         self._num_promised = 0  # blocks promised to sequences and not yet held
 
@@ -57,10 +59,14 @@ class KVStore:
     @property
     def num_available_blocks(self) -> int:
         """Blocks that the next sequence could be promised."""
-        return len(self._free) - self._num_promised
+        return self._num_free - self._num_promised
 
     def num_tokens(self, seq_id: int) -> int:
         return self._find(seq_id).num_tokens
+
+    def max_tokens(self, seq_id: int) -> int:
+        """What the sequence was admitted for.  Raises UnknownSequence."""
+        return self._find(seq_id).max_tokens
 
     def admit(self, seq_id: int, max_tokens: int) -> None:
         """Raises SequenceExists, KVBudgetExceeded."""
@@ -86,7 +92,8 @@ class KVStore:
                 f"sequence {seq_id} would hold {total} tokens; it was admitted for {stored.max_tokens}"
             )
         missing = self.layout.num_blocks(total) - len(stored.blocks)
-        stored.blocks.extend(self._free.pop() for _ in range(missing))
+        self._num_free -= missing
+        stored.blocks.extend(self._free[self._num_free : self._num_free + missing][::-1].tolist())
         self._num_promised -= missing
         stored.num_tokens = total
 
@@ -95,7 +102,8 @@ class KVStore:
         stored = self._find(seq_id)
         del self._stored[seq_id]
         self._num_promised -= self.layout.num_blocks(stored.max_tokens) - len(stored.blocks)
-        self._free.extend(reversed(stored.blocks))
+        self._free[self._num_free : self._num_free + len(stored.blocks)] = stored.blocks[::-1]
+        self._num_free += len(stored.blocks)
 
     def block_tables(self, seq_ids: Sequence[int]) -> np.ndarray:
         """# [len(seq_ids), most blocks of any] int32, rows filled up with block 0"""
@@ -108,13 +116,14 @@ class KVStore:
     def check_integrity(self) -> None:
         """Asserts what the head of this file promises."""
         layout, held = self.layout, [block for s in self._stored.values() for block in s.blocks]
-        assert sorted(self._free + held) == list(range(self.num_blocks)), "a block is lost or held twice"
+        free = self._free[: self._num_free].tolist()
+        assert sorted(free + held) == list(range(self.num_blocks)), "a block is lost or held twice"
         promised = 0
         for seq_id, stored in self._stored.items():
             assert 0 <= stored.num_tokens <= stored.max_tokens, f"sequence {seq_id} is over its promise"
             assert len(stored.blocks) == layout.num_blocks(stored.num_tokens), f"sequence {seq_id} has wrong blocks"
             promised += layout.num_blocks(stored.max_tokens) - len(stored.blocks)
-        assert promised == self._num_promised <= len(self._free), "more was promised than is free"
+        assert promised == self._num_promised <= self._num_free, "more was promised than is free"
 
     def _find(self, seq_id: int) -> _Stored:
         try:

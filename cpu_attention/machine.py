@@ -13,6 +13,9 @@ _UNITS = {"": 1, "b": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _UNITS |= {f"{unit}b": factor for unit, factor in _UNITS.items() if unit not in ("", "b")}
 _UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 
+_V1_ROOT = Path("/sys/fs/cgroup/memory")
+_NO_LIMIT = 1 << 60  # version 1 says "unlimited" with a number near 2^63
+
 # Of what is free: the rest is for the model, the operating system and everybody else.
 DEFAULT_KV_SHARE = 0.5
 
@@ -45,13 +48,9 @@ def available_cores() -> tuple[int, ...]:
 
 
 def available_memory_bytes() -> int:
-    """What can still be taken without swapping: the machine's, or the cgroup's if that is less."""
+    """What can still be taken without swapping: the machine's, or a cgroup's if that is less."""
     available = psutil.virtual_memory().available
-    limit = cgroup_memory_limit_bytes()
-    if limit is not None:
-        used = _read_int(Path("/sys/fs/cgroup") / _cgroup_path() / "memory.current") or 0
-        available = min(available, max(0, limit - used))
-    return available
+    return min([available, *(max(0, group.limit_bytes - group.used_bytes) for group in _limited_cgroups())])
 
 
 def default_kv_cache_bytes() -> int:
@@ -59,13 +58,8 @@ def default_kv_cache_bytes() -> int:
 
 
 def cgroup_memory_limit_bytes() -> int | None:
-    """The tightest cgroup v2 ``memory.max`` on the way to the root; None if there is none."""
-    root, path = Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup") / _cgroup_path()
-    limits = []
-    while path.is_relative_to(root):
-        limits.append(_read_int(path / "memory.max"))
-        path = path.parent
-    return min((limit for limit in limits if limit is not None), default=None)
+    """The tightest memory limit among this process's cgroups; None if there is none."""
+    return min((group.limit_bytes for group in _limited_cgroups()), default=None)
 
 
 def numa_nodes() -> tuple[NumaNode, ...]:
@@ -94,9 +88,33 @@ def _parse_core_list(text: str) -> tuple[int, ...]:
     return tuple(cores)
 
 
-def _cgroup_path() -> str:
-    match = re.search(r"^0::/(.*)$", _read(Path("/proc/self/cgroup")), re.MULTILINE)
-    return match[1] if match else ""
+@dataclass(frozen=True)
+class _Cgroup:
+    limit_bytes: int
+    used_bytes: int  # without the page cache that the kernel takes back first
+
+
+def _limited_cgroups() -> list[_Cgroup]:
+    """This process's memory cgroup and those around it, version 2 or 1, as far as they have a limit."""
+    groups = []
+    for line in _read(Path("/proc/self/cgroup")).splitlines():
+        _, controllers, path = line.split(":", 2)
+        if not controllers:
+            root, limit_file, usage_file = Path("/sys/fs/cgroup"), "memory.max", "memory.current"
+        elif "memory" in controllers.split(","):
+            root, limit_file, usage_file = _V1_ROOT, "memory.limit_in_bytes", "memory.usage_in_bytes"
+        else:
+            continue
+        directory = root / path.lstrip("/")
+        while directory.is_relative_to(root):
+            limit = _read_int(directory / limit_file)
+            if limit is not None and limit < _NO_LIMIT:
+                statistics = _read(directory / "memory.stat")
+                cache = re.search(r"^(?:total_)?inactive_file ([0-9]+)$", statistics, re.MULTILINE)
+                used = (_read_int(directory / usage_file) or 0) - (int(cache[1]) if cache else 0)
+                groups.append(_Cgroup(limit, max(0, used)))
+            directory = directory.parent
+    return groups
 
 
 def _read(path: Path) -> str:

@@ -7,8 +7,9 @@
       per micro-batch   Step → Attend 0 → Attend 1 → …    one Attended each; layers in order
     in session        Goodbye                            no session (the store is dropped)
 
-Everything else is answered with a Failure and changes nothing.  What reaches a kernel has been checked here
-or in the message itself: numba would not.
+Everything else is answered with a Failure and changes nothing; but a Hello that fails leaves no session.
+A message without an answer (Admit, Step, Release) fails at the next Attend.  What reaches a kernel has been
+checked here or in the message itself: numba would not.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from cpu_attention import kernel
-from cpu_attention.errors import BadRequest, RWorkerError, UnknownSequence
+from cpu_attention.errors import BadRequest, KVBudgetExceeded, RWorkerError, UnknownSequence
 from cpu_attention.kvstore import KVStore
 from cpu_attention.layout import STORAGE_DTYPES, AttentionRule, KVLayout, LayerShape
 from cpu_attention.machine import format_bytes
@@ -45,6 +46,9 @@ from transport import (
 logger = logging.getLogger(__name__)
 
 
+_UNANSWERED = (Admit, Step, Release, Goodbye)
+
+
 @dataclass
 class _MicroBatch:
     """What the Step message said, as the kernels want it.  T, A: see `transport.messages`."""
@@ -54,6 +58,7 @@ class _MicroBatch:
     offsets: np.ndarray  # [T] int32
     block_tables: np.ndarray  # [A, max_blocks] int32
     positions: np.ndarray  # [A] int32
+    seq_ids: frozenset[int]
     next_layer: int = 0
 
 
@@ -64,6 +69,7 @@ class _Session:
     rules: tuple[AttentionRule, ...]
     store: KVStore
     micro_batches: dict[int, _MicroBatch]
+    failure: Failure | None = None  # of a message that has no answer; told at the next Attend
 
 
 class RWorker:
@@ -84,10 +90,16 @@ class RWorker:
         try:
             return self._handle(session, message)
         except RWorkerError as error:
-            return Failure(type(error).__name__, str(error)[:4096])
+            failure = Failure(type(error).__name__, str(error)[:4096])
         except Exception as error:  # ours, not the peer's; the other sequences still deserve a worker
             logger.exception("failed on %s", type(message).__name__)
-            return Failure("InternalError", f"{type(error).__name__}: {error}"[:4096])
+            failure = Failure("InternalError", f"{type(error).__name__}: {error}"[:4096])
+        if not isinstance(message, _UNANSWERED):
+            return failure
+        logger.warning("%s failed: %s", type(message).__name__, failure.text)
+        if self._session and self._session.nonce == session:
+            self._session.failure = self._session.failure or failure
+        return None
 
     def close(self) -> None:
         self._session = None
@@ -106,6 +118,9 @@ class RWorker:
             raise BadRequest("this R-worker does not know the session; it was restarted or given to another S-worker")
         match message:
             case Attend():
+                if session.failure:
+                    failure, session.failure = session.failure, None
+                    return failure
                 return self._append_and_attend(session, message)
             case Step():
                 self._begin_micro_batch(session, message)
@@ -170,6 +185,10 @@ class RWorker:
             session.store.num_tokens(seq_id)  # raises UnknownSequence before anything is freed
         if len(set(seq_ids)) != len(seq_ids):
             raise UnknownSequence("a sequence is released twice")
+        # A micro-batch that was not finished must not write to blocks that get a new owner.
+        session.micro_batches = {
+            index: batch for index, batch in session.micro_batches.items() if batch.seq_ids.isdisjoint(seq_ids)
+        }
         for seq_id in seq_ids:
             session.store.release(seq_id)
 
@@ -195,6 +214,11 @@ class RWorker:
                     f"sequence {seq_id} holds {stored} tokens; cannot append {num_tokens} at {start} "
                     f"with {num_queries} queries"
                 )
+            if stored + num_tokens > store.max_tokens(seq_id):
+                raise KVBudgetExceeded(
+                    f"sequence {seq_id} would hold {stored + num_tokens} tokens; it was admitted for "
+                    f"{store.max_tokens(seq_id)}"
+                )
         for seq_id, _, num_tokens, _ in rows:
             store.extend(seq_id, num_tokens)
 
@@ -209,6 +233,7 @@ class RWorker:
             offsets=token_positions % block_tokens,
             block_tables=tables[query_rows],
             positions=_ranges(first_queries, message.num_queries),
+            seq_ids=frozenset(seq_id for seq_id, *_ in rows),
         )
 
     def _append_and_attend(self, session: _Session, message: Attend) -> Attended:
@@ -225,6 +250,8 @@ class RWorker:
                 f"layer {layer} wants k {k_shape} and q {q_shape}, got {message.k.shape}, {message.q.shape}"
             )
         batch.next_layer += 1
+        if batch.next_layer == len(session.layers):
+            del session.micro_batches[message.micro_batch]
 
         k_blocks, v_blocks = session.store.k_blocks[layer], session.store.v_blocks[layer]
         kernel.append(message.k, message.v, batch.blocks, batch.offsets, k_blocks, v_blocks)

@@ -17,12 +17,13 @@ from transport import (
     MessageTooLarge,
     PeerLost,
     PeerTimeout,
+    Welcome,
 )
 
 logger = logging.getLogger(__name__)
 
 _IDLE_S = 1.0  # waiting for work is no failure; but a signal may only be seen when the wait ends
-_ANSWER_TIMEOUT_S = 10.0
+_ANSWER_TIMEOUT_S = 10.0  # for the session's owner; nobody else may make it wait
 
 
 def serve(listener: Listener, worker: RWorker, *, dismissable: bool = False) -> None:
@@ -41,7 +42,7 @@ def serve(listener: Listener, worker: RWorker, *, dismissable: bool = False) -> 
             return
         except BadDelivery as error:
             logger.warning("refused a frame: %s", error)
-            _answer(listener, error.peer, 0, Failure("ProtocolError", str(error)[:4096]))
+            _answer(listener, error.peer, 0, Failure("ProtocolError", str(error)[:4096]), 0.0)
             continue
         peer, session, message = delivery.peer, delivery.envelope.session, delivery.envelope.message
         reply: Message | None
@@ -51,17 +52,17 @@ def serve(listener: Listener, worker: RWorker, *, dismissable: bool = False) -> 
             reply = Failure("BadRequest", "this R-worker was not started for one job and cannot be dismissed")
         else:
             reply = worker.handle(session, message)
-            if isinstance(message, Hello):
+            if isinstance(reply, Welcome):
                 owner = peer
         if reply is not None:
-            _answer(listener, peer, session, reply)
+            _answer(listener, peer, session, reply, _ANSWER_TIMEOUT_S if peer == owner else 0.0)
         if isinstance(message, Goodbye) and message.dismiss and dismissable:
             return
 
 
-def _answer(listener: Listener, peer: Hashable, session: int, reply: Message) -> None:
+def _answer(listener: Listener, peer: Hashable, session: int, reply: Message, timeout_s: float) -> None:
     """A peer that has gone, or takes nothing any more, is its own loss, not this worker's."""
     try:
-        listener.send(peer, session, reply, timeout_s=_ANSWER_TIMEOUT_S)
+        listener.send(peer, session, reply, timeout_s=timeout_s)
     except (PeerLost, PeerTimeout, MessageTooLarge) as error:
         logger.warning("could not answer: %s", error)

@@ -15,6 +15,11 @@ if transport.import_mpi().COMM_WORLD.Get_rank() == 1:
         serve_echo(listener)
 else:
     with transport.connect("mpi://1") as channel:
+        try:  # a second channel to one rank would take the first one's answers
+            transport.connect("mpi://1")
+            raise SystemExit("a second channel was not refused")
+        except transport.AddressError as error:
+            assert "already" in str(error)
         for check in CHECKS:
             check(channel)
     print(f"{len(CHECKS)} checks passed")

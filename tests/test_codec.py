@@ -200,9 +200,20 @@ def test_limits_hold_both_ways() -> None:
         lambda: LayerSpec(4, 2, 64, float("nan")),
         lambda: LayerSpec(4, 2, 64, 1.0, softcap=0.0),
         lambda: LayerSpec(4, 2, 64, 1.0, sinks=(1.0,)),
+        lambda: LayerSpec(1, 1, 64, 1.0, sinks=(float("inf"),)),
         lambda: Hello((LayerSpec(4, 2, 64, 1.0),), "float64", 16),
     ],
 )
 def test_wrong_shapes_cannot_even_be_said(make: object) -> None:
     with pytest.raises(ValueError):
         make()  # type: ignore[operator]
+
+
+def test_big_endian_arrays_do_not_travel() -> None:
+    with pytest.raises(TypeError, match="little-endian"):
+        Codec().encode(0, Attended(0, 0, 0, np.zeros((1, 1, 4), ">f4")))
+
+
+def test_oversized_header_is_refused() -> None:
+    with pytest.raises(ProtocolError, match="oversized"):
+        Codec().decode([bytes(Codec().encode(0, Ping(1))[0]) + bytes(5 << 20)])

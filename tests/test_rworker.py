@@ -53,7 +53,10 @@ def worker() -> Iterator[RWorker]:
 
 
 def fails(worker: RWorker, message: Message, kind: str, text: str = "", session: int = SESSION) -> None:
+    """Directly, or at the next Attend if the message has no answer of its own."""
     reply = worker.handle(session, message)
+    if reply is None:
+        reply = worker.handle(session, attend_message(SPECS[0], 0, 1, 1, 0, step=10**6))
     assert isinstance(reply, Failure), reply
     assert reply.kind == kind and text in reply.text, reply
 
@@ -177,31 +180,93 @@ def test_budget_of_a_session() -> None:
     fails(worker, Hello(SPECS, "float32", 8, kv_cache_bytes=100), "KVBudgetExceeded", "bytes per block", session=1)
 
 
-@settings(max_examples=200)
-@given(
-    st.lists(st.tuples(st.integers(0, 3), st.integers(-2, 12), st.integers(-2, 12), st.integers(-2, 12)), max_size=4),
-    st.integers(0, 2),
-    st.integers(0, 12),
-    st.integers(0, 12),
-)
-def test_no_step_reaches_a_kernel_unchecked(
-    rows: list[tuple[int, int, int, int]], layer: int, tokens: int, queries: int
-) -> None:
-    """Whatever Step says, Attend is answered with what was asked or refused; the store stays sound."""
-    worker = RWorker(kv_cache_bytes=1 << 16)
-    worker.handle(SESSION, HELLO)
-    worker.handle(SESSION, Admit(ids(0, 1, 2), ints(10, 10, 10)))
-    columns = list(zip(*rows, strict=True)) if rows else [()] * 4
-    worker.handle(SESSION, Step(1, 0, ids(*columns[0]), *(ints(*column) for column in columns[1:])))
-    queries = min(tokens, queries)
-    reply = worker.handle(SESSION, attend_message(SPECS[layer % 2], layer, tokens, queries, 0))
-    assert isinstance(reply, Attended | Failure)
-    if isinstance(reply, Attended):
-        assert reply.o.shape == (queries, 4, 16) and np.isfinite(reply.o).all()
-    else:
-        assert reply.kind != "InternalError", reply
-    worker._session.store.check_integrity()  # type: ignore[union-attr]
-    worker.close()
+def test_one_answer_per_attend(worker: RWorker) -> None:
+    """A refused Admit spoils the Step that relies on it, too; the S-worker hears of it once, and the first cause."""
+    assert worker.handle(SESSION, Admit(ids(1), ints(10**9))) is None
+    assert worker.handle(SESSION, Step(1, 0, ids(1), ints(0), ints(3), ints(1))) is None
+    reply = worker.handle(SESSION, attend_message(SPECS[0], 0, 3, 1, 0))
+    assert isinstance(reply, Failure) and reply.kind == "KVBudgetExceeded"
+    assert worker.handle(SESSION, Ping(1)) == Pong(1)
+    worker.handle(SESSION, Admit(ids(1), ints(10)))
+    worker.handle(SESSION, Step(2, 0, ids(1), ints(0), ints(3), ints(1)))
+    assert isinstance(worker.handle(SESSION, attend_message(SPECS[0], 0, 3, 1, 0, step=2)), Attended)
+
+
+def test_refused_step_changes_nothing(worker: RWorker) -> None:
+    """The first row would be fine; it must not be extended for the second one's sake."""
+    worker.handle(SESSION, Admit(ids(1, 2), ints(10, 10)))
+    fails(worker, Step(1, 0, ids(1, 2), ints(0, 0), ints(5, 11), ints(0, 0)), "KVBudgetExceeded", "sequence 2")
+    assert worker.handle(SESSION, Step(2, 0, ids(1, 2), ints(0, 0), ints(5, 10), ints(0, 0))) is None
+    assert isinstance(worker.handle(SESSION, attend_message(SPECS[0], 0, 15, 0, 0, step=2)), Attended)
+
+
+def test_released_blocks_are_out_of_reach(worker: RWorker) -> None:
+    """A micro-batch left unfinished cannot write into blocks that have a new owner."""
+    worker.handle(SESSION, Admit(ids(1), ints(8)))
+    worker.handle(SESSION, Step(1, 0, ids(1), ints(0), ints(8), ints(0)))
+    worker.handle(SESSION, Release(ids(1)))
+    fails(worker, attend_message(SPECS[0], 0, 8, 0, 0), "BadRequest", "was not begun")
+
+
+def test_finished_micro_batches_are_forgotten(worker: RWorker) -> None:
+    worker.handle(SESSION, Admit(ids(1), ints(100)))
+    for step in range(50):
+        worker.handle(SESSION, Step(step, step, ids(1), ints(step), ints(1), ints(1)))
+        for layer, spec in enumerate(SPECS):
+            made = attend_message(spec, layer, 1, 1, 0, step=step)
+            assert isinstance(worker.handle(SESSION, Attend(step, step, layer, made.q, made.k, made.v)), Attended)
+    assert worker._session and worker._session.micro_batches == {}
+
+
+rows_of_a_step = st.lists(st.tuples(st.integers(1, 8), st.integers(0, 8)), min_size=1, max_size=3)  # tokens, queries
+
+
+@settings(max_examples=150)
+@given(steps=st.lists(rows_of_a_step, min_size=1, max_size=4), data=st.data())
+def test_any_conversation(steps: list[list[tuple[int, int]]], data: st.DataObject) -> None:
+    """Right messages get the reference's answers; one wrong number gets a Failure, and a sound store."""
+    workers = [RWorker(kv_cache_bytes=1 << 16), RWorker(kv_cache_bytes=1 << 16, attend=reference.attend)]
+    stored = [0, 0, 0]
+    for worker in workers:
+        worker.handle(SESSION, HELLO)
+        worker.handle(SESSION, Admit(ids(0, 1, 2), ints(40, 40, 40)))
+    for number, drawn in enumerate(steps):
+        rows = [(count, min(count, queries)) for count, queries in drawn]
+        columns = [list(range(len(rows))), stored[: len(rows)], [c for c, _ in rows], [q for _, q in rows]]
+        wrong = data.draw(
+            st.none()
+            | st.tuples(st.sampled_from([0, 1, 3]), st.integers(0, len(rows) - 1), st.integers(-50, 50).filter(bool))
+        )
+        if wrong is not None:
+            column, row, by = wrong
+            columns[column][row] += by
+            if column == 0 and columns[0][row] in (0, 1, 2) and len(set(columns[0])) == len(rows):
+                wrong = None if stored[columns[0][row]] == columns[1][row] else wrong
+                if wrong is None:
+                    return  # another sequence that stands at the same place: right, too
+            if column == 3 and 0 <= columns[3][row] <= rows[row][0]:
+                wrong = None  # another number of queries is right as well
+        num_tokens, num_queries = sum(columns[2]), min(sum(columns[2]), max(0, sum(columns[3])))
+        for layer, spec in enumerate(SPECS):
+            made = attend_message(spec, layer, num_tokens, num_queries, seed=number, step=number)
+            replies = []
+            for worker in workers:
+                if layer == 0:
+                    step = Step(number, 0, ids(*columns[0]), *(ints(*column) for column in columns[1:]))
+                    assert worker.handle(SESSION, step) is None
+                replies.append(worker.handle(SESSION, made))
+                worker._session.store.check_integrity()  # type: ignore[union-attr]
+            if wrong is None:
+                assert all(isinstance(reply, Attended) for reply in replies), replies
+                np.testing.assert_allclose(replies[0].o, replies[1].o, atol=1e-4)  # type: ignore[union-attr]
+            else:
+                assert all(isinstance(r, Failure) and r.kind != "InternalError" for r in replies), replies
+        if wrong is not None:
+            return
+        for row, (count, _) in enumerate(rows):
+            stored[row] += count
+    for worker in workers:
+        worker.close()
 
 
 @dataclass

@@ -9,9 +9,27 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
+import zmq
 
-from transport import AddressError, Channel, Goodbye, Listener, PeerLost, PeerTimeout, Ping, Pong, connect, listen
+from transport import (
+    AddressError,
+    Attend,
+    BadDelivery,
+    Channel,
+    Goodbye,
+    Hello,
+    LayerSpec,
+    Listener,
+    PeerLost,
+    PeerTimeout,
+    Ping,
+    Pong,
+    Welcome,
+    connect,
+    listen,
+)
 from transport.testing import CHECKS, check_close, serve_echo
 
 ROOT = Path(__file__).parents[1]
@@ -158,3 +176,59 @@ def test_ipc_file_of_a_killed_worker_is_reused(tmp_path: Path) -> None:
     with listen(address) as listener, connect(address) as channel:
         channel.send(Ping(1), timeout_s=5)
         assert listener.recv(timeout_s=5).envelope.message == Ping(1)
+
+
+def test_flood_harms_only_the_flooder(tmp_path: Path) -> None:
+    """Thousands of messages from a peer that reads nothing: the worker lives, and answers the session's owner."""
+    code = "import sys; from cpu_attention.process import main; sys.exit(main(sys.argv[1:]))"
+    flags = ["--bind", f"ipc://{tmp_path}/w", "--kv-cache-memory", "1MiB", "--log-level", "error"]
+    worker = subprocess.Popen([sys.executable, "-c", code, *flags], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    try:
+        assert worker.stdout and worker.stdout.readline()
+        hello = Hello((LayerSpec(1, 1, 8, 1.0),), "float32", 8)
+        with connect(f"ipc://{tmp_path}/w") as owner, connect(f"ipc://{tmp_path}/w") as flooder:
+            owner.send(hello, timeout_s=5)
+            assert isinstance(owner.recv(timeout_s=60), Welcome)
+            for token in range(20_000):
+                flooder.send(Ping(token), timeout_s=5)
+            for token in range(3):
+                owner.send(Ping(token), timeout_s=5)
+                assert owner.recv(timeout_s=5) == Pong(token)
+            assert worker.poll() is None
+    finally:
+        worker.terminate()
+        assert worker.wait(10) == 0
+
+
+@pytest.mark.parametrize("scheme", ["ipc", "tcp"])
+def test_interrupt_between_frames(scheme: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C in the middle of a message: it is refused as a whole, the next one arrives."""
+    q = np.zeros((2, 1, 4), np.float32)
+    with listen(an_address(scheme, tmp_path)) as listener, connect(listener.address) as channel:
+        channel.send(Ping(0), timeout_s=5)
+        assert listener.recv(timeout_s=5).envelope.message == Ping(0)
+        send, calls = zmq.Socket.send, []
+
+        def interrupted(self: zmq.Socket, *arguments: object, **options: object) -> object:
+            calls.append(1)
+            if len(calls) == 3:
+                raise KeyboardInterrupt
+            return send(self, *arguments, **options)  # type: ignore[arg-type]
+
+        with monkeypatch.context() as patch:
+            patch.setattr(zmq.Socket, "send", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                channel.send(Attend(0, 0, 0, q, q, q), timeout_s=5)
+        with pytest.raises(BadDelivery):
+            listener.recv(timeout_s=5)
+        channel.send(Ping(1), timeout_s=5)
+        assert listener.recv(timeout_s=5).envelope.message == Ping(1)
+
+
+def test_conformance_mpi_over_tcp(mpirun: list[str]) -> None:
+    """Without the shared memory that makes every receive instant on one machine."""
+    flags = ["--mca", "pml", "ob1", "--mca", "btl", "tcp,self"]
+    command = [*mpirun, *flags, "-n", "2", sys.executable, ROOT / "tests" / "mpi_conformance.py"]
+    out = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert out.returncode == 0, out.stdout + out.stderr
+    assert f"{len(CHECKS)} checks passed" in out.stdout

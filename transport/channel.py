@@ -9,7 +9,8 @@ What holds for every backend (`transport.testing` checks it for all of them):
 - Messages between two ends arrive whole, unchanged and in order, or not at all.
 - Nothing waits for ever: every call takes ``timeout_s`` and raises PeerTimeout, which names the peer.
 - After PeerTimeout, ProtocolError or MessageTooLarge the channel works on.
-- After PeerLost every later call raises PeerLost; a peer that comes back needs a new channel.
+- After PeerLost every later send raises it, and every recv once what had arrived before is read; a peer that
+  comes back needs a new channel.
 - Frames of another session (a nonce drawn per channel) never reach the caller.
 - Arrays handed to ``send`` are not copied: leave them alone until the message is answered.
 - One thread at a time uses a channel.  ``close`` can be called twice and leaves no socket or thread behind.

@@ -92,7 +92,7 @@ class Codec:
         return [_PREFIX.pack(_MAGIC, PROTOCOL_VERSION, len(arrays), session) + body, *arrays]
 
     def decode(self, frames: Sequence[Buffer]) -> Envelope:
-        """The message in `frames`; its arrays are read-only views of them.  Raises ProtocolError."""
+        """The message in `frames`; its arrays are views of them, for reading.  Raises ProtocolError."""
         if not frames or len(frames) > self._limits.max_frames:
             raise ProtocolError(f"a message has 1 to {self._limits.max_frames} frames, not {len(frames)}")
         header = memoryview(frames[0]).cast("B")
@@ -117,8 +117,9 @@ class Codec:
         return Envelope(session, message)
 
     def _describe_array(self, value: object) -> tuple[int, str, tuple[int, ...]]:
-        if not isinstance(value, np.ndarray) or value.dtype.name not in DTYPES:
-            raise TypeError(f"{type(value).__name__} cannot travel; arrays of {', '.join(DTYPES)} can")
+        if not isinstance(value, np.ndarray) or value.dtype != DTYPES.get(value.dtype.name):
+            kind = getattr(value, "dtype", type(value).__name__)
+            raise TypeError(f"{kind} cannot travel; little-endian arrays of {', '.join(DTYPES)} can")
         # A byte view, because bfloat16 has no buffer format of its own.
         self._arrays_out.append(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
         return len(self._arrays_out), value.dtype.name, value.shape

@@ -8,18 +8,19 @@ Hq/Hkv = query/KV heads, D = head_dim, n = sequences.
     S-worker                                   R-worker
     Hello(layers, dtype, budget)        ─────►  builds its KV store
                                         ◄─────  Welcome(num_blocks, ...)   or Failure
-    Admit(seq_ids, max_tokens)          ─────►  reserves blocks            (no answer; a Failure if refused)
-    Step(seq_ids, starts, num_tokens)   ─────►  once per step and micro-batch (no answer)
+    Admit(seq_ids, max_tokens)          ─────►  reserves blocks                          (no answer)
+    Step(seq_ids, starts, num_tokens)   ─────►  once per step and micro-batch            (no answer)
     Attend(layer 0; q, k, v)            ─────►  appends k, v; then attends q
                                         ◄─────  Attended(layer 0; o)       exactly one answer per Attend
     Attend(layer 1; ...)                ─────►  ...
-    Release(seq_ids)                    ─────►  frees blocks               (no answer)
+    Release(seq_ids)                    ─────►  frees blocks                             (no answer)
     Ping(token)                         ─────►
                                         ◄─────  Pong(token)
     Goodbye(dismiss)                    ─────►  drops the session and all its KV
 
 Messages between two workers keep their order.  Anything that goes wrong on the R-worker comes back as a
-Failure, once, in place of the answer it prevents; the R-worker lives on.
+Failure in place of the answer it prevents, and the R-worker lives on.  What has no answer of its own fails at
+the next Attend: so there is exactly one answer per Attend, whatever happens.
 """
 
 from __future__ import annotations
@@ -64,6 +65,7 @@ class LayerSpec(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fie
         _require(np.isfinite(self.scale), "scale must be finite")
         _require(self.softcap is None or (np.isfinite(self.softcap) and self.softcap > 0), "softcap must be > 0")
         _require(self.sinks is None or len(self.sinks) == self.num_q_heads, "one sink per query head")
+        _require(self.sinks is None or np.isfinite(self.sinks).all(), "sinks must be finite")
 
 
 class Hello(Message, frozen=True):

@@ -10,6 +10,7 @@ and then backs off to short sleeps.  MPI has no recovery either: a rank that die
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections import deque
@@ -22,12 +23,21 @@ from transport.channel import Arrival
 from transport.codec import LIMITS, Buffer
 from transport.errors import AddressError, ChannelClosed, PeerTimeout, ProtocolError
 
+logger = logging.getLogger(__name__)
+
 _TO_R_WORKER, _TO_S_WORKER = 7101, 7102  # tags
 _MAGIC = 0x46444D50  # "FDMP"
 _MAX_MANIFEST_BYTES = 8 * (2 + LIMITS.max_frames)
 _MAX_UNFINISHED_SENDS = 256
 _YIELDS_BEFORE_SLEEP = 200
 _LONGEST_SLEEP_S = 1e-3
+_REST_OF_MESSAGE_S = 5.0
+_CLOSE_TIMEOUT_S = 5.0
+
+# Answers carry no more than their sender, so two links of one rank to another would take each other's.
+_linked_ranks: set[int] = set()
+# MPI may still use these buffers, so they must not go away.
+_never_read: list[tuple[Any, Buffer]] = []
 
 
 class _Mailbox:
@@ -58,36 +68,53 @@ class _Mailbox:
         _wait(few_enough, timeout_s, f"rank {rank} does not take messages")
 
     def recv(self, source: int, timeout_s: float, complaint: str) -> tuple[int, list[Buffer]]:
-        """The next message from `source` (or anyone) as (rank, frames)."""
+        """The next message from `source` (or anyone) as (rank, frames).
+
+        A message that has begun to arrive gets `_REST_OF_MESSAGE_S` more.
+        """
         status = self._mpi.Status()
+        deadline = time.monotonic() + timeout_s + _REST_OF_MESSAGE_S
 
         def probe(rank: int) -> Any:
             return self._comm.Improbe(source=rank, tag=self._recv_tag, status=status)
 
         matched = _wait(lambda: probe(source), timeout_s, complaint)
         rank = status.Get_source()
-        manifest = self._take(matched, status, _MAX_MANIFEST_BYTES)
+        manifest = self._take(matched, status, _MAX_MANIFEST_BYTES, deadline)
         numbers = np.frombuffer(manifest, np.int64) if len(manifest) % 8 == 0 else np.empty(0, np.int64)
         if len(numbers) < 3 or numbers[0] != _MAGIC or numbers[1] != len(numbers) - 2:
             raise _Refused(rank, f"rank {rank} sent {len(manifest)} bytes that are not a manifest")
         frames = []
         for size in numbers[2:].tolist():
-            matched = _wait(lambda: probe(rank), timeout_s, f"rank {rank} sent half a message")
-            frames.append(self._take(matched, status, LIMITS.max_array_bytes))
+            matched = _wait(lambda: probe(rank), deadline - time.monotonic(), f"rank {rank} sent half a message")
+            frames.append(self._take(matched, status, LIMITS.max_array_bytes, deadline))
             if len(frames[-1]) != size:
                 raise _Refused(rank, f"rank {rank} announced a frame of {size} bytes and sent {len(frames[-1])}")
         return rank, list(frames)
 
-    def _take(self, matched: Any, status: Any, max_bytes: int) -> bytearray:
-        size = status.Get_count(self._mpi.BYTE)
+    def close(self, who: str) -> None:
+        """Gives unread messages a moment; what nobody ever reads is kept for the life of the process."""
+        try:
+            self.flush(_CLOSE_TIMEOUT_S, who)
+        except PeerTimeout as error:
+            logger.warning("%s; %d messages were left unread", error, len(self._unfinished))
+            _never_read.extend(self._unfinished)
+
+    def _take(self, matched: Any, status: Any, max_bytes: int, deadline: float) -> bytearray:
+        size, rank = status.Get_count(self._mpi.BYTE), status.Get_source()
         if size > max_bytes:
             try:  # a matched message has to be received; into no buffer at all, MPI drops it as truncated
                 matched.Recv([bytearray(0), self._mpi.BYTE])
             except self._mpi.Exception:
                 pass
-            raise _Refused(status.Get_source(), f"a frame of {size} bytes is over the limit of {max_bytes}")
+            raise _Refused(rank, f"a frame of {size} bytes is over the limit of {max_bytes}")
         buffer = bytearray(size)
-        matched.Recv([buffer, self._mpi.BYTE])
+        request = matched.Irecv([buffer, self._mpi.BYTE])
+        try:
+            _wait(lambda: request.Test() or None, deadline - time.monotonic(), f"rank {rank} stalls within a message")
+        except PeerTimeout:
+            _never_read.append((request, buffer))
+            raise
         return buffer
 
 
@@ -116,7 +143,8 @@ class MPILink:
     def close(self) -> None:
         if not self._closed:
             self._closed = True
-            self._mailbox.flush(5.0, self._rank)
+            _linked_ranks.discard(self._rank)
+            self._mailbox.close(str(self._rank))
 
     def _check_open(self) -> None:
         if self._closed:
@@ -146,7 +174,7 @@ class MPIPort:
     def close(self) -> None:
         if not self._closed:
             self._closed = True
-            self._mailbox.flush(5.0, "an S-worker's")
+            self._mailbox.close("an S-worker's")
 
     def _check_open(self) -> None:
         if self._closed:
@@ -157,7 +185,11 @@ def connect(address: str) -> MPILink:
     rank_text, size = address.removeprefix("mpi://"), import_mpi().COMM_WORLD.Get_size()
     if not rank_text.isdecimal() or int(rank_text) >= size:
         raise AddressError(f"{address!r}: write mpi://RANK with a rank from 0 to {size - 1}, the size of this mpirun")
-    return MPILink(int(rank_text))
+    rank = int(rank_text)
+    if rank in _linked_ranks:
+        raise AddressError(f"{address} has a channel from this rank already; close that one first")
+    _linked_ranks.add(rank)
+    return MPILink(rank)
 
 
 def listen(address: str) -> MPIPort:

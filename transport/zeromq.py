@@ -2,7 +2,8 @@
 
 An S-worker's link is a DEALER, an R-worker's port a ROUTER that refuses to drop messages silently.  ZMTP
 heartbeats run in libzmq's own thread, so neither a busy kernel nor a long forward can starve them; a peer
-that is killed, stopped or cut off shows as a disconnect on the socket's monitor within two seconds.
+that is killed shows as a disconnect on the socket's monitor at once, one that is stopped or cut off within four
+seconds.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from transport.codec import LIMITS, Buffer
 from transport.errors import AddressError, ChannelClosed, PeerLost, PeerTimeout, ProtocolError
 
 HEARTBEAT_INTERVAL_MS = 400
-HEARTBEAT_TIMEOUT_MS = 1500
+# A heartbeat waits behind the frame that is being sent, so a frame has to cross within this time.
+HEARTBEAT_TIMEOUT_MS = 3000
 # Frames under this size are cheaper to copy than to track (pyzmq's own threshold is the same order).
 COPY_BELOW_BYTES = 16 << 10
 
@@ -46,8 +48,15 @@ class ZeroMQLink:
             raise AddressError(f"cannot connect to {address}: {error}") from error
 
     def send_frames(self, frames: Sequence[Buffer], timeout_s: float) -> None:
+        deadline = time.monotonic() + timeout_s
         self._wait(zmq.POLLOUT, timeout_s, "does not take messages")
-        _send(self._socket, frames)
+        # The peer may vanish between the two lines; then there is no pipe to send to, and a send would wait.
+        self._socket.sndtimeo = max(1, round((deadline - time.monotonic()) * 1000))
+        try:
+            _send(self._socket, frames)
+        except zmq.Again:
+            self._wait(zmq.POLLOUT, 0.0, "does not take messages")
+            raise PeerTimeout(f"{self.peer} does not take messages (waited {timeout_s:.3g} s)") from None
 
     def recv_frames(self, timeout_s: float) -> Sequence[Buffer]:
         self._wait(zmq.POLLIN, timeout_s, "did not answer")
@@ -152,6 +161,9 @@ def listen(address: str) -> ZeroMQPort:
 def _make_socket(context: zmq.Context, kind: int, address: str) -> zmq.Socket:
     made = context.socket(kind)
     made.linger = 0
+    # No limit on what waits to be read: where libzmq stops reading from a peer that floods, its heartbeats go
+    # unread, too, and tearing the connection down then can abort the process (libzmq issue 3937).
+    made.rcvhwm = 0
     made.maxmsgsize = LIMITS.max_array_bytes  # libzmq drops the connection of whoever sends more
     made.heartbeat_ivl = HEARTBEAT_INTERVAL_MS
     made.heartbeat_timeout = HEARTBEAT_TIMEOUT_MS
@@ -161,20 +173,32 @@ def _make_socket(context: zmq.Context, kind: int, address: str) -> zmq.Socket:
 
 
 def _send(over: zmq.Socket, frames: Sequence[Buffer]) -> None:
-    last = len(frames) - 1
-    for i, frame in enumerate(frames):
-        large = memoryview(frame).nbytes >= COPY_BELOW_BYTES
-        over.send(frame, zmq.SNDMORE if i < last else 0, copy=not large)
+    last, sent = len(frames) - 1, 0
+    try:
+        for i, frame in enumerate(frames):
+            large = memoryview(frame).nbytes >= COPY_BELOW_BYTES
+            over.send(frame, zmq.SNDMORE if i < last else 0, copy=not large)
+            sent += 1
+    except BaseException:
+        if 0 < sent <= last:
+            # Interrupted halfway (Ctrl-C): ended here, so that the next message is not taken for its rest.
+            over.send(b"", zmq.NOBLOCK)
+        raise
 
 
 def _recv(over: zmq.Socket) -> list[memoryview]:
     """What is left of a multipart message that is there; too many parts are read to their end and refused."""
     frames, num_frames, more = [], 0, True
-    while more:
-        frame = over.recv(copy=False)
-        num_frames, more = num_frames + 1, frame.more
-        if num_frames <= LIMITS.max_frames:
-            frames.append(frame.buffer)
+    try:
+        while more:
+            frame = over.recv(zmq.NOBLOCK, copy=False)
+            num_frames, more = num_frames + 1, frame.more
+            if num_frames <= LIMITS.max_frames:
+                frames.append(frame.buffer)
+    except BaseException:
+        while more and over.get(zmq.RCVMORE):
+            over.recv(zmq.NOBLOCK)
+        raise
     if num_frames > LIMITS.max_frames:
         raise ProtocolError(f"a message of {num_frames} frames; the limit is {LIMITS.max_frames}")
     return frames
