@@ -18,6 +18,7 @@ from transport import (
     Attend,
     BadDelivery,
     Channel,
+    Codec,
     Goodbye,
     Hello,
     LayerSpec,
@@ -186,11 +187,13 @@ def test_flood_harms_only_the_flooder(tmp_path: Path) -> None:
     try:
         assert worker.stdout and worker.stdout.readline()
         hello = Hello((LayerSpec(1, 1, 8, 1.0),), "float32", 8)
-        with connect(f"ipc://{tmp_path}/w") as owner, connect(f"ipc://{tmp_path}/w") as flooder:
+        with connect(f"ipc://{tmp_path}/w") as owner, zmq.Context() as context, context.socket(zmq.DEALER) as flooder:
             owner.send(hello, timeout_s=5)
             assert isinstance(owner.recv(timeout_s=60), Welcome)
-            for token in range(20_000):
-                flooder.send(Ping(token), timeout_s=5)
+            flooder.linger, flooder.rcvhwm, flooder.sndhwm = 0, 1, 0
+            flooder.connect(f"ipc://{tmp_path}/w")
+            for token in range(30_000):
+                flooder.send_multipart(Codec().encode(1, Ping(token)))
             for token in range(3):
                 owner.send(Ping(token), timeout_s=5)
                 assert owner.recv(timeout_s=5) == Pong(token)
