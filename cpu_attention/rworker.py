@@ -108,9 +108,11 @@ class RWorker:
     def _handle(self, nonce: int, message: Message) -> Message | None:
         if isinstance(message, Hello):
             return self._open(nonce, message)
-        if isinstance(message, Ping):
-            return Pong(message.token)
         session = self._session
+        if isinstance(message, Ping):
+            if session and session.nonce == nonce:
+                session.failure = None
+            return Pong(message.token)
         if isinstance(message, Goodbye) and (session is None or message.dismiss):
             self._session = None
             return None

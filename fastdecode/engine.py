@@ -69,7 +69,7 @@ class Engine:
         for index in range(params.n):
             sequence = Sequence(self._num_sequences, request, index, derive_seed(seed, index))
             self._num_sequences += 1
-            continuations.append(Continuation(sequence, self._stop_finder(params)))
+            continuations.append(Continuation(sequence, self._stop_finder(request)))
         live = LiveRequest(request, prompt, continuations, params.n, time.monotonic())
         for continuation in continuations:  # they need the same KV: the first one is refused or none
             self._scheduler.add(continuation.sequence)
@@ -91,16 +91,27 @@ class Engine:
         return self._commit(step, sampled, started)
 
     def abort(self, request_ids: Iterable[str]) -> None:
-        """Forgets requests, waiting or running, and frees their KV.  Unknown ids are ignored."""
+        """Forgets requests, waiting or running, and frees their KV.  Unknown ids are ignored.
+
+        An R-worker that is lost while it is told so is reported by the next `step`.
+        """
         sequences = []
         for request_id in request_ids:
             live = self._live.pop(request_id, None)
             for continuation in live.continuations if live else ():
                 if self._by_sequence.pop(continuation.sequence.seq_id, None):
                     sequences.append(continuation.sequence)
+        self._release(sequences)
+
+    def _release(self, sequences: list[Sequence]) -> None:
+        """Gives back what sequences held; a lost R-worker breaks the engine, not what is finished already."""
         released = self._scheduler.remove(sequences)
-        if not self._broken:
-            self._rpool.release(released)
+        try:
+            if not self._broken:
+                self._rpool.release(released)
+        except RWorkerError as error:
+            logger.debug("lost while releasing: %s", error)
+            self._broken = error
 
     def _run(self, step: Step) -> list[Sampled]:
         try:
@@ -111,9 +122,9 @@ class Engine:
         except BaseException:
             # Interrupted in the middle (Ctrl-C, out of memory): what R-workers hold of these sequences is not
             # what the scheduler thinks, so they end here; the engine itself can go on.
+            self.abort(list(self._live))
             try:
-                self._rpool.drain()
-                self.abort(list(self._live))
+                self._rpool.settle()
             except RWorkerError as error:
                 self._broken = error
             raise
@@ -135,7 +146,6 @@ class Engine:
                 live.first_token = live.first_token or now
         finished = self._scheduler.commit(step, tokens)
         finished += self._stop_at_strings(tokens)
-        self._rpool.release(self._scheduler.remove(finished))
         outputs = []
         for sequence in finished:
             live, _ = self._by_sequence.pop(sequence.seq_id)
@@ -143,6 +153,7 @@ class Engine:
             if live.num_unfinished == 0:
                 del self._live[live.request.request_id]
                 outputs.append(finished_output(live, now, self._tokenizer))
+        self._release(finished)
         return outputs
 
     def _stop_at_strings(self, seq_ids: Iterable[int]) -> list[Sequence]:
@@ -152,6 +163,9 @@ class Engine:
             _, continuation = self._by_sequence[seq_id]
             sequence, match = continuation.sequence, continuation.stop_match
             if match is None or sequence.finish_reason == "stop":
+                continue
+            if len(sequence.output_token_ids) < sequence.request.params.min_tokens:
+                continuation.stop_match = None  # too early to count
                 continue
             if sequence.finish_reason is None:
                 stopped.append(sequence)
@@ -184,9 +198,12 @@ class Engine:
             eos_token_ids=frozenset() if params.ignore_eos else frozenset(facts.eos_token_ids),
         )
 
-    def _stop_finder(self, params: SamplingParams) -> StopFinder | None:
+    def _stop_finder(self, request: Request) -> StopFinder | None:
+        params = request.params
         if not params.stop_strings:
             return None
         if self._tokenizer is None:
             raise RequestError("invalid_request", "stop strings need a tokenizer, which skip_tokenizer_init left out")
-        return self._tokenizer.stop_finder(params.stop_strings, skip_special_tokens=params.skip_special_tokens)
+        return self._tokenizer.stop_finder(
+            request.prompt_token_ids, params.stop_strings, skip_special_tokens=params.skip_special_tokens
+        )

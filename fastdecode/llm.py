@@ -34,6 +34,10 @@ from transport import Hello, LayerSpec, Welcome
 
 logger = logging.getLogger(__name__)
 
+_UNSUPPORTED_WISHES = (
+    "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids", "suppress_tokens", "begin_suppress_tokens",
+    "forced_bos_token_id", "forced_eos_token_id", "sequence_bias",
+)  # fmt: skip
 _OPEN_TIMEOUT_S = 120.0  # an R-worker compiles its kernels when a session opens
 
 
@@ -183,9 +187,11 @@ class LLM:
                     places[request_id] = place
                 except RequestError as error:
                     yield place, refused_output(request_id, read.text, read.token_ids, error, params.n)
-            while self._engine.has_work:
+            while self._engine.has_work and not self._closed:
                 for output in self._engine.step():
                     yield places.pop(output.request_id), output
+            if places:
+                raise ConfigError("this LLM was closed while it was generating")
         finally:
             self._in_use = False
             self._engine.abort(places)
@@ -211,11 +217,15 @@ def _open_session(rpool: RPool, config: EngineConfig, facts: ModelFacts, layout:
 
 
 def _default_params(sworker: SWorker) -> SamplingParams:
-    """generation_config.json's wishes, as far as they are ours; greedy if it does not ask for sampling."""
+    """What ``transformers.generate`` would take from generation_config.json; greedy if it does not ask for sampling."""
     wishes = sworker.generation_config
-    if not getattr(wishes, "do_sample", False):
-        return SamplingParams(temperature=0.0)
-    fields = {
-        name: getattr(wishes, name, None) for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-    }
-    return SamplingParams(**{name: value for name, value in fields.items() if value is not None})
+    sampling = ("temperature", "top_p", "top_k", "min_p") if getattr(wishes, "do_sample", False) else ()
+    asked = {name: getattr(wishes, name, None) for name in (*sampling, "repetition_penalty")}
+    fields = {name: value for name, value in asked.items() if value is not None}
+    ignored = [name for name in _UNSUPPORTED_WISHES if getattr(wishes, name, None)]
+    if ignored:
+        logger.warning("generation_config.json asks for %s, which is not supported here", ", ".join(ignored))
+    try:
+        return SamplingParams(**fields) if sampling else SamplingParams(temperature=0.0, **fields)
+    except ValueError as error:
+        raise ConfigError(f"generation_config.json: {error}") from error

@@ -19,6 +19,7 @@ from fastdecode.plan import MicroBatch, Step
 from fastdecode.rpool import RPool, Ticket
 from gpu_sworker import AttentionCall, FlatBatch, Sampled, SWorker
 
+_Forward = Generator[AttentionCall, torch.Tensor, torch.Tensor]
 SampleFunction = Callable[[MicroBatch, torch.Tensor], Sampled]  # (micro-batch, logits [num_segments, vocab])
 
 
@@ -27,7 +28,7 @@ class _InFlight:
     """A micro-batch between submit and collect."""
 
     micro_batch: MicroBatch
-    forward: Generator[AttentionCall, torch.Tensor, torch.Tensor]
+    forward: _Forward
     ticket: Ticket
     rows: _Rows
     call: AttentionCall
@@ -48,13 +49,14 @@ class Pipeline:
 
     def run(self, step: Step, sample: SampleFunction) -> list[Sampled]:
         """One token for every segment, per micro-batch.  Raises RWorkerError; then the step did not happen."""
-        rpool, results = self._rpool, {}
-        rpool.admit(step.admissions)
+        results: dict[int, Sampled] = {}
+        self._rpool.admit(step.admissions)
+        forwards = [self._sworker.forward(flatten(micro_batch)) for micro_batch in step.micro_batches]
         flying: deque[_InFlight] = deque()
         with self._sworker.inference():
             try:
-                for micro_batch in step.micro_batches:
-                    flying.append(self._launch(step.number, micro_batch))
+                for micro_batch, forward in zip(step.micro_batches, forwards, strict=True):
+                    flying.append(self._launch(step.number, micro_batch, forward))
                 while flying:
                     flight = flying.popleft()
                     try:
@@ -65,14 +67,13 @@ class Pipeline:
                         self._submit(flight)
                         flying.append(flight)
             finally:
-                for flight in flying:
-                    flight.forward.close()
+                for forward in forwards:  # a step broken off: those that are suspended end here, in this thread
+                    forward.close()
         return [results[micro_batch.index] for micro_batch in step.micro_batches]
 
-    def _launch(self, step: int, micro_batch: MicroBatch) -> _InFlight:
+    def _launch(self, step: int, micro_batch: MicroBatch, forward: _Forward) -> _InFlight:
         """Begins a micro-batch and submits its first layer."""
         ticket = self._rpool.begin(step, micro_batch)
-        forward = self._sworker.forward(flatten(micro_batch))
         flight = _InFlight(micro_batch, forward, ticket, _rows(micro_batch), next(forward))
         self._submit(flight)
         return flight

@@ -89,7 +89,8 @@ def _text(continuation: Continuation, tokenizer: Tokenizer | None) -> str:
     token_ids = sequence.output_token_ids
     if sequence.finish_reason == "stop" and not params.include_stop_str_in_output:
         token_ids = token_ids[:-1]
-    return tokenizer.decode(token_ids, skip_special_tokens=params.skip_special_tokens)
+    prompt = sequence.request.prompt_token_ids
+    return tokenizer.decode_continuation(prompt, token_ids, skip_special_tokens=params.skip_special_tokens)
 
 
 def _logprobs(entries: list[TokenLogprob], tokenizer: Tokenizer | None) -> dict[int, Logprob]:

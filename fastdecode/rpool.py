@@ -23,12 +23,15 @@ from transport import (
     Attend,
     Attended,
     Channel,
+    ChannelClosed,
     Failure,
     Goodbye,
     Hello,
     Message,
     PeerLost,
     PeerTimeout,
+    Ping,
+    Pong,
     ProtocolError,
     Release,
     Step,
@@ -73,7 +76,7 @@ class RPool:
     def __init__(self, workers: Sequence[RWorkerHandle], timeout_s: float) -> None:
         self._workers = tuple(workers)
         self._timeout_s = timeout_s
-        self._awaited = [0] * len(workers)  # answers that each R-worker owes
+        self._last_ping = 0
 
     def __len__(self) -> int:
         return len(self._workers)
@@ -155,7 +158,6 @@ class RPool:
                     v=v[share.tokens],
                 ),
             )
-            self._awaited[share.worker] += 1
 
     def collect(self, ticket: Ticket) -> np.ndarray:
         """Waits for the layer submitted last.  # [num_queries, num_q_heads, head_dim]"""
@@ -169,11 +171,18 @@ class RPool:
             parts.append(reply.o)
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
-    def drain(self) -> None:
-        """Takes the answers that are still owed, after a step was broken off.  Raises RWorkerError."""
+    def settle(self) -> None:
+        """Brings every R-worker to rest after a step was broken off, wherever that was.  Raises RWorkerError.
+
+        A barrier instead of a count of what is owed, which an interrupt may have left wrong: whatever comes before
+        the Pong belongs to the past.
+        """
+        self._last_ping += 1
         for worker in range(len(self._workers)):
-            while self._awaited[worker]:
-                self._recv(worker)
+            self._send(worker, Ping(self._last_ping))
+        for worker in range(len(self._workers)):
+            while self._recv(worker) != Pong(self._last_ping):
+                pass
 
     def close(self) -> None:
         """Says goodbye to whoever still listens and closes all channels."""
@@ -193,9 +202,7 @@ class RPool:
 
     def _recv(self, worker: int) -> Message:
         channel = self._workers[worker].channel
-        reply = self._guard(worker, partial(channel.recv, timeout_s=self._timeout_s))
-        self._awaited[worker] -= 1
-        return reply
+        return self._guard(worker, partial(channel.recv, timeout_s=self._timeout_s))
 
     def _expect(self, worker: int, reply: Message, kind: type[_Result]) -> _Result:
         name = self._workers[worker].name
@@ -210,6 +217,8 @@ class RPool:
         name = self._workers[worker].name
         try:
             return action()
+        except ChannelClosed as error:
+            raise RWorkerLost(f"{name}: {error}") from error
         except PeerLost as error:
             raise RWorkerLost(f"{name} is gone, and the KV it held with it: {error}") from error
         except PeerTimeout as error:

@@ -9,6 +9,9 @@ import numpy as np
 from fastdecode.request import Sequence
 from gpu_sworker import Penalties, SamplingRows, uniforms
 
+# vLLM's: below the first a temperature means the likeliest token, and none divides by less than the second.
+GREEDY_BELOW, LEAST_TEMPERATURE = 1e-5, 1e-2
+
 
 def sampling_rows(sequences: Sequence_[Sequence], vocab_size: int) -> SamplingRows:
     """How to sample the next token of each sequence; draw number = tokens generated so far."""
@@ -34,7 +37,7 @@ def sampling_rows(sequences: Sequence_[Sequence], vocab_size: int) -> SamplingRo
             if ends:
                 banned.append((row, ends))
     return SamplingRows(
-        temperature=np.array([p.temperature for p in params], np.float32),
+        temperature=np.array([_temperature(p.temperature) for p in params], np.float32),
         top_k=np.array([p.top_k for p in params], np.int64),
         top_p=np.array([p.top_p for p in params], np.float32),
         min_p=np.array([p.min_p for p in params], np.float32),
@@ -43,3 +46,7 @@ def sampling_rows(sequences: Sequence_[Sequence], vocab_size: int) -> SamplingRo
         penalties=penalties,
         banned=banned,
     )
+
+
+def _temperature(asked: float) -> float:
+    return 0.0 if asked < GREEDY_BELOW else max(asked, LEAST_TEMPERATURE)

@@ -17,7 +17,7 @@ class SamplingParams:
     """Every field has a range; a value outside it raises ValueError naming field, value and range.
 
     n: continuations per prompt.
-    temperature: 0 takes the most likely token; otherwise logits are divided by it.
+    temperature: 0 takes the most likely token; otherwise logits are divided by it, or by 0.01 if that is more.
     top_p, top_k, min_p: keep the likeliest tokens with this mass / this many (0: all) / at least this
         fraction of the likeliest one's probability.
     seed: of this request's draws; None takes one from the engine's seed and the request's number.
@@ -63,7 +63,7 @@ class SamplingParams:
         _check_float("min_p", self.min_p, 0.0, 1.0)
         _check_float("presence_penalty", self.presence_penalty, -2.0, 2.0)
         _check_float("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
-        _check_float("repetition_penalty", self.repetition_penalty, 0.0, 100.0, above_low=True)
+        _check_float("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
         _check_int("min_tokens", self.min_tokens, 0, _INT_MAX)
         if self.seed is not None:
             _check_int("seed", self.seed, -(2**63), 2**64 - 1)

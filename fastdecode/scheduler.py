@@ -91,11 +91,12 @@ class Scheduler:
         return finished
 
     def remove(self, sequences: Iterable[Sequence]) -> dict[int, list[int]]:
-        """Forgets sequences, wherever they are.  R-worker -> sequences whose KV it can free."""
+        """Forgets sequences, wherever they are or are not.  R-worker -> sequences whose KV it can free."""
         released: dict[int, list[int]] = {}
         for sequence in sequences:
             if self._running.pop(sequence.seq_id, None) is None:
-                self._waiting.remove(sequence)
+                if sequence in self._waiting:
+                    self._waiting.remove(sequence)
                 continue
             place = _place(sequence)
             self._reserved_blocks[place] -= self._blocks(sequence)

@@ -13,6 +13,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from fastdecode.errors import ConfigError, RequestError
 
+_CONTEXT_TOKENS = 6  # of the prompt, enough for a tokenizer to see that a text goes on
+_HALF_A_CHARACTER = "\ufffd"
+
 
 class Tokenizer:
     def __init__(self, directory: str | Path) -> None:
@@ -28,8 +31,14 @@ class Tokenizer:
             ) from error
 
     def encode(self, text: str) -> list[int]:
-        """With the special tokens (a beginning of sequence, say) that the tokenizer adds by itself."""
-        return list(self._tokenizer(text)["input_ids"])
+        """With the special tokens (a beginning of sequence, say) that the tokenizer adds by itself.
+
+        Raises RequestError for what is no text, like half a surrogate pair.
+        """
+        try:
+            return list(self._tokenizer(text)["input_ids"])
+        except (TypeError, ValueError, UnicodeError) as error:
+            raise RequestError("invalid_request", f"the tokenizer does not take this prompt: {error}") from error
 
     def has_chat_template(self) -> bool:
         return bool(self._tokenizer.chat_template)
@@ -55,36 +64,60 @@ class Tokenizer:
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
         return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens))
 
+    def decode_continuation(
+        self, prompt_token_ids: Sequence[int], token_ids: Sequence[int], *, skip_special_tokens: bool
+    ) -> str:
+        """The text that `token_ids` add to the prompt: some tokenizers drop a space at the beginning of a text."""
+        tail = list(prompt_token_ids[-_CONTEXT_TOKENS:])
+        before = self.decode(tail, skip_special_tokens=skip_special_tokens)
+        whole = self.decode([*tail, *token_ids], skip_special_tokens=skip_special_tokens)
+        if whole.startswith(before) and not before.endswith(_HALF_A_CHARACTER):
+            return whole[len(before) :]
+        return self.decode(token_ids, skip_special_tokens=skip_special_tokens)
+
     def token_text(self, token_id: int) -> str:
         return self.decode([token_id], skip_special_tokens=False)
 
-    def stop_finder(self, stops: Sequence[str], *, skip_special_tokens: bool) -> StopFinder:
+    def stop_finder(
+        self, prompt_token_ids: Sequence[int], stops: Sequence[str], *, skip_special_tokens: bool
+    ) -> StopFinder:
         backend = getattr(self._tokenizer, "backend_tokenizer", None)
         if backend is None:
             raise RequestError("invalid_request", "stop strings need a fast tokenizer (tokenizer.json)")
-        return StopFinder(backend, stops, skip_special_tokens)
+        return StopFinder(backend, prompt_token_ids[-_CONTEXT_TOKENS:], stops, skip_special_tokens)
 
 
 class StopFinder:
     """Looks for stop strings in a text that grows by a token at a time, also across their borders."""
 
-    def __init__(self, backend: Any, stops: Sequence[str], skip_special_tokens: bool) -> None:
+    def __init__(self, backend: Any, context: Sequence[int], stops: Sequence[str], skip_special_tokens: bool) -> None:
         self._backend = backend
-        self._stream = DecodeStream(skip_special_tokens=skip_special_tokens)
+        self._skip_special_tokens = skip_special_tokens
+        self._stream = DecodeStream(ids=list(context), skip_special_tokens=skip_special_tokens)
         self._stops = tuple(stops)
-        self._longest = max(map(len, stops))
         self.text = ""
 
     def push(self, token_id: int) -> StopMatch | None:
         """The first stop string that this token completes, if any."""
-        fresh = self._stream.step(self._backend, token_id)
+        fresh = self._step(token_id)
         if not fresh:
             return None  # half a character, or a special token
-        begin = max(0, len(self.text) - self._longest + 1)
+        before = len(self.text)
         self.text += fresh
-        found = [(self.text.find(stop, begin), stop) for stop in self._stops]
+        found = [(self.text.find(stop, max(0, before - len(stop) + 1)), stop) for stop in self._stops]
         position, stop = min(((p, s) for p, s in found if p >= 0), default=(-1, ""))
         return StopMatch(self.text, position, stop) if position >= 0 else None
+
+    def _step(self, token_id: int) -> str | None:
+        try:
+            return self._stream.step(self._backend, token_id)
+        except Exception as error:  # tokenizers raises nothing more exact
+            if "Invalid prefix" not in str(error):
+                raise
+            # Bytes that are no UTF-8 after all changed the text already given out (byte-fallback tokenizers; vLLM
+            # issue 17448): go on with a fresh stream.
+            self._stream = DecodeStream(skip_special_tokens=self._skip_special_tokens)
+            return self._stream.step(self._backend, token_id)
 
 
 @dataclass(frozen=True)

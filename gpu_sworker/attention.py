@@ -59,6 +59,7 @@ class AttentionCall:
     sinks: torch.Tensor | None  # [num_q_heads]
     window_argument: int | None  # what the call says; the mask rule is what counts, see probe.py
     mask: torch.Tensor | None  # only while probing
+    is_causal: bool  # what the call or its module says; the mask rule, if there is one, is what counts
     other_tensors: tuple[str, ...]  # names of tensor arguments this seam does not understand
 
 
@@ -134,6 +135,7 @@ def _suspend(
         sinks=s_aux,
         window_argument=sliding_window,
         mask=attention_mask,
+        is_causal=others.get("is_causal", getattr(module, "is_causal", True)) is not False,
         other_tensors=tuple(
             name
             for name, value in others.items()

@@ -6,18 +6,16 @@ Weights come from safetensors only, code from transformers only: nothing in the 
 from __future__ import annotations
 
 import json
-import logging
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from gpu_sworker.attention import ATTENTION_NAME
 from gpu_sworker.errors import NOT_THROUGH_INTERFACE, ModelNotFound, UnsupportedModel
-
-logger = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -67,10 +65,16 @@ def read_config(directory: Path) -> PretrainedConfig:
     model_type = str(raw.get("model_type", "unknown")) if isinstance(raw, dict) else "unknown"
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
-    except (ValueError, KeyError, OSError, TypeError) as error:
-        reason = "it brings its own code, which is never run" if "auto_map" in raw else "transformers does not know it"
+    except (ValueError, KeyError, OSError, TypeError, StrictDataclassError) as error:
+        if "auto_map" in raw:
+            reason = "it brings its own code, which is never run"
+        elif model_type in CONFIG_MAPPING:
+            reason = "its config.json is not valid"
+        else:
+            reason = "transformers does not know it"
         raise UnsupportedModel(model_type, f"{reason} ({_first_line(error)})") from error
     _vet_config(config, model_type)
+    config.return_dict = True  # an output format for scripts; everything here reads fields by name
     return config
 
 
@@ -92,8 +96,9 @@ def load(directory: Path, config: PretrainedConfig, dtype: torch.dtype, device: 
             output_loading_info=True,
         )
     except (ValueError, KeyError) as error:  # how models say that they know only their own attention
-        logger.debug("transformers refused the attention function: %s", error)
-        raise UnsupportedModel(config.model_type, NOT_THROUGH_INTERFACE) from error
+        if ATTENTION_NAME in str(error):
+            raise UnsupportedModel(config.model_type, NOT_THROUGH_INTERFACE) from error
+        raise UnsupportedModel(config.model_type, f"transformers does not load it: {_first_line(error)}") from error
     except (OSError, SafetensorError, RuntimeError) as error:
         raise ModelNotFound(f"the weights in {directory} cannot be loaded: {_first_line(error)}") from error
     missing = sorted(info["missing_keys"])

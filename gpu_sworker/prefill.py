@@ -35,14 +35,15 @@ def general_prompt_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, 
     """The same for every rule (window, soft-cap, sinks), a slab of queries at a time; also the reference."""
     num_tokens, num_q_heads, _ = q.shape
     group = num_q_heads // spec.num_kv_heads
-    keys = k.repeat_interleave(group, dim=1).permute(1, 2, 0)  # [Hq, D, num_tokens]
-    values = v.repeat_interleave(group, dim=1).transpose(0, 1)  # [Hq, num_tokens, D]
+    # In fp32 whatever the model's dtype: scores in half precision lose what the exponential needs, or overflow.
+    keys = k.float().repeat_interleave(group, dim=1).permute(1, 2, 0)  # [Hq, D, num_tokens]
+    values = v.float().repeat_interleave(group, dim=1).transpose(0, 1)  # [Hq, num_tokens, D]
     positions = torch.arange(num_tokens, device=q.device)
     rows = max(1, _SCORES_AT_ONCE // (num_q_heads * num_tokens))
     out = torch.empty_like(q)
     for begin in range(0, num_tokens, rows):
         slab = slice(begin, min(begin + rows, num_tokens))
-        scores = (q[slab].transpose(0, 1) @ keys).float() * spec.scale  # [Hq, rows, num_tokens]
+        scores = (q[slab].float().transpose(0, 1) @ keys) * spec.scale  # [Hq, rows, num_tokens]
         if spec.softcap is not None:
             scores = spec.softcap * torch.tanh(scores / spec.softcap)
         distance = positions[slab, None] - positions[None, :]
@@ -53,6 +54,6 @@ def general_prompt_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, 
         if spec.sinks is not None:
             sinks = torch.tensor(spec.sinks, device=q.device)[:, None, None].expand(-1, scores.shape[1], 1)
             scores = torch.cat([scores, sinks], dim=2)
-        weights = scores.softmax(dim=2)[:, :, :num_tokens].to(values.dtype)
+        weights = scores.softmax(dim=2)[:, :, :num_tokens]
         out[slab] = (weights @ values).transpose(0, 1)
     return out

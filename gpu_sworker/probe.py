@@ -1,4 +1,4 @@
-"""What a model's attention is, asked from the model: one tiny forward, every call looked at.
+"""What a model's attention is, asked from the model: two tiny forwards, every call looked at.
 
 Not a list of architectures but the calls themselves decide what is supported.  A window is taken from the rule
 by which transformers would build its mask, because that is what its own attention obeys.
@@ -14,6 +14,8 @@ from gpu_sworker.attention import AttentionCall, Forward, MaskRequest
 from gpu_sworker.errors import NOT_THROUGH_INTERFACE
 
 NUM_PROBE_TOKENS = 4
+# Two sequences of the same two tokens, behind one another in one batch.
+FLAT_TOKEN_IDS, FLAT_POSITIONS, FLAT_LOGITS_ROWS = (1, 2, 1, 2), (0, 1, 0, 1), (1, 3)
 _FAR = 1 << 20  # a position beyond any window that matters
 
 
@@ -53,6 +55,33 @@ def probe(forward: Forward, num_layers: int) -> tuple[AttentionSpec, ...]:
     return tuple(specs)
 
 
+def check_flat(forward: Forward, specs: tuple[AttentionSpec, ...], vocab_size: int) -> None:
+    """Whether tokens of different sequences can share a batch: two sequences of the same two tokens must be equal.
+
+    `forward` runs over FLAT_TOKEN_IDS at FLAT_POSITIONS, wanting the logits of FLAT_LOGITS_ROWS.  What finds its
+    positions in the batch itself, or mixes tokens outside of attention, differs here.  Raises NotSplittable.
+    """
+    generator = torch.Generator().manual_seed(0)
+    call = forward.resume()
+    while call is not None:
+        for name, rows in (("queries", call.q), ("keys", call.k), ("values", call.v)):
+            _require_equal_halves(rows, f"the {name} of layer {call.layer}")
+        spec = specs[call.layer]
+        half = torch.randn(2, spec.num_q_heads, spec.head_dim, generator=generator).to(call.q)
+        call = forward.resume(torch.cat([half, half]))
+    assert forward.result is not None
+    if forward.result.shape != (2, vocab_size):
+        raise NotSplittable(f"it gives logits of shape {tuple(forward.result.shape)} where two rows were asked for")
+    _require_equal_halves(forward.result, "its logits")
+
+
+def _require_equal_halves(rows: torch.Tensor, what: str) -> None:
+    first, second = rows.float().chunk(2)
+    tolerance = 1e-3 if rows.dtype == torch.float32 else 3e-2  # of the largest value
+    if (first - second).abs().max() > tolerance * first.abs().max():
+        raise NotSplittable(f"{what} depend on a token's place in the batch, not on its position alone")
+
+
 def _describe(call: AttentionCall, requests: list[MaskRequest]) -> AttentionSpec:
     (_, num_q_heads, head_dim), (_, num_kv_heads, _) = call.q.shape, call.k.shape
     if call.k.shape != call.v.shape or call.k.shape[2] != head_dim:
@@ -79,12 +108,13 @@ def _describe(call: AttentionCall, requests: list[MaskRequest]) -> AttentionSpec
 
 def _window(call: AttentionCall, requests: list[MaskRequest]) -> int | None:
     """The window that the mask rule of this call means; raises NotSplittable if it is no causal window."""
-    matching = [request for request in requests if request.mask is call.mask] or requests[:1]
-    if call.mask is None or not matching:
+    if call.mask is None:
+        if not call.is_causal:
+            raise NotSplittable(f"layer {call.layer} attends in both directions")
         return call.window_argument  # the model builds no mask: its attention function is told the window
-    if len(requests) > 1 and matching[0].mask is not call.mask:
-        raise NotSplittable(f"layer {call.layer} alters its attention mask")
-    rule = matching[0]
+    rule = next((request for request in requests if request.mask is call.mask), None)
+    if rule is None:
+        raise NotSplittable(f"layer {call.layer} makes an attention mask of its own")
     for window in (None, call.window_argument, rule.local_size):
         if _obeys(rule, window, probes=(call.window_argument, rule.local_size, _FAR)):
             return window
@@ -100,6 +130,10 @@ def _obeys(rule: MaskRequest, window: int | None, probes: tuple[int | None, ...]
                     continue
                 expected = k <= q and (window is None or q - k < window)
                 zero, query, key = torch.tensor(0), torch.tensor(q), torch.tensor(k)
-                if bool(rule.allowed(zero, zero, query, key)) != expected:
+                try:
+                    allowed = bool(rule.allowed(zero, zero, query, key))
+                except Exception as error:  # a rule that looks positions up in a table of the tokens it was given
+                    raise NotSplittable("its attention mask depends on the tokens themselves") from error
+                if allowed != expected:
                     return False
     return True

@@ -1,7 +1,7 @@
 """From logits to tokens, for all rows of a micro-batch at once.
 
 The order of operations is vLLM's: log-probabilities are those of the raw logits; then penalties, banned
-tokens, temperature, top-k, top-p, min-p; then one draw per row by inverse CDF.  A row's draw is a number in
+tokens, temperature, min-p, top-k, top-p; then one draw per row by inverse CDF.  A row's draw is a number in
 [0, 1) made from its own seed and position (`uniforms`), so it depends on nothing else in the batch.
 """
 
@@ -97,6 +97,9 @@ def _draw(logits: torch.Tensor, rows: SamplingRows, random: np.ndarray) -> torch
 
     logits = logits / column(rows.temperature)
     top_k, top_p, min_p = rows.top_k[random], rows.top_p[random], rows.min_p[random]
+    if (min_p > 0).any():
+        floor = logits.max(dim=1, keepdim=True).values + column(rows.min_p).log()
+        logits = logits.masked_fill(logits < floor, -torch.inf)
     if (top_k > 0).any():
         vocab = logits.shape[1]
         most = int(min(top_k.max(), vocab))
@@ -110,14 +113,13 @@ def _draw(logits: torch.Tensor, rows: SamplingRows, random: np.ndarray) -> torch
         before = ordered.cumsum(dim=1) - ordered  # mass of all likelier tokens: the first always stays
         beyond = torch.zeros_like(probabilities, dtype=torch.bool).scatter(1, order, before >= column(rows.top_p))
         probabilities = probabilities.masked_fill(beyond & (column(rows.top_p) < 1), 0)
-    if (min_p > 0).any():
-        floor = probabilities.max(dim=1, keepdim=True).values * column(rows.min_p)
-        probabilities = probabilities.masked_fill(probabilities < floor, 0)
     cumulative = probabilities.double().cumsum(dim=1)
     total = cumulative[:, -1:]
     # Below the total, so that the token found has a probability of its own.
     goal = torch.minimum(column(rows.uniforms) * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cumulative, goal, right=True)[:, 0]
+    drawn = torch.searchsorted(cumulative, goal, right=True)[:, 0].clamp(max=logits.shape[1] - 1)
+    # Logits that are not finite have no distribution; a row of them must not spoil its neighbours.
+    return torch.where(torch.isfinite(total[:, 0]), drawn, logits.argmax(dim=1))
 
 
 def _apply_penalties(logits: torch.Tensor, penalties: Penalties) -> None:

@@ -19,7 +19,16 @@ from gpu_sworker.attention import AttentionCall, Forward
 from gpu_sworker.errors import UnsupportedModel
 from gpu_sworker.model import choose_device, choose_dtype, load, max_positions, read_config
 from gpu_sworker.prefill import prompt_attention
-from gpu_sworker.probe import NUM_PROBE_TOKENS, AttentionSpec, NotSplittable, probe
+from gpu_sworker.probe import (
+    FLAT_LOGITS_ROWS,
+    FLAT_POSITIONS,
+    FLAT_TOKEN_IDS,
+    NUM_PROBE_TOKENS,
+    AttentionSpec,
+    NotSplittable,
+    check_flat,
+    probe,
+)
 from gpu_sworker.sampler import Sampled, SamplingRows, sample
 
 
@@ -56,13 +65,7 @@ class SWorker:
         self._model = load(directory, config, self.dtype, self.device)
         self.generation_config = self._model.generation_config
         text_config = config.get_text_config(decoder=True)
-        ids = np.zeros(NUM_PROBE_TOKENS, np.int64)
-        batch = FlatBatch(ids, np.arange(NUM_PROBE_TOKENS), np.array([NUM_PROBE_TOKENS - 1]))
-        try:
-            with self.inference():
-                layers = probe(self._start(batch, probing=True), text_config.num_hidden_layers)
-        except NotSplittable as reason:
-            raise UnsupportedModel(config.model_type, str(reason)) from reason
+        layers = self._probe(config.model_type, text_config.num_hidden_layers, text_config.vocab_size)
         self.facts = ModelFacts(
             model_type=config.model_type,
             layers=layers,
@@ -108,6 +111,20 @@ class SWorker:
         """The next token of each row.  logits: [num_samples, vocab]"""
         return sample(logits, rows)
 
+    def _probe(self, model_type: str, num_layers: int, vocab_size: int) -> tuple[AttentionSpec, ...]:
+        ids = np.zeros(NUM_PROBE_TOKENS, np.int64)
+        alone = FlatBatch(ids, np.arange(NUM_PROBE_TOKENS), np.array([NUM_PROBE_TOKENS - 1]))
+        flat = FlatBatch(np.array(FLAT_TOKEN_IDS), np.array(FLAT_POSITIONS), np.array(FLAT_LOGITS_ROWS))
+        try:
+            with self.inference():
+                layers = probe(self._start(alone, probing=True), num_layers)
+                check_flat(self._start(flat), layers, vocab_size)
+        except NotSplittable as reason:
+            raise UnsupportedModel(model_type, str(reason)) from reason
+        except Exception as error:  # the model's own code, fed as no model of its kind likes it
+            raise UnsupportedModel(model_type, f"its forward pass fails: {type(error).__name__}: {error}") from error
+        return layers
+
     def _start(self, batch: FlatBatch, probing: bool = False) -> Forward:
         token_ids = torch.from_numpy(batch.token_ids)[None].to(self.device)
         positions = torch.from_numpy(batch.positions)[None].to(self.device)
@@ -115,7 +132,10 @@ class SWorker:
 
         def run() -> torch.Tensor:
             output = self._model(
-                input_ids=token_ids, position_ids=positions, use_cache=False, logits_to_keep=logits_rows
+                input_ids=token_ids,
+                position_ids=positions,
+                use_cache=False,
+                logits_to_keep=logits_rows,
             )
             return output.logits[0]
 

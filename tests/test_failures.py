@@ -18,7 +18,7 @@ from conftest import Case
 from cpu_attention import LISTENING, RWorker, serve
 from fastdecode import LLM, SamplingParams
 from fastdecode.errors import RWorkerFailed, RWorkerLost, RWorkerTimeout
-from transport import Attend, Attended, connect, listen
+from transport import Admit, Attend, Attended, PeerLost, Release, connect, listen
 
 ROOT = Path(__file__).parents[1]
 LONG = SamplingParams(temperature=0, max_tokens=400, ignore_eos=True)
@@ -156,6 +156,55 @@ def test_interrupted_generate_leaves_a_working_engine(llama: Case, monkeypatch: 
         assert llm._engine._scheduler._reserved_blocks == [0, 0]
 
 
+@pytest.mark.parametrize("where", ["after an admit", "after an attend", "after a receive", "before a commit"])
+def test_interrupts_in_the_narrow_places(where: str, llama: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between telling a worker and noting it: the next generate is right all the same."""
+    params = SamplingParams(temperature=0, max_tokens=32)
+    with LLM(llama.directory, skip_tokenizer_init=True, num_r_workers=2, micro_batches=2) as llm:
+        engine, channel = llm._engine, llm._rpool._workers[0].channel
+        kind = {"after an admit": Admit, "after an attend": Attend}.get(where)
+        target, name = {
+            "after a receive": (channel, "recv"), "before a commit": (engine._scheduler, "commit"),
+        }.get(where, (channel, "send"))  # fmt: skip
+        original = getattr(target, name)
+        seen: list[object] = []
+
+        def interrupt(*arguments: object, **options: object) -> object:
+            result = original(*arguments, **options)
+            if kind is None or isinstance(arguments[0], kind):
+                seen.append(result)
+                if len(seen) == (1 if kind is Admit else 5):
+                    raise KeyboardInterrupt
+            return result
+
+        with monkeypatch.context() as patch:
+            patch.setattr(target, name, interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                llm.generate(llama.prompts, params, use_tqdm=False)
+        outputs = llm.generate(llama.prompts, params, use_tqdm=False)
+        assert [output.outputs[0].token_ids for output in outputs] == llama.reference
+        assert engine._scheduler._reserved_blocks == [0, 0]
+        engine._scheduler.check_integrity()
+
+
+def test_worker_lost_while_sequences_are_released(llama: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is finished is delivered; then the loss is told, as itself."""
+    with LLM(llama.directory, skip_tokenizer_init=True) as llm:
+        channel = llm._rpool._workers[0].channel
+        send = channel.send
+
+        def lose(message: object, **options: float) -> None:
+            if isinstance(message, Release):
+                raise PeerLost("pulled")
+            send(message, **options)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(channel, "send", lose)
+        iteration = llm.generate_iter([[5], [6]], [SamplingParams(max_tokens=m, ignore_eos=True) for m in (2, 9)])
+        assert len(next(iteration).outputs[0].token_ids) == 2
+        with pytest.raises(RWorkerLost, match="R-worker 0"):
+            next(iteration)
+
+
 @pytest.mark.parametrize("transport", ["inproc", "ipc", "tcp"])
 def test_close_leaves_nothing(transport: str, llama: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No process, thread, socket, file or file descriptor, after ten lives."""
@@ -167,11 +216,12 @@ def test_close_leaves_nothing(transport: str, llama: Case, tmp_path: Path, monke
 
     life()
     me = psutil.Process()
-    before = len(children()), threading.active_count(), me.num_fds(), me.num_threads()
+    before, native_threads = (len(children()), threading.active_count(), me.num_fds()), me.num_threads()
     for _ in range(3 if transport != "inproc" else 10):
         life()
-    after = len(children()), threading.active_count(), me.num_fds(), me.num_threads()
+    after = len(children()), threading.active_count(), me.num_fds()
     assert all(a <= b for a, b in zip(after, before, strict=True)), (before, after)
+    assert me.num_threads() - native_threads < 3  # libraries keep a few of their own, but none per life
     assert list(tmp_path.iterdir()) == []
 
 

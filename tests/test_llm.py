@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from tqdm import tqdm
 
 from fastdecode import LLM, RequestOutput, SamplingParams
 from fastdecode.errors import ConfigError, ModelError, RWorkerUnreachable
+from gpu_sworker import generate_reference
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12)
 CODE = "def read(path):\n    with open("
@@ -107,6 +110,29 @@ def test_params_per_prompt_must_match(llm: LLM) -> None:
         quiet(llm, [CODE], [{"temperature": 0}])
 
 
+def test_defaults_are_those_of_generate(case: Callable[[str], Case], tmp_path: Path) -> None:
+    """A repetition penalty in generation_config.json counts for greedy generation, too."""
+    llama = case("llama")
+    directory = Path(shutil.copytree(llama.directory, tmp_path / "model"))
+    path = directory / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"repetition_penalty": 1.5}))
+    with LLM(directory, skip_tokenizer_init=True) as llm:
+        params = dataclasses.replace(llm.get_default_sampling_params(), max_tokens=32)
+        assert params.repetition_penalty == 1.5
+        result = [output.outputs[0].token_ids for output in quiet(llm, llama.prompts, params)]
+    assert result == generate_reference(directory, llama.prompts, 32) != llama.reference
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"repetition_penalty": -1.0}))
+    with pytest.raises(ConfigError, match="generation_config.json: repetition_penalty"):
+        LLM(directory, skip_tokenizer_init=True)
+
+
+def test_tiny_temperatures_are_greedy_enough(llm: LLM) -> None:
+    """They would overflow fp32; one such request must not spoil another."""
+    params = [SamplingParams(temperature=t, max_tokens=8) for t in (0.0, 1e-300, 1e-38, 1e-6, 1e-3)]
+    results = token_ids(quiet(llm, [CODE] * 5, params))
+    assert results[0] == results[1] == results[2] == results[3]
+
+
 def test_defaults_come_from_the_model(llm: LLM) -> None:
     assert llm.get_default_sampling_params().temperature == 0
     assert token_ids(quiet(llm, CODE)) == token_ids(quiet(llm, CODE, SamplingParams(temperature=0)))
@@ -117,7 +143,7 @@ def test_defaults_come_from_the_model(llm: LLM) -> None:
 
 def test_a_bad_prompt_fails_alone(llm: LLM) -> None:
     too_long = [5] * (llm.max_model_len)
-    prompts: list[Any] = [CODE, "", too_long, [1, 4096], [1, -1], [1, 2.5], 17, {"text": "x"}, b"bytes", CODE]
+    prompts: list[Any] = [CODE, "", too_long, [1, 4096], [1, -1], [1, 2.5], 17, {"text": "x"}, b"bytes", "\ud800", CODE]
     outputs = quiet(llm, prompts, GREEDY)
     assert token_ids(outputs[:1]) == token_ids(outputs[-1:])
     texts = [
@@ -129,6 +155,7 @@ def test_a_bad_prompt_fails_alone(llm: LLM) -> None:
         "a prompt is a string, .* not int",
         "not NoneType",
         "not bytes",
+        "the tokenizer does not take this prompt",
     ]
     for output, text in zip(outputs[1:-1], texts, strict=True):
         assert output.error is not None
@@ -235,6 +262,16 @@ def test_stop_strings_across_tokens(llm: LLM) -> None:
         llm, CODE, SamplingParams(temperature=0, max_tokens=40, stop=stop, include_stop_str_in_output=True)
     )
     assert output.outputs[0].text == text[: text.find(stop)] + stop
+
+
+def test_a_short_stop_before_the_minimum_is_not_found_again(llm: LLM) -> None:
+    """It was completed before min_tokens; a longer stop beside it must not keep it alive."""
+    (free,) = quiet(llm, CODE, SamplingParams(temperature=0, max_tokens=12))
+    early = free.outputs[0].text[:4]
+    assert free.outputs[0].text.count(early) == 1
+    params = SamplingParams(temperature=0, max_tokens=12, min_tokens=6, stop=[early, "x" * 60])
+    (output,) = quiet(llm, CODE, params)
+    assert output.outputs[0].token_ids == free.outputs[0].token_ids
 
 
 def test_stop_tokens_and_minimum(llm: LLM) -> None:
@@ -371,3 +408,12 @@ def test_closed(llama: Case) -> None:
     llm.close()
     with pytest.raises(ConfigError, match="closed"):
         quiet(llm, [[1]], GREEDY)
+
+
+def test_closed_in_the_middle(llama: Case) -> None:
+    llm = LLM(llama.directory, skip_tokenizer_init=True)
+    iteration = llm.generate_iter([[5], [6]], [SamplingParams(max_tokens=m, ignore_eos=True) for m in (2, 40)])
+    next(iteration)
+    llm.close()
+    with pytest.raises(ConfigError, match="closed while it was generating"):
+        next(iteration)

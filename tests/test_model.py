@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from conftest import Case
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
@@ -75,6 +76,30 @@ def test_refused_with_type_reason_and_what_works(name: str, tmp_path: Path) -> N
         SWorker(tmp_path)
     assert info.value.model_type == config.model_type and reason in info.value.reason
     assert f"cannot run a '{config.model_type}' model" in str(info.value) and "supported are" in str(info.value)
+
+
+@pytest.mark.parametrize("name", ["bart", "marian", "blenderbot"])
+def test_decoders_that_count_positions_in_the_batch_are_refused(name: str, tmp_path: Path) -> None:
+    """Halves of encoder-decoders: their configuration looks fine, but they ignore position_ids."""
+    settings = {
+        "d_model": 64,
+        "encoder_layers": 2,
+        "decoder_layers": 2,
+        "decoder_attention_heads": 4,
+        "decoder_ffn_dim": 64,
+    }
+    made = CONFIG_MAPPING[name](**settings, vocab_size=VOCAB, pad_token_id=0, is_decoder=True, is_encoder_decoder=False)
+    getattr(transformers, f"{name.capitalize()}ForCausalLM")(made).save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedModel, match="place in the batch"):
+        SWorker(tmp_path)
+
+
+def test_mask_of_its_own_is_refused(tmp_path: Path) -> None:
+    """Doge adds a learned bias to the mask that transformers made for it."""
+    made = CONFIG_MAPPING["doge"](**WITH_KV, pad_token_id=0)
+    AutoModelForCausalLM.from_config(made).save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedModel, match="attention mask of its own"):
+        SWorker(tmp_path)
 
 
 @pytest.fixture
@@ -150,6 +175,21 @@ def test_remote_code_is_never_run(copy: Path) -> None:
         copy, model_type="brandnew", auto_map={"AutoConfig": "modeling.C", "AutoModelForCausalLM": "modeling.M"}
     )
     refuses(copy, UnsupportedModel, "its own code, which is never run")
+
+
+@pytest.mark.parametrize(
+    "changes", [{"hidden_size": "64"}, {"hidden_size": 66}, {"rope_parameters": {"rope_type": "new"}}]
+)
+def test_configuration_that_is_not_valid(changes: dict[str, Any], copy: Path) -> None:
+    edit_config(copy, **changes)
+    with pytest.raises((UnsupportedModel, ModelNotFound)) as info:
+        SWorker(copy)
+    assert "attention interface" not in str(info.value).split(";")[0]
+
+
+def test_return_dict_in_the_configuration_does_not_matter(copy: Path) -> None:
+    edit_config(copy, return_dict=False)
+    assert SWorker(copy).facts.model_type == "llama"
 
 
 def test_quantised_weights(copy: Path) -> None:
@@ -240,3 +280,16 @@ def test_prompt_attention(spec: AttentionSpec, num_tokens: int, monkeypatch: pyt
     monkeypatch.setattr("gpu_sworker.prefill._SCORES_AT_ONCE", 300)
     for attention in (prompt_attention, general_prompt_attention):
         torch.testing.assert_close(attention(q, k, v, spec).double(), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float16, 5e-3), (torch.bfloat16, 4e-2)])
+def test_prompt_attention_in_half_precision(dtype: torch.dtype, tolerance: float) -> None:
+    """Scores of thousands before scaling: they overflow half precision, or lose what the exponential needs."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(30, 2, 64, generator=generator) for _ in range(3))
+    q, k = (q + 30).to(dtype), (k + 30).to(dtype)
+    spec = AttentionSpec(2, 2, 64, 0.125, 7, None, None)
+    exact = general_prompt_attention(q.double(), k.double(), v.to(dtype).double(), spec)
+    result = prompt_attention(q, k, v.to(dtype), spec)
+    assert result.dtype == dtype
+    torch.testing.assert_close(result.double(), exact, atol=tolerance, rtol=0)

@@ -134,3 +134,17 @@ def test_uniforms_look_uniform_and_depend_on_both() -> None:
 def test_derived_seeds(seed: int, index: int) -> None:
     derived = derive_seed(seed, index)
     assert 0 <= derived < 2**64 and derived == derive_seed(seed, index) != derive_seed(seed, index + 1)
+
+
+def test_min_p_comes_before_top_p() -> None:
+    """vLLM's order: what min_p leaves is renormalised before top_p counts."""
+    logits = np.log([0.45, 0.27] + [0.28 / 6] * 6).tolist()
+    np.testing.assert_allclose(draws(logits, min_p=0.2, top_p=0.6), [1] + [0] * 7, atol=1e-3)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_broken_rows_stay_in_the_vocabulary_and_alone(bad: float) -> None:
+    logits = torch.tensor([LOGITS, [bad] * 5, [0.0, bad, 0.0, 0.0, 0.0], LOGITS])
+    token_ids = sample(logits, rows(4, temperature=1, uniforms=0.999)).token_ids
+    assert ((token_ids >= 0) & (token_ids < 5)).all()
+    assert token_ids[0] == token_ids[3] == sample(logits[:1], rows(1, temperature=1, uniforms=0.999)).token_ids[0]

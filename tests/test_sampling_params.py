@@ -25,7 +25,7 @@ from fastdecode import SamplingParams
         ({"min_tokens": -1}, "min_tokens must be from 0"),
         ({"presence_penalty": 3}, "presence_penalty must be from -2 to 2"),
         ({"frequency_penalty": -3}, "frequency_penalty"),
-        ({"repetition_penalty": 0}, "repetition_penalty must be above 0"),
+        ({"repetition_penalty": 0}, "repetition_penalty must be from 0.01 to 100"),
         ({"logprobs": -1}, "logprobs must be from 0"),
         ({"seed": 2**64}, "seed must be from"),
         ({"stop": ""}, "stop must hold strings"),

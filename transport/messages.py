@@ -14,7 +14,7 @@ Hq/Hkv = query/KV heads, D = head_dim, n = sequences.
                                         ◄─────  Attended(layer 0; o)       exactly one answer per Attend
     Attend(layer 1; ...)                ─────►  ...
     Release(seq_ids)                    ─────►  frees blocks                             (no answer)
-    Ping(token)                         ─────►
+    Ping(token)                         ─────►  forgets a failure not yet told
                                         ◄─────  Pong(token)
     Goodbye(dismiss)                    ─────►  drops the session and all its KV
 
