@@ -65,7 +65,7 @@ class SWorker:
         self._model = load(directory, config, self.dtype, self.device)
         self.generation_config = self._model.generation_config
         text_config = config.get_text_config(decoder=True)
-        layers = self._probe(config.model_type, text_config.num_hidden_layers, text_config.vocab_size)
+        layers = self._probe(config.model_type, text_config.num_hidden_layers)
         self.facts = ModelFacts(
             model_type=config.model_type,
             layers=layers,
@@ -111,14 +111,14 @@ class SWorker:
         """The next token of each row.  logits: [num_samples, vocab]"""
         return sample(logits, rows)
 
-    def _probe(self, model_type: str, num_layers: int, vocab_size: int) -> tuple[AttentionSpec, ...]:
+    def _probe(self, model_type: str, num_layers: int) -> tuple[AttentionSpec, ...]:
         ids = np.zeros(NUM_PROBE_TOKENS, np.int64)
         alone = FlatBatch(ids, np.arange(NUM_PROBE_TOKENS), np.array([NUM_PROBE_TOKENS - 1]))
         flat = FlatBatch(np.array(FLAT_TOKEN_IDS), np.array(FLAT_POSITIONS), np.array(FLAT_LOGITS_ROWS))
         try:
             with self.inference():
                 layers = probe(self._start(alone, probing=True), num_layers)
-                check_flat(self._start(flat), layers, vocab_size)
+                check_flat(self._start(flat), layers)
         except NotSplittable as reason:
             raise UnsupportedModel(model_type, str(reason)) from reason
         except Exception as error:  # the model's own code, fed as no model of its kind likes it
