@@ -191,6 +191,7 @@ def main() -> None:
                     results.append(asdict(r))
     if args.json:
         machine = {"processor": cpu_name(), "cores": len(available_cores())}
+        Path(args.json).parent.mkdir(parents=True, exist_ok=True)
         Path(args.json).write_text(json.dumps({"machine": machine, "results": results}, indent=2) + "\n")
 
 

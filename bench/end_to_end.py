@@ -113,6 +113,7 @@ def main() -> None:
     if args.json:
         machine = {"processor": cpu_name(), "cores": len(available_cores()), "host": platform.machine()}
         record = {"fastdecode": __version__, "machine": machine, "arguments": vars(args), "results": rows}
+        Path(args.json).parent.mkdir(parents=True, exist_ok=True)
         Path(args.json).write_text(json.dumps(record, indent=2) + "\n")
 
 

@@ -114,15 +114,16 @@ def test_closed_listener_is_a_lost_peer(listener: Listener) -> None:
 
 
 def test_listener_notices_who_left(listener: Listener) -> None:
-    channel = connect(listener.address)
-    channel.send(Ping(1), timeout_s=5)
-    peer = listener.recv(timeout_s=5).peer
-    assert listener.is_reachable(peer)
-    channel.close()
-    deadline = time.monotonic() + 5
-    while listener.is_reachable(peer) and time.monotonic() < deadline:
-        pass
-    assert not listener.is_reachable(peer)
+    """Within a second, however much was written to it; many times, because it once was a matter of luck."""
+    for _ in range(30):
+        channel = connect(listener.address)
+        channel.send(Ping(1), timeout_s=5)
+        peer = listener.recv(timeout_s=5).peer
+        assert listener.is_reachable(peer)
+        channel.close()
+        deadline = time.monotonic() + 1
+        while listener.is_reachable(peer):
+            assert time.monotonic() < deadline
 
 
 def test_probing_does_not_disturb(listener: Listener) -> None:

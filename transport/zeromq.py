@@ -123,6 +123,8 @@ class ZeroMQPort:
 
     def send_frames(self, peer: Hashable, frames: Sequence[Buffer], timeout_s: float) -> None:
         self._check_open()
+        # A peer that left is known to have left only once what it sent has been looked at, up to its end.
+        self._socket.get(zmq.EVENTS)
         self._socket.sndtimeo = round(timeout_s * 1000)
         try:
             _send(self._socket, [cast(bytes, peer), *frames])
