@@ -1,7 +1,10 @@
 """The functions of `reference.py`, compiled by numba: fp32 arithmetic over fp32, fp16 or bf16 storage.
 
-Per row and KV head one walk over the sequence's blocks.  A block's K and V are widened to fp32 once into
-tiles that stay in L1, then serve all query heads of the group with an online softmax (Milakov &
+Two ways to attend, chosen by shape: `vector.py`, one compilation per shape, and the portable loops below, one
+compilation for all, for what the first does not take (soft-caps, odd head sizes or blocks, very large groups).
+
+The portable loops walk once over a sequence's blocks per row and KV head.  A block's K and V are widened to fp32
+once into tiles that stay in L1, then serve all query heads of the group with an online softmax (Milakov &
 Gimelshein 2018):
 
     for block:  K tile, V tile
@@ -23,9 +26,9 @@ import numba
 import numpy as np
 
 from cpu_attention.layout import AttentionRule
+from cpu_attention.vector import BF16, F16, F32, can_vectorise, make_attend
 
-_F32, _F16, _BF16 = 0, 1, 2
-_STORAGE = {"float32": (_F32, np.uint32), "float16": (_F16, np.uint16), "bfloat16": (_BF16, np.uint16)}
+_STORAGE = {"float32": (F32, np.uint32), "float16": (F16, np.uint16), "bfloat16": (BF16, np.uint16)}
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -64,8 +67,17 @@ def attend(
     window = np.int64(rule.window if rule.window is not None else np.iinfo(np.int64).max)
     softcap = np.float32(rule.softcap or 0.0)
     sinks = np.empty(0, np.float32) if rule.sinks is None else _kernel_input(rule.sinks, np.dtype(np.float32))
+    q = _kernel_input(q, np.dtype(np.float32))
+    _, num_kv_heads, head_dim, block_tokens = k_blocks.shape
+    group = q.shape[1] // num_kv_heads
+    if rule.softcap is None and can_vectorise(kind, group, head_dim, block_tokens):
+        flat = np.float32 if kind == F32 else np.uint16
+        vectorised = make_attend(kind, group, head_dim, block_tokens)
+        k_flat, v_flat = k_blocks.view(flat).reshape(-1), v_blocks.view(flat).reshape(-1)
+        vectorised(q, k_flat, v_flat, block_tables, positions, np.float32(rule.scale), window, sinks, out)
+        return
     _attend(
-        _kernel_input(q, np.dtype(np.float32)),
+        q,
         k_blocks.view(bits),
         v_blocks.view(bits),
         kind,
@@ -79,12 +91,14 @@ def attend(
     )
 
 
-def warm_up(dtype: np.dtype) -> None:
-    """Compiles (or loads from disk) both kernels for one storage dtype, seconds before the first token."""
-    k_blocks, v_blocks = np.zeros((1, 1, 8, 8), dtype), np.zeros((1, 1, 8, 8), dtype)
-    row, zero = np.zeros((1, 1, 8), np.float32), np.zeros(1, np.int32)
+def warm_up(dtype: np.dtype, group: int, head_dim: int, block_tokens: int, rule: AttentionRule) -> None:
+    """Compiles (or loads from disk) what a layer of this shape and rule needs, before the first token."""
+    k_blocks = np.zeros((1, 1, head_dim, block_tokens), dtype)
+    v_blocks = np.zeros((1, 1, block_tokens, head_dim), dtype)
+    row, zero = np.zeros((1, 1, head_dim), np.float32), np.zeros(1, np.int32)
     append(row, row, zero, zero, k_blocks, v_blocks)
-    attend(row, k_blocks, v_blocks, zero[None], zero, AttentionRule(1.0), np.empty_like(row))
+    q = np.zeros((1, group, head_dim), np.float32)
+    attend(q, k_blocks, v_blocks, zero[None], zero, rule, np.empty_like(q))
 
 
 def _kernel_input(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
@@ -112,11 +126,11 @@ def _append(k_bits, v_bits, blocks, offsets, k_blocks, v_blocks):  # type: ignor
 def _widen(stored, kind, tile, tile_bits):  # type: ignore[no-untyped-def]
     """stored [m, n] bits of a storage dtype -> tile [m, n] float32; tile_bits is tile seen as uint32."""
     rows, columns = stored.shape
-    if kind == _F32:
+    if kind == F32:
         for i in range(rows):
             for j in range(columns):
                 tile_bits[i, j] = np.uint32(stored[i, j])
-    elif kind == _BF16:
+    elif kind == BF16:
         for i in range(rows):
             for j in range(columns):
                 tile_bits[i, j] = np.uint32(stored[i, j]) << np.uint32(16)

@@ -17,7 +17,7 @@ from __future__ import annotations
 import logging
 import os
 import platform
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -145,13 +145,16 @@ class RWorker:
         )
         asked = self._kv_cache_bytes if hello.kv_cache_bytes is None else hello.kv_cache_bytes
         store = KVStore(layout, min(asked, self._kv_cache_bytes))
-        kernel.warm_up(STORAGE_DTYPES[layout.dtype])
         rules = tuple(
             AttentionRule(
                 spec.scale, spec.window, spec.softcap, None if spec.sinks is None else np.array(spec.sinks, np.float32)
             )
             for spec in hello.layers
         )
+        dtype = STORAGE_DTYPES[layout.dtype]
+        for spec, rule in zip(hello.layers, rules, strict=True):
+            group, one_head = spec.num_q_heads // spec.num_kv_heads, replace(rule, sinks=None)
+            kernel.warm_up(dtype, group, spec.head_dim, layout.block_tokens, one_head)
         self._session = _Session(nonce, hello.layers, rules, store, {})
         logger.info(
             "session opened: %d layers, %s KV, %s per token, room for %d tokens",

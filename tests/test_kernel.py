@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cpu_attention import STORAGE_DTYPES, AttentionRule, kernel, reference
+from cpu_attention import STORAGE_DTYPES, AttentionRule, kernel, reference, vector
 from cpu_attention.threads import ThreadedAttend, share_rows
 
 # Against float64; the online softmax in fp32 stays well inside it on standard normal K and V.
@@ -56,27 +56,77 @@ def both(arguments: tuple[np.ndarray, ...]) -> tuple[np.ndarray, np.ndarray]:
     return outs
 
 
+# Every head_dim and every group at least once; each is a compilation of its own.
+HEADS = [
+    (64, 2, 4), (80, 1, 1), (96, 2, 1), (112, 1, 2), (128, 3, 8), (128, 1, 7), (192, 1, 3), (256, 2, 2), (64, 1, 16),
+]  # fmt: skip
+
+
 @pytest.mark.parametrize("dtype", STORAGE_DTYPES)
-@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
-@pytest.mark.parametrize("kv_heads, group", [(1, 1), (2, 1), (1, 7), (2, 4), (3, 8), (1, 16)])
+@pytest.mark.parametrize("head_dim, kv_heads, group", HEADS)
 def test_shapes(dtype: str, head_dim: int, kv_heads: int, group: int) -> None:
-    """Lengths 1, block-1, block, block+1 and several blocks, in one call."""
+    """Lengths 1, block-1, block, block+1 and several blocks, in one call; plain, with a window, with sinks."""
     block = 16
-    rule = AttentionRule(head_dim**-0.5)
-    lengths = [1, block - 1, block, block + 1, 5 * block + 3]
-    out, expected = both(
-        random_case(
-            head_dim,
-            kv_heads=kv_heads,
-            group=group,
-            head_dim=head_dim,
-            block=block,
-            lengths=lengths,
-            dtype=dtype,
-            rule=rule,
-        )
+    sinks = np.random.default_rng(0).normal(0, 2, kv_heads * group).astype(np.float32)
+    for rule in (
+        AttentionRule(head_dim**-0.5),
+        AttentionRule(0.1, window=21),
+        AttentionRule(0.1, window=3, sinks=sinks),
+    ):
+        arguments = random_case(
+            head_dim, kv_heads=kv_heads, group=group, head_dim=head_dim, block=block,
+            lengths=[1, block - 1, block, block + 1, 5 * block + 3], dtype=dtype, rule=rule,
+        )  # fmt: skip
+        out, expected = both(arguments)
+        np.testing.assert_allclose(out, expected, atol=TOLERANCE, rtol=TOLERANCE)
+
+
+@pytest.mark.parametrize("dtype", STORAGE_DTYPES)
+@pytest.mark.parametrize("block", [32, 64])
+def test_vector_code_over_whole_blocks(dtype: str, block: int) -> None:
+    """The blocks that are used; lengths around their borders."""
+    lengths = [1, block - 1, block, block + 1, 3 * block, 300]
+    arguments = random_case(
+        1, kv_heads=2, group=3, head_dim=64, block=block, lengths=lengths, dtype=dtype, rule=AttentionRule(0.125)
     )
+    assert vector.can_vectorise(kernel._STORAGE[dtype][0], 3, 64, block) or dtype == "float16"
+    out, expected = both(arguments)
     np.testing.assert_allclose(out, expected, atol=TOLERANCE, rtol=TOLERANCE)
+
+
+def test_what_lies_beyond_a_sequence_is_never_read() -> None:
+    """The unused places of its last block hold whatever an earlier sequence left, NaN too."""
+    q, k, v, tables, positions, rule = random_case(
+        2, kv_heads=1, group=4, head_dim=64, block=32, lengths=[5, 40], dtype="float32", rule=AttentionRule(0.125)
+    )
+    for block, used in ((tables[0, 0], 5), (tables[1, 1], 8)):
+        k[block, :, :, used:] = v[block, :, used:] = np.nan
+    out, expected = both((q, k, v, tables, positions, rule))
+    np.testing.assert_allclose(out, expected, atol=TOLERANCE, rtol=TOLERANCE)
+
+
+def test_the_exponential() -> None:
+    """Against float64 over the whole range, through the kernel: two keys, one of which weighs e^-x beside 1."""
+    x = np.linspace(0, 80, 4001, dtype=np.float32)
+    q = np.zeros((len(x), 1, 16), np.float32)
+    q[:, 0, 0] = -x
+    k, v = np.zeros((1, 1, 16, 16), np.float32), np.zeros((1, 1, 16, 16), np.float32)
+    k[0, 0, 0, 1] = v[0, 0, 1, 0] = 1  # scores 0 and -x; value 1 for the second
+    out = np.empty_like(q)
+    tables, positions = np.zeros((len(x), 1), np.int32), np.ones(len(x), np.int32)
+    kernel.attend(q, k, v, tables, positions, AttentionRule(1.0), out)
+    weight = np.exp(-x.astype(np.float64))
+    np.testing.assert_allclose(out[:, 0, 0], weight / (1 + weight), rtol=5e-7)
+
+
+def test_without_vectors_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The portable loops serve the same shapes where the machine has no vectors for them."""
+    arguments = random_case(
+        3, kv_heads=2, group=4, head_dim=64, block=32, lengths=[70, 1], dtype="float16", rule=AttentionRule(0.125)
+    )
+    out = both(arguments)[0]
+    monkeypatch.setattr(kernel, "can_vectorise", lambda *shape: False)
+    np.testing.assert_allclose(both(arguments)[0], out, atol=TOLERANCE, rtol=TOLERANCE)
 
 
 @settings(max_examples=150)
@@ -135,7 +185,7 @@ def test_large_scores_do_not_overflow() -> None:
 def test_every_half_is_widened_exactly() -> None:
     """All 65,536 of them, subnormals, infinities and NaN included."""
     bits = np.arange(65536, dtype=np.uint16)[None]
-    for kind, dtype in ((kernel._F16, np.dtype(np.float16)), (kernel._BF16, STORAGE_DTYPES["bfloat16"])):
+    for kind, dtype in ((vector.F16, np.dtype(np.float16)), (vector.BF16, STORAGE_DTYPES["bfloat16"])):
         tile = np.empty(bits.shape, np.float32)
         kernel._widen(bits, kind, tile, tile.view(np.uint32))
         np.testing.assert_array_equal(tile, bits.view(dtype).astype(np.float32))
@@ -200,12 +250,16 @@ def test_window_reads_only_the_window() -> None:
 
 
 def test_nothing_is_out_of_bounds(tmp_path: Path) -> None:
-    """The kernels' and the R-worker's tests again, compiled with numba's bounds checks, which are off otherwise."""
+    """The tests of portable kernels, store and R-worker again, compiled with numba's bounds checks, off otherwise."""
     tests = Path(__file__).parent
+    files = [tests / f"test_{name}.py" for name in ("kernel", "kvstore", "rworker")]
+    chosen = "not out_of_bounds and not test_shapes and not whole_blocks"  # vector code has no checks to switch on
     out = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "not out_of_bounds",
-         tests / "test_kernel.py", tests / "test_kvstore.py", tests / "test_rworker.py"],
-        env=os.environ | {"NUMBA_BOUNDSCHECK": "1", "NUMBA_CACHE_DIR": str(tmp_path)}, cwd=tests.parent,
-        capture_output=True, text=True, timeout=250,
-    )  # fmt: skip
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen, *files],
+        env=os.environ | {"NUMBA_BOUNDSCHECK": "1", "NUMBA_CACHE_DIR": str(tmp_path)},
+        cwd=tests.parent,
+        capture_output=True,
+        text=True,
+        timeout=250,
+    )
     assert out.returncode == 0, out.stdout[-3000:]
