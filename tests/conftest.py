@@ -9,11 +9,13 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 
+from fastdecode import LLM, RequestOutput
 from models import VOCAB, make_model
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -31,6 +33,11 @@ class Case:
     directory: Path
     prompts: list[list[int]]
     reference: list[list[int]]
+
+
+def quiet(llm: LLM, prompts: Any, params: Any = None) -> list[RequestOutput]:
+    """generate without a progress bar"""
+    return llm.generate(prompts, params, use_tqdm=False)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,0 +1,101 @@
+"""Opening and closing an LLM: every option that cannot work says why, and what to change."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Case, quiet
+
+from fastdecode import LLM, SamplingParams
+from fastdecode.errors import ConfigError, ModelError, RWorkerUnreachable
+
+GREEDY = SamplingParams(temperature=0, max_tokens=12)
+
+
+def test_skip_tokenizer_init(demo_model: Path) -> None:
+    with LLM(demo_model, skip_tokenizer_init=True) as llm:
+        ok, text, stop = quiet(llm, [[1, 2, 3], "text", [1]], [GREEDY, GREEDY, SamplingParams(stop="x")])
+        assert ok.error is None and ok.outputs[0].text == "" and ok.outputs[0].token_ids
+        assert text.error and "needs the tokenizer" in text.error.message
+        assert stop.error and "stop strings need a tokenizer" in stop.error.message
+        with pytest.raises(ConfigError, match="needs the tokenizer"):
+            llm.chat([{"role": "user", "content": "x"}])
+
+
+def test_missing_tokenizer(llama: Case) -> None:
+    with pytest.raises(ConfigError, match="skip_tokenizer_init=True"):
+        LLM(llama.directory)
+
+
+@pytest.mark.parametrize(
+    "options, text",
+    [
+        ({"num_rworkers": 2}, "no option 'num_rworkers'; did you mean 'num_r_workers'"),
+        ({"gpu": 1}, "no option 'gpu'"),
+        ({"num_r_workers": 0}, "num_r_workers must be a whole number from 1"),
+        ({"micro_batches": 0}, "micro_batches"),
+        ({"dtype": "int8"}, "dtype must be one of auto, float32"),
+        ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype must be one of"),
+        ({"transport": "carrier-pigeon"}, "transport must be one of inproc, ipc, tcp, mpi"),
+        ({"kv_cache_memory": "lots"}, "no amount of memory; write it like 4GiB"),
+        ({"max_model_len": 1}, "max_model_len"),
+        ({"kv_cache_memory": "900TiB"}, "more than the .* of memory that are free"),
+        ({"r_worker_addresses": ["shm://1"]}, "known: inproc://"),
+        ({"worker_timeout_s": 0}, "worker_timeout_s"),
+        ({"r_worker_addresses": ["ipc://a", "ipc://a"]}, "twice"),
+        ({"transport": "mpi"}, "mpirun -n 3"),
+        ({"r_worker_addresses": ["ipc://a"], "num_r_workers": 2}, "either num_r_workers"),
+        ({"max_model_len": 5000}, "max_model_len is 5000, but the model computes positions up to 512"),
+        (
+            {"kv_cache_memory": "1KiB"},
+            "KV budget of 1024 bytes holds no block: 32 tokens x 768 bytes per token = 24576",
+        ),
+        (
+            {"kv_cache_memory": "100KiB", "max_model_len": 500},
+            "too small for one sequence of max_model_len = 500 tokens: 499 tokens of KV x 768 bytes, "
+            "in blocks of 32 = 384.0 KiB"
+            ".*largest R-worker holds 128 tokens.*raise kv_cache_memory or lower max_model_len",
+        ),
+    ],
+)
+def test_bad_options(options: dict[str, Any], text: str, llama: Case) -> None:
+    with pytest.raises(ConfigError, match=text):
+        LLM(llama.directory, skip_tokenizer_init=True, **options)
+
+
+def test_small_budget_bounds_the_length(llama: Case, caplog: pytest.LogCaptureFixture) -> None:
+    with LLM(llama.directory, skip_tokenizer_init=True, kv_cache_memory="100KiB") as llm:
+        assert llm.max_model_len == 129 and "max_model_len is 129" in caplog.text
+        fits, too_long = quiet(llm, [[5] * 100, [5] * 129], SamplingParams(temperature=0, max_tokens=None))
+        assert len(fits.outputs[0].token_ids) == 29 or fits.outputs[0].finish_reason == "stop"
+        assert too_long.error and too_long.error.code == "context_length_exceeded"
+
+
+def test_missing_model() -> None:
+    with pytest.raises(ModelError, match="is no directory"):
+        LLM("meta-llama/Llama-2-7b")
+
+
+@pytest.mark.parametrize("address", ["tcp://127.0.0.1:9", "ipc:///tmp/fastdecode-nobody-here"])
+def test_nobody_answers(address: str, llama: Case) -> None:
+    with pytest.raises(RWorkerUnreachable, match=f"R-worker 0 .*{address}.*is it running"):
+        LLM(llama.directory, skip_tokenizer_init=True, r_worker_addresses=[address], worker_timeout_s=0.5)
+
+
+def test_closed(llama: Case) -> None:
+    llm = LLM(llama.directory, skip_tokenizer_init=True)
+    llm.close()
+    llm.close()
+    with pytest.raises(ConfigError, match="closed"):
+        quiet(llm, [[1]], GREEDY)
+
+
+def test_closed_in_the_middle(llama: Case) -> None:
+    llm = LLM(llama.directory, skip_tokenizer_init=True)
+    iteration = llm.generate_iter([[5], [6]], [SamplingParams(max_tokens=m, ignore_eos=True) for m in (2, 40)])
+    next(iteration)
+    llm.close()
+    with pytest.raises(ConfigError, match="closed while it was generating"):
+        next(iteration)
