@@ -50,10 +50,6 @@ class Engine:
     def has_work(self) -> bool:
         return self._scheduler.has_work
 
-    @property
-    def num_running(self) -> int:
-        return self._scheduler.num_running
-
     def next_request_id(self) -> str:
         """Ids count up from 0, refused requests included, so that a bad prompt does not shift the others' seeds."""
         self._num_requests += 1

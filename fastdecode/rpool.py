@@ -78,9 +78,6 @@ class RPool:
         self._timeout_s = timeout_s
         self._last_ping = 0
 
-    def __len__(self) -> int:
-        return len(self._workers)
-
     @property
     def names(self) -> list[str]:
         return [worker.name for worker in self._workers]
@@ -164,9 +161,8 @@ class RPool:
         parts = []
         for share in ticket.shares:
             reply = self._expect(share.worker, self._recv(share.worker), Attended)
-            if (reply.step, reply.micro_batch, reply.layer) != (ticket.step, ticket.micro_batch, ticket.layer) or len(
-                reply.o
-            ) != share.queries.stop - share.queries.start:
+            asked = (ticket.step, ticket.micro_batch, ticket.layer, share.queries.stop - share.queries.start)
+            if (reply.step, reply.micro_batch, reply.layer, len(reply.o)) != asked:
                 raise RWorkerFailed(f"{self._workers[share.worker].name} answered something else than it was asked")
             parts.append(reply.o)
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
