@@ -3,10 +3,9 @@
 Never imports torch: a CPU node needs this package and `transport` alone.
 """
 
-from cpu_attention.bandwidth import measure_read_bandwidth
 from cpu_attention.errors import BadRequest, KVBudgetExceeded, RWorkerError, SequenceExists, UnknownSequence
 from cpu_attention.kvstore import KVStore
-from cpu_attention.layout import STORAGE_DTYPES, AttentionRule, KVLayout, LayerShape
+from cpu_attention.layout import KV_DTYPES, LANES, NUMBER_DTYPES, AttentionRule, HeadFormat, KVLayout, LayerShape
 from cpu_attention.machine import (
     NumaNode,
     available_cores,
@@ -21,15 +20,19 @@ from cpu_attention.machine import (
 from cpu_attention.process import KERNELS, LISTENING
 from cpu_attention.process import add_arguments as add_process_arguments
 from cpu_attention.process import run as run_process
+from cpu_attention.roofs import measure_read_bandwidth
 from cpu_attention.rworker import RWorker
 from cpu_attention.serve import serve
 
 __all__ = [
     "KERNELS",
+    "KV_DTYPES",
+    "LANES",
     "LISTENING",
-    "STORAGE_DTYPES",
+    "NUMBER_DTYPES",
     "AttentionRule",
     "BadRequest",
+    "HeadFormat",
     "KVBudgetExceeded",
     "KVLayout",
     "KVStore",

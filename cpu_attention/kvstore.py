@@ -18,7 +18,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from cpu_attention.errors import BadRequest, KVBudgetExceeded, SequenceExists, UnknownSequence
-from cpu_attention.layout import STORAGE_DTYPES, KVLayout
+from cpu_attention.layout import KVLayout
+from cpu_attention.machine import zeroed_pages
 
 
 @dataclass
@@ -38,13 +39,12 @@ class KVStore:
                 f"a KV budget of {budget_bytes} bytes holds no block: {layout.block_tokens} tokens x "
                 f"{layout.token_bytes} bytes per token = {layout.block_bytes} bytes per block"
             )
-        dtype = STORAGE_DTYPES[layout.dtype]
-        # Per layer; see layout.py for the axes.
-        self.k_blocks = [
-            np.zeros((self.num_blocks, s.num_kv_heads, s.head_dim, layout.block_tokens), dtype) for s in layout.layers
-        ]
-        self.v_blocks = [
-            np.zeros((self.num_blocks, s.num_kv_heads, layout.block_tokens, s.head_dim), dtype) for s in layout.layers
+        # Per layer [num_blocks, num_kv_heads, bytes of a head] uint8; layout.py has what is in them.
+        self.data = [
+            zeroed_pages(self.num_blocks * shape.num_kv_heads * head.nbytes).reshape(
+                self.num_blocks, shape.num_kv_heads, head.nbytes
+            )
+            for shape, head in zip(layout.layers, layout.heads, strict=True)
         ]
         # A stack, [:_num_free] of it: what was used last is taken first, while it is still in cache.
         self._free = np.arange(self.num_blocks - 1, -1, -1, dtype=np.int32)

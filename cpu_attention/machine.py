@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import mmap
 import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import psutil
 
 _UNITS = {"": 1, "b": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
@@ -25,6 +28,7 @@ class NumaNode:
     index: int
     cores: tuple[int, ...]
     memory_bytes: int
+    available_bytes: int  # free, or in files' pages, which the kernel takes back first
 
 
 def parse_bytes(text: str | int) -> int:
@@ -42,15 +46,31 @@ def format_bytes(num_bytes: float) -> str:
     return f"{num_bytes:.0f} bytes"
 
 
+def zeroed_pages(num_bytes: int) -> np.ndarray:
+    """Memory that is taken page by page when it is first written, near the core that writes it; in huge pages
+    where the kernel grants them, so that random blocks do not miss the TLB.
+
+    # [num_bytes] uint8
+    """
+    pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # shared ones are never huge
+    with contextlib.suppress(OSError, AttributeError):  # no huge pages here: slower, not wrong
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(pages, np.uint8)  # which keeps the pages until nobody refers to them
+
+
 def available_cores() -> tuple[int, ...]:
     """Cores this process may run on, by its affinity mask."""
     return tuple(sorted(os.sched_getaffinity(0)))
 
 
 def available_memory_bytes() -> int:
-    """What can still be taken without swapping: the machine's, or a cgroup's if that is less."""
+    """What can still be taken without swapping: the machine's, a cgroup's, or that of the NUMA nodes whose cores
+    this process may use, whichever is least."""
     available = psutil.virtual_memory().available
-    return min([available, *(max(0, group.limit_bytes - group.used_bytes) for group in _limited_cgroups())])
+    cores = set(available_cores())
+    near = sum(node.available_bytes for node in numa_nodes() if cores.intersection(node.cores))
+    rooms = [max(0, group.limit_bytes - group.used_bytes) for group in _limited_cgroups()]
+    return min([available, *rooms, *([near] if near else [])])
 
 
 def default_kv_cache_bytes() -> int:
@@ -65,12 +85,13 @@ def cgroup_memory_limit_bytes() -> int | None:
 def numa_nodes() -> tuple[NumaNode, ...]:
     nodes = []
     for path in sorted(Path("/sys/devices/system/node").glob("node[0-9]*"), key=lambda p: int(p.name[4:])):
-        total = re.search(r"MemTotal:\s+([0-9]+) kB", _read(path / "meminfo"))
-        nodes.append(
-            NumaNode(
-                int(path.name[4:]), _parse_core_list(_read(path / "cpulist")), int(total[1]) * 1024 if total else 0
-            )
-        )
+        memory = {
+            name: int(kib) * 1024
+            for name, kib in re.findall(r"^Node [0-9]+ ([^:]+):\s+([0-9]+) kB", _read(path / "meminfo"), re.MULTILINE)
+        }
+        available = sum(memory.get(name, 0) for name in ("MemFree", "Active(file)", "Inactive(file)", "SReclaimable"))
+        cores = _parse_core_list(_read(path / "cpulist"))
+        nodes.append(NumaNode(int(path.name[4:]), cores, memory.get("MemTotal", 0), available))
     return tuple(nodes)
 
 

@@ -22,7 +22,7 @@ from cpu_attention.serve import serve
 from transport import AddressError, listen
 
 LISTENING = "listening on "
-KERNELS = {"numba": kernel.attend, "reference": reference.attend}
+KERNELS = {"numba": kernel, "reference": reference}
 _GRACE_S = 5.0
 _REPEAT_S = 0.05
 
@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     except AddressError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    worker = RWorker(kv_cache_bytes=kv_cache_bytes, num_threads=num_threads, attend=KERNELS[args.kernel])
+    worker = RWorker(kv_cache_bytes=kv_cache_bytes, num_threads=num_threads, kernel=KERNELS[args.kernel])
     if args.exit_with_parent:
         threading.Thread(target=_follow_parent, daemon=True).start()
     try:

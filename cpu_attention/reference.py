@@ -1,13 +1,16 @@
-"""Decode attention and append in plain numpy: the living definition, slow and exact.
+"""Storing and attending in plain numpy: the living definition, slow and exact.
 
-`kernel.py` has the same functions with the same signatures in numba; the tests hold the two together.
+`kernel.py` has the same functions with the same signatures, compiled; the tests hold the two together.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from cpu_attention.layout import AttentionRule
+from cpu_attention.layout import LANES, NUMBER_DTYPES, AttentionRule, HeadFormat, Part
+from cpu_attention.state import Pieces, State
+
+_LARGEST_HALF = 65504.0
 
 
 def append(
@@ -15,37 +18,146 @@ def append(
     v: np.ndarray,  # like k
     blocks: np.ndarray,  # [num_tokens] int32, the block each token goes to
     offsets: np.ndarray,  # [num_tokens] int32, its place in the block
-    k_blocks: np.ndarray,  # [num_blocks, num_kv_heads, head_dim, block_tokens] of the storage dtype, written
-    v_blocks: np.ndarray,  # [num_blocks, num_kv_heads, block_tokens, head_dim] of the storage dtype, written
+    data: np.ndarray,  # [num_blocks, num_kv_heads, head.nbytes] uint8, written
+    head: HeadFormat,
 ) -> None:
-    """Stores K and V of new tokens, rounded to the storage dtype."""
-    k_blocks[blocks, :, :, offsets] = k.astype(k_blocks.dtype)
-    v_blocks[blocks, :, offsets, :] = v.astype(v_blocks.dtype)
+    """Stores K and V of new tokens, rounded or quantised to the storage dtype.
+
+    The tokens of a block come in order, the first one into place 0; that one clears what the block held before.
+    """
+    for token, (block, offset) in enumerate(zip(blocks.tolist(), offsets.tolist(), strict=True)):
+        for values, part in ((k, head.k), (v, head.v)):
+            padded = np.zeros((data.shape[1], head.stored_dim), np.float32)
+            padded[:, : head.head_dim] = values[token].astype(np.float32)
+            if part.is_quantised:
+                scales = _scales(data, part)
+                if offset == 0:
+                    scales[block] = 0
+                rotated = rotate(padded, head.rotation) if part is head.k else padded
+                items, scales[block, :, :, :, offset] = quantise(rotated, part)
+            else:
+                items = padded.astype(NUMBER_DTYPES[part.dtype])
+            if part is head.k:
+                packed = items[:, 0::2] | items[:, 1::2] << 4 if part.packed == 2 else items
+                _k_numbers(data, part)[block, :, offset // LANES, :, offset % LANES] = packed
+            else:
+                row = _v_numbers(data, part)[block, :, offset // part.packed]
+                row[:] = items if offset % part.packed == 0 else row | items << 4
 
 
-def attend(
+def attend_pieces(
     q: np.ndarray,  # [num_rows, num_q_heads, head_dim] float32
-    k_blocks: np.ndarray,  # [num_blocks, num_kv_heads, head_dim, block_tokens] of a storage dtype
-    v_blocks: np.ndarray,  # [num_blocks, num_kv_heads, block_tokens, head_dim] of the same dtype
+    data: np.ndarray,  # [num_blocks, num_kv_heads, head.nbytes] uint8
+    head: HeadFormat,
     block_tables: np.ndarray,  # [num_rows, max_blocks] int32: (row, position // block_tokens) -> block
-    positions: np.ndarray,  # [num_rows] int32: row r attends to keys 0..positions[r] of its sequence
-    rule: AttentionRule,
-    out: np.ndarray,  # [num_rows, num_q_heads, head_dim] float32, written
+    pieces: Pieces,
+    rule: AttentionRule,  # its scale and softcap; window and sinks are for whoever cuts and merges pieces
+    state: State,  # written at pieces.slots
 ) -> None:
-    """softmax(q·K)·V of each row over its own sequence, in float64, rounded once at the end."""
-    block_tokens = k_blocks.shape[3]
-    group = q.shape[1] // k_blocks.shape[1]
-    for row, position in enumerate(positions.tolist()):
-        first = 0 if rule.window is None else max(0, position + 1 - rule.window)
-        table = block_tables[row, : position // block_tokens + 1]
-        keys = np.concatenate(k_blocks[table].astype(np.float64), axis=2)[:, :, first : position + 1]
-        values = np.concatenate(v_blocks[table].astype(np.float64), axis=1)[:, first : position + 1]
-        keys, values = np.repeat(keys, group, axis=0), np.repeat(values, group, axis=0)
-        scores = rule.scale * np.einsum("hd,hdt->ht", q[row].astype(np.float64), keys)
+    """softmax(q·K)·V of each piece, in float64, rounded once at the end."""
+    group = q.shape[1] // data.shape[1]
+    columns = (pieces.rows, pieces.begins, pieces.ends, pieces.slots)
+    for row, begin, end, slot in zip(*(column.tolist() for column in columns), strict=True):
+        table = block_tables[row, begin // head.block_tokens : (end - 1) // head.block_tokens + 1]
+        first = begin - begin % head.block_tokens
+        keys, values = (
+            np.repeat(np.concatenate(part, axis=1)[:, begin - first : end - first], group, axis=0)
+            for part in read(data[table], head)
+        )
+        scores = rule.scale * np.einsum("hd,htd->ht", q[row].astype(np.float64), keys)
         if rule.softcap is not None:
             scores = rule.softcap * np.tanh(scores / rule.softcap)
-        if rule.sinks is not None:
-            scores = np.concatenate([scores, rule.sinks[:, None]], axis=1)
-        weights = np.exp(scores - scores.max(axis=1, keepdims=True))
-        weights /= weights.sum(axis=1, keepdims=True)
-        out[row] = np.einsum("ht,htd->hd", weights[:, : values.shape[1]], values)
+        maxima = scores.max(axis=1)
+        weights = np.exp(scores - maxima[:, None])
+        sums = weights.sum(axis=1)
+        state.out[slot] = np.einsum("ht,htd->hd", weights / sums[:, None], values)
+        state.maxima[slot], state.sums[slot] = maxima, sums
+
+
+def read(data: np.ndarray, head: HeadFormat) -> tuple[np.ndarray, np.ndarray]:
+    """K and V as stored.
+
+    # data: [num_blocks, num_kv_heads, head.nbytes] -> two of [num_blocks, num_kv_heads, block_tokens, head_dim] float64
+    """
+    shape = (*data.shape[:2], head.block_tokens, head.stored_dim)
+    k, v = _k_numbers(data, head.k), _v_numbers(data, head.v)
+    if head.k.packed == 2:
+        k = np.stack([k & 15, k >> 4], axis=4).reshape(*shape[:2], -1, head.stored_dim, LANES)
+    if head.v.packed == 2:
+        v = np.stack([v & 15, v >> 4], axis=3)
+    with np.errstate(invalid="ignore"):  # unused places may hold signalling NaN
+        k = _dequantised(data, k.swapaxes(3, 4).reshape(shape).astype(np.float64), head.k)
+        v = _dequantised(data, v.reshape(shape).astype(np.float64), head.v)
+        return rotate(k, head.rotation)[..., : head.head_dim], v[..., : head.head_dim]
+
+
+def rotate(values: np.ndarray, size: int) -> np.ndarray:
+    """Walsh-Hadamard transform of every `size` channels, a power of two.  Its own inverse; keeps scalar products."""
+    whole, stride = values.shape, 1
+    while stride < size:
+        pairs = values.reshape(*whole[:-1], -1, 2, stride)
+        low, high = pairs[..., 0, :], pairs[..., 1, :]
+        values = np.stack([low + high, low - high], axis=-2).reshape(whole)
+        stride *= 2
+    return values * values.dtype.type(size**-0.5)
+
+
+def quantise(values: np.ndarray, part: Part) -> tuple[np.ndarray, np.ndarray]:
+    """Integers and scales of single tokens: # [n, stored_dim] float32 -> [n, stored_dim] int8 or uint8,
+    [n, scales and minima, groups] float16.
+
+    The integers are chosen for the scale as it is stored, so that its rounding does not add to theirs.  A number that
+    is not finite makes its scale NaN, so that it shows.
+    """
+    items = np.empty(values.shape, NUMBER_DTYPES[part.dtype])
+    scales = np.empty((len(values), 1 + part.has_minima, part.num_groups), np.float16)
+    for group in range(part.num_groups):
+        channels = slice(group * part.group, (group + 1) * part.group)
+        numbers = values[:, channels]
+        nothing = np.where(np.isfinite(numbers).all(axis=1), np.float32(0), np.float32(np.nan))
+        if part.has_minima:
+            scales[:, 1, group] = minimum = _half(numbers.min(axis=1))
+            width, low, high = numbers.max(axis=1) - minimum.astype(np.float32), 0, 15
+            numbers = numbers - minimum.astype(np.float32)[:, None]
+        else:
+            width, low, high = np.abs(numbers).max(axis=1), -127, 127
+        scales[:, 0, group] = scale = _half(width / np.float32(high) + nothing)
+        divisor = np.where(scale > 0, scale.astype(np.float32), np.float32(1))[:, None]
+        items[:, channels] = np.nan_to_num(np.clip(np.rint(numbers / divisor), low, high))
+    return items, scales
+
+
+def _k_numbers(data: np.ndarray, part: Part) -> np.ndarray:
+    """# [num_blocks, num_kv_heads, block_tokens / LANES, stored_dim / packed, LANES], a view"""
+    shape = (part.block_tokens // LANES, part.stored_dim // part.packed, LANES)
+    return _view(data, part.numbers, part.end, NUMBER_DTYPES[part.dtype], *shape)
+
+
+def _v_numbers(data: np.ndarray, part: Part) -> np.ndarray:
+    """# [num_blocks, num_kv_heads, block_tokens / packed, stored_dim], a view"""
+    shape = (part.block_tokens // part.packed, part.stored_dim)
+    return _view(data, part.numbers, part.end, NUMBER_DTYPES[part.dtype], *shape)
+
+
+def _scales(data: np.ndarray, part: Part) -> np.ndarray:
+    """# [num_blocks, num_kv_heads, scales and minima, groups, block_tokens] float16, a view"""
+    shape = (1 + part.has_minima, part.num_groups, part.block_tokens)
+    return _view(data, part.begin, part.numbers, np.dtype(np.float16), *shape)
+
+
+def _view(data: np.ndarray, begin: int, end: int, dtype: np.dtype, *shape: int) -> np.ndarray:
+    return data[:, :, begin:end].view(dtype).reshape(*data.shape[:2], *shape)
+
+
+def _dequantised(data: np.ndarray, numbers: np.ndarray, part: Part) -> np.ndarray:
+    """# numbers [num_blocks, num_kv_heads, block_tokens, stored_dim]"""
+    if not part.is_quantised:
+        return numbers
+    spread = np.repeat(_scales(data, part).astype(np.float64), part.group, axis=3)[:, :, :, : part.stored_dim]
+    spread = spread.swapaxes(3, 4)
+    return numbers * spread[:, :, 0] + (spread[:, :, 1] if part.has_minima else 0.0)
+
+
+def _half(values: np.ndarray) -> np.ndarray:
+    """Rounded to fp16, at most its largest number; a NaN stays one."""
+    return np.clip(values, -_LARGEST_HALF, _LARGEST_HALF).astype(np.float16)

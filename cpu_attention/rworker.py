@@ -17,17 +17,21 @@ from __future__ import annotations
 import logging
 import os
 import platform
-from dataclasses import dataclass, replace
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
-from cpu_attention import kernel
+from cpu_attention import kernel as compiled
+from cpu_attention.attention import Attention, Kernel
 from cpu_attention.errors import BadRequest, KVBudgetExceeded, RWorkerError, UnknownSequence
 from cpu_attention.kvstore import KVStore
-from cpu_attention.layout import STORAGE_DTYPES, AttentionRule, KVLayout, LayerShape
+from cpu_attention.layout import AttentionRule, KVLayout, LayerShape
 from cpu_attention.machine import format_bytes
-from cpu_attention.threads import AttendFunction, ThreadedAttend
+from cpu_attention.work import Work
 from transport import (
+    FLOAT_DTYPES,
     Admit,
     Attend,
     Attended,
@@ -57,7 +61,7 @@ class _MicroBatch:
     blocks: np.ndarray  # [T] int32, where each token's K and V go
     offsets: np.ndarray  # [T] int32
     block_tables: np.ndarray  # [A, max_blocks] int32
-    positions: np.ndarray  # [A] int32
+    works: dict[int | None, Work]  # by window, the queries' attention in shares
     seq_ids: frozenset[int]
     next_layer: int = 0
 
@@ -73,11 +77,13 @@ class _Session:
 
 
 class RWorker:
-    def __init__(self, *, kv_cache_bytes: int, num_threads: int = 1, attend: AttendFunction = kernel.attend) -> None:
-        """`attend` may be `reference.attend`; `kv_cache_bytes` is the most any session gets."""
+    def __init__(
+        self, *, kv_cache_bytes: int, num_threads: int = 1, kernel: Kernel = compiled, cores: Sequence[int] = ()
+    ) -> None:
+        """`kernel` may be `reference`; `kv_cache_bytes` is the most any session gets; see `Attention` for cores."""
         self._kv_cache_bytes = kv_cache_bytes
         self._num_threads = num_threads
-        self._attend = ThreadedAttend(attend, num_threads)
+        self._attention = Attention(num_threads, kernel, cores)
         self._session: _Session | None = None
 
     @property
@@ -103,7 +109,7 @@ class RWorker:
 
     def close(self) -> None:
         self._session = None
-        self._attend.close()
+        self._attention.close()
 
     def _handle(self, nonce: int, message: Message) -> Message | None:
         if isinstance(message, Hello):
@@ -138,11 +144,11 @@ class RWorker:
 
     def _open(self, nonce: int, hello: Hello) -> Welcome:
         self._session = None  # before the new store is made: the two may not fit side by side
-        layout = KVLayout(
-            tuple(LayerShape(spec.num_kv_heads, spec.head_dim) for spec in hello.layers),
-            hello.kv_dtype,
-            hello.block_tokens,
-        )
+        shapes = tuple(LayerShape(spec.num_kv_heads, spec.head_dim) for spec in hello.layers)
+        try:
+            layout = KVLayout(shapes, hello.kv_dtype, hello.block_tokens)
+        except ValueError as error:
+            raise BadRequest(str(error)) from error
         asked = self._kv_cache_bytes if hello.kv_cache_bytes is None else hello.kv_cache_bytes
         store = KVStore(layout, min(asked, self._kv_cache_bytes))
         rules = tuple(
@@ -151,10 +157,7 @@ class RWorker:
             )
             for spec in hello.layers
         )
-        dtype = STORAGE_DTYPES[layout.dtype]
-        for spec, rule in zip(hello.layers, rules, strict=True):
-            group, one_head = spec.num_q_heads // spec.num_kv_heads, replace(rule, sinks=None)
-            kernel.warm_up(dtype, group, spec.head_dim, layout.block_tokens, one_head)
+        _warm_up(hello.layers, layout, rules)
         self._session = _Session(nonce, hello.layers, rules, store, {})
         logger.info(
             "session opened: %d layers, %s KV, %s per token, room for %d tokens",
@@ -232,12 +235,16 @@ class RWorker:
         token_positions = _ranges(message.starts, message.num_tokens)
         query_rows = np.repeat(np.arange(len(rows)), message.num_queries)
         first_queries = message.starts + message.num_tokens - message.num_queries
+        positions = _ranges(first_queries, message.num_queries)
         session.micro_batches[message.micro_batch] = _MicroBatch(
             step=message.step,
             blocks=tables[token_rows, token_positions // block_tokens],
             offsets=token_positions % block_tokens,
             block_tables=tables[query_rows],
-            positions=_ranges(first_queries, message.num_queries),
+            works={
+                window: self._attention.cut(positions, window, block_tokens)
+                for window in {rule.window for rule in session.rules}
+            },
             seq_ids=frozenset(seq_id for seq_id, *_ in rows),
         )
 
@@ -249,7 +256,7 @@ class RWorker:
             raise BadRequest(f"layer {message.layer} came, layer {batch.next_layer} was due")
         spec, layer = session.layers[message.layer], message.layer
         k_shape = (len(batch.blocks), spec.num_kv_heads, spec.head_dim)
-        q_shape = (len(batch.positions), spec.num_q_heads, spec.head_dim)
+        q_shape = (len(batch.block_tables), spec.num_q_heads, spec.head_dim)
         if message.k.shape != k_shape or message.q.shape != q_shape:
             raise BadRequest(
                 f"layer {layer} wants k {k_shape} and q {q_shape}, got {message.k.shape}, {message.q.shape}"
@@ -258,13 +265,25 @@ class RWorker:
         if batch.next_layer == len(session.layers):
             del session.micro_batches[message.micro_batch]
 
-        k_blocks, v_blocks = session.store.k_blocks[layer], session.store.v_blocks[layer]
-        kernel.append(message.k, message.v, batch.blocks, batch.offsets, k_blocks, v_blocks)
-        out = np.empty(q_shape, np.float32)
-        if len(out):
-            q = message.q.astype(np.float32)
-            self._attend(q, k_blocks, v_blocks, batch.block_tables, batch.positions, session.rules[layer], out)
+        data, head, rule = session.store.data[layer], session.store.layout.heads[layer], session.rules[layer]
+        self._attention.append(message.k, message.v, batch.blocks, batch.offsets, data, head)
+        out = self._attention.attend(
+            message.q.astype(np.float32), data, head, batch.block_tables, batch.works[rule.window], rule
+        )
         return Attended(message.step, message.micro_batch, layer, out.astype(message.q.dtype, copy=False))
+
+
+def _warm_up(layers: Sequence[LayerSpec], layout: KVLayout, rules: Sequence[AttentionRule]) -> None:
+    """Kernels for every kind of layer.  Says what it does: the first time on a machine takes seconds."""
+    kinds = {
+        (head, spec.num_q_heads // spec.num_kv_heads, rule.softcap is not None): rule
+        for spec, head, rule in zip(layers, layout.heads, rules, strict=True)
+    }
+    for (head, group, _), rule in kinds.items():
+        started = time.perf_counter()
+        logger.info("kernels for %s KV, head_dim %d, %d query heads per KV head", head.dtype, head.head_dim, group)
+        compiled.warm_up(head, group, rule, FLOAT_DTYPES)
+        logger.info("ready after %.1f s", time.perf_counter() - started)
 
 
 def _ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:

@@ -1,333 +1,437 @@
-"""Decode attention as vector code, for one shape at a time: what numba's own loops do not become.
+"""Decode attention as vector code, compiled for one shape at a time: what numba's own loops do not become.
 
-The three inner steps are emitted as LLVM IR over vectors of 16 floats, which LLVM fits to the machine (one
-AVX-512 register, two of AVX2, four of NEON).  Per block of a sequence and KV head, for all G query heads at once:
+For a piece of work (a query row and a range of its sequence's tokens) the kernel walks over the blocks, and inside
+a block over the KV heads, which is the order in which they lie in memory.  Per block and KV head, for as many of
+its query heads as registers allow:
 
-    scores[g, t] = Σ_d q[g, d] · K[d, t]         tokens in the lanes; a K number is loaded and widened once
-                                                 for all G query heads, G · block/16 accumulators stay in registers
-    softmax step   maximum, exponentials, sum    (online, Milakov & Gimelshein 2018)
-    out[g, d]    = out[g, d] · shrink[g] + Σ_t p[g, t] · V[t, d]      head_dim in tiles, accumulators in registers
+    scores[g, t] = scale · Σ_d q[g, d] · K[d, t]      tokens in the lanes; a K number is loaded and widened once for
+                                                      all query heads, the accumulators stay in registers
+    softmax step   maximum, exponentials, sum         (online, Milakov & Gimelshein 2018)
+    out[g, d]    = out[g, d] · shrink[g] + Σ_t p[g, t] · V[t, d]       channels in the lanes
 
-The exponential is Cephes' expf polynomial (relative error below 3e-7 on [-87, 0], see the tests); below -87 it
-gives e^-87, about 1e-38.
+Meanwhile the cache lines of the next head are asked for, one for each that is read: blocks lie anywhere in memory,
+so the processor's own prefetching stops at the end of each.
 
-`make_attend` compiles for a shape; its integers are literals to the emitted code, which is unrolled by them.
-Everything that is compiled lives in this one file, because numba's disk cache looks at one file's time only.
+Scales of quantised numbers stay out of the inner loops: K's multiply sums over a group of channels, V's multiply
+the weights p beforehand; a minimum contributes its product with Σ q of the group, or with Σ p of the tokens.
 """
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Callable
-from functools import cache
+from dataclasses import astuple, dataclass
+from functools import cache, cached_property
 from typing import Any
 
-import llvmlite.binding
 import numba
 import numpy as np
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils, errors
+from numba.core import errors
 from numba.extending import intrinsic
 
-LANES = 16
-F32, F16, BF16 = 0, 1, 2  # kinds of storage
-REGISTERS = 24  # accumulators that may be live in one loop, of 32 vector registers
+from cpu_attention import emit
+from cpu_attention.emit import FLOAT, I8, I32, I64, Rows
+from cpu_attention.layout import LANES, HeadFormat, Part
 
-_FLOAT, _I16, _I32, _I64 = ir.FloatType(), ir.IntType(16), ir.IntType(32), ir.IntType(64)
-_VECTOR = ir.VectorType(_FLOAT, LANES)
-_MASKED = np.float32(-1e30)  # a score that counts for nothing, and still subtracts without becoming NaN
+MASKED = np.float32(-1e30)  # a score that counts for nothing, and still subtracts without becoming NaN
+_ACCUMULATORS = 24  # that may be live in one loop, of 32 vector registers
+_HEADS_AT_ONCE = 8  # query heads that share one pass over K and V
 
 
-def can_vectorise(kind: int, group: int, head_dim: int, block_tokens: int) -> bool:
-    """Whether `make_attend` takes this shape on this machine."""
-    return (
-        head_dim % LANES == 0
-        and block_tokens % LANES == 0
-        and group * (block_tokens // LANES) <= REGISTERS
-        and (kind != F16 or _converts_half())
-    )
+@dataclass(frozen=True)
+class Shape:
+    """What one compilation is for."""
+
+    dtype: str
+    head_dim: int  # as stored: a multiple of LANES
+    block_tokens: int
+    group: int  # query heads per KV head
+    is_capped: bool  # whether scores go through softcap · tanh(score / softcap)
+
+    @cached_property
+    def head(self) -> HeadFormat:
+        return HeadFormat(self.dtype, self.head_dim, self.block_tokens)
+
+    @property
+    def num_query_sums(self) -> int:
+        """Of a query head: Σ q of each group of K's channels, which K's minima are multiplied with."""
+        return self.head.k.num_groups if self.head.k.has_minima else 0
+
+    @property
+    def heads_at_once(self) -> int:
+        passes = -(-self.group // _HEADS_AT_ONCE)
+        return -(-self.group // passes)
 
 
 @cache
-def make_attend(kind: int, group: int, head_dim: int, block_tokens: int) -> Callable[..., None]:
-    """attend(q, k, v, block_tables, positions, scale, window, sinks, out), compiled at its first call.
+def make_attend(shape: Shape) -> Callable[..., None]:
+    """attend(q, data, tables, rows, begins, ends, slots, scale, softcap, out, maxima, sums), compiled when called.
 
-    q, out: [num_rows, num_q_heads, head_dim] float32; k, v: the store's blocks, flat, as float32 or uint16 bits;
-    window: the most keys a row sees; sinks: [num_q_heads] float32 or empty.  The rest as in `reference.attend`.
+    Piece i: query rows[i] over tokens begins[i] to ends[i] of the sequence in tables[rows[i]], at least one.
+
+    q: [num_rows, num_q_heads, head_dim] float32; data: the layer's blocks as flat uint8; tables: [num_rows,
+    max_blocks] int32; rows, begins, ends, slots: [num_pieces] int64; out: [num_slots, num_q_heads, head_dim],
+    maxima, sums: [num_slots, num_q_heads] float32, written at slots[i].
     """
-    G, D, BT, KIND = group, head_dim, block_tokens, kind
-    TILE = max(1, min(D // LANES, REGISTERS // G, 8))  # vectors of head_dim whose accumulators are live together
+    SPEC = repr(astuple(shape))
+    SOURCES = emit.sources()  # part of the disk cache's key
+    GROUP, BLOCK, UNIT = shape.group, shape.block_tokens, shape.head.nbytes
+    AT_ONCE, REST = shape.heads_at_once, shape.group % shape.heads_at_once
+    CHANNELS, NUM_SUMS = shape.head.k.group, shape.num_query_sums
+    NUM_FOLDED, IS_ROTATED = shape.head.v.num_groups, shape.head.rotation > 1
 
     @numba.njit(nogil=True, cache=True)
-    def attend(q, k, v, block_tables, positions, scale, window, sinks, out):  # type: ignore[no-untyped-def]
-        num_rows, num_q_heads, _ = q.shape
-        num_kv_heads = num_q_heads // G
-        scores, outs, queries = np.empty(G * BT, np.float32), np.empty(G * D, np.float32), np.empty(G * D, np.float32)
-        maxima, sums, shrinks = np.empty(G, np.float32), np.empty(G, np.float32), np.empty(G, np.float32)
-        for row in range(num_rows):
-            position = np.int64(positions[row])
-            first = max(np.int64(0), position + 1 - window)
-            for kv_head in range(num_kv_heads):
-                query_head = kv_head * G
-                for g in range(G):
-                    for d in range(D):
-                        queries[g * D + d] = q[row, query_head + g, d] * scale
-                outs[:] = np.float32(0)
-                maxima[:] = _MASKED
-                sums[:] = np.float32(0)
-                for index in range(first // BT, position // BT + 1):
-                    begin = max(first - index * BT, 0)
-                    end: Any = min(position + 1 - index * BT, BT)
-                    offset = (np.int64(block_tables[row, index]) * num_kv_heads + kv_head) * (D * BT)
-                    _scores(queries, k, offset, scores, G, D, BT, KIND)
-                    if end - begin < BT:
-                        for g in range(G):
-                            for t in range(begin):
-                                scores[g * BT + t] = _MASKED
-                            for t in range(end, BT):
-                                scores[g * BT + t] = _MASKED
-                    _softmax_step(scores, maxima, sums, shrinks, G, BT)
-                    # Places outside begin..end may hold anything, so they are not even multiplied by zero.
-                    _add_values(scores, v, offset, outs, shrinks, begin, end, G, D, BT, KIND, TILE)
-                for g in range(G):
-                    factor, total = np.float32(1), sums[g]
-                    if sinks.size:
-                        maximum = max(maxima[g], sinks[query_head + g])
-                        factor = np.exp(maxima[g] - maximum)
-                        total = total * factor + np.exp(sinks[query_head + g] - maximum)
-                    for d in range(D):
-                        out[row, query_head + g, d] = outs[g * D + d] * (factor / total)
+    def attend(  # type: ignore[no-untyped-def]
+        q, data, tables, rows, begins, ends, slots, scale, softcap, out, maxima, sums
+    ):
+        _ = SOURCES
+        num_q_heads, head_dim = q.shape[1], q.shape[2]
+        num_kv_heads = num_q_heads // GROUP
+        scratch = np.empty(AT_ONCE * (BLOCK * (1 + NUM_FOLDED) + NUM_FOLDED + 1), np.float32)
+        query_sums = np.zeros((num_q_heads, NUM_SUMS), np.float32)
+        rotated = np.empty((1, num_q_heads, head_dim), np.float32)
+        queries = rotated if IS_ROTATED else q
+        for piece in range(rows.size):
+            row, slot, begin, end = rows[piece], slots[piece], begins[piece], ends[piece]
+            out[slot] = np.float32(0)
+            maxima[slot] = MASKED
+            sums[slot] = np.float32(0)
+            if IS_ROTATED:
+                for head in range(num_q_heads):
+                    _rotate(q, row * num_q_heads + head, rotated, head, SPEC)
+            source = 0 if IS_ROTATED else row
+            for head in range(num_q_heads):
+                for group in range(NUM_SUMS):
+                    total = np.float32(0)
+                    for d in range(group * CHANNELS, min((group + 1) * CHANNELS, head_dim)):
+                        total += queries[source, head, d]
+                    query_sums[head, group] = total
+            last = (end - 1) // BLOCK
+            block = np.int64(tables[row, begin // BLOCK])
+            for index in range(begin // BLOCK, last + 1):
+                following = block
+                if index < last:
+                    following = np.int64(tables[row, index + 1])
+                elif piece + 1 < rows.size:
+                    following = np.int64(tables[rows[piece + 1], begins[piece + 1] // BLOCK])
+                low, high = max(begin - index * BLOCK, 0), min(end - index * BLOCK, BLOCK)
+                for kv_head in range(num_kv_heads):
+                    unit = (block * num_kv_heads + kv_head) * UNIT
+                    ahead = unit + UNIT if kv_head + 1 < num_kv_heads else following * num_kv_heads * UNIT
+                    _inside(data, unit, ahead + UNIT - 1)  # for numba's bounds checks, when they are on
+                    head = kv_head * GROUP
+                    for _ in range(GROUP // AT_ONCE):
+                        _attend_head(
+                            queries, source * num_q_heads + head, data, unit, ahead, low, high, scale, softcap,
+                            query_sums, head, scratch, out, maxima, sums, slot * num_q_heads + head, SPEC, AT_ONCE,
+                        )  # fmt: skip
+                        head += AT_ONCE
+                    if REST > 0:
+                        _attend_head(
+                            queries, source * num_q_heads + head, data, unit, ahead, low, high, scale, softcap,
+                            query_sums, head, scratch, out, maxima, sums, slot * num_q_heads + head, SPEC, REST,
+                        )  # fmt: skip
+                block = following
+            for head in range(num_q_heads):
+                factor = np.float32(1) / sums[slot, head]
+                for d in range(head_dim):
+                    out[slot, head, d] *= factor
 
     return attend
 
 
-@intrinsic
-def _scores(typing_context, queries, k, offset, scores, G, D, BT, KIND):  # type: ignore[no-untyped-def]
-    """scores[g*BT + t] = Σ_d queries[g*D + d] · k[offset + d*BT + t]"""
-    group, head_dim, block, kind = _literals(G, D, BT, KIND)
-    vectors, unroll = range(block // LANES), _unroll(head_dim)
-
-    def generate(context, b, signature, arguments):  # type: ignore[no-untyped-def]
-        queries_p, k_p, scores_p = (_pointer(context, b, signature, arguments, i) for i in (0, 1, 3))
-        offset_value = arguments[2]
-        start = [[ir.Constant(_VECTOR, [0.0] * LANES) for _ in vectors] for _ in range(group)]
-
-        def body(d, sums):  # type: ignore[no-untyped-def]
-            base = b.add(offset_value, b.mul(d, _I64(block)))
-            keys = [_load_stored(b, k_p, b.add(base, _I64(v * LANES)), kind) for v in vectors]
-            for g in range(group):
-                query = _splat(b, b.load(b.gep(queries_p, [b.add(_I64(g * head_dim), d)])), LANES)
-                sums[g] = [_fma(b, query, key, total) for key, total in zip(keys, sums[g], strict=True)]
-            return sums
-
-        sums = _loop(b, _I64(0), _I64(head_dim), unroll, start, body)
-        for g in range(group):
-            for v in vectors:
-                _store(b, sums[g][v], scores_p, _I64(g * block + v * LANES))
-        return context.get_dummy_value()
-
-    return types.void(queries, k, offset, scores, G, D, BT, KIND), generate
+@numba.njit(inline="always")
+def _inside(data, first, last):  # type: ignore[no-untyped-def]
+    return data[first] + data[last]
 
 
 @intrinsic
-def _softmax_step(typing_context, scores, maxima, sums, shrinks, G, BT):  # type: ignore[no-untyped-def]
-    """scores <- exp(scores - new maximum), in place; maxima, sums brought up to date; shrinks = exp(old - new)"""
-    group, block = _literals(G, BT)
+def _rotate(typing_context, q, q_head, rotated, head, SPEC):  # type: ignore[no-untyped-def]
+    """rotated[head] = the rotation of q[q_head], as K was rotated when it was quantised."""
+    shape = _shape(SPEC)
 
     def generate(context, b, signature, arguments):  # type: ignore[no-untyped-def]
-        scores_p, maxima_p, sums_p, shrinks_p = (_pointer(context, b, signature, arguments, i) for i in range(4))
-        for g in range(group):
-            here = [_load(b, scores_p, _I64(g * block + v * LANES)) for v in range(block // LANES)]
-            largest = here[0]
-            for other in here[1:]:
-                largest = _maximum(b, largest, other)
-            old = b.load(b.gep(maxima_p, [_I64(g)]))
-            new = _maximum(b, _reduce(b, largest, _maximum), old)
-            b.store(new, b.gep(maxima_p, [_I64(g)]))
-            weights = [_exp(b, b.fsub(vector, _splat(b, new, LANES))) for vector in here]
-            total = weights[0]
-            for other in weights[1:]:
-                total = b.fadd(total, other)
-            for v, weight in enumerate(weights):
-                _store(b, weight, scores_p, _I64(g * block + v * LANES))
-            shrink = b.extract_element(_exp(b, _splat(b, b.fsub(old, new), 4)), _I32(0))
-            b.store(shrink, b.gep(shrinks_p, [_I64(g)]))
-            sum_p = b.gep(sums_p, [_I64(g)])
-            b.store(b.fadd(b.fmul(b.load(sum_p), shrink), _reduce(b, total, lambda b, x, y: b.fadd(x, y))), sum_p)
-        return context.get_dummy_value()
-
-    return types.void(scores, maxima, sums, shrinks, G, BT), generate
-
-
-@intrinsic
-def _add_values(  # type: ignore[no-untyped-def]
-    typing_context, weights, v, offset, outs, shrinks, begin, end, G, D, BT, KIND, TILE
-):
-    """outs[g*D + d] = outs[g*D + d] · shrinks[g] + Σ_{begin <= t < end} weights[g*BT + t] · v[offset + t*D + d]"""
-    group, head_dim, block, kind, tile = _literals(G, D, BT, KIND, TILE)
-
-    def generate(context, b, signature, arguments):  # type: ignore[no-untyped-def]
-        weights_p, v_p, outs_p, shrinks_p = (_pointer(context, b, signature, arguments, i) for i in (0, 1, 3, 4))
-        offset_value, begin_value, end_value = arguments[2], arguments[5], arguments[6]
-
-        def add(low, high, unroll):  # type: ignore[no-untyped-def]
-            for first in range(0, head_dim, tile * LANES):
-                vectors = range(min(tile, (head_dim - first) // LANES))
-                start = []
-                for g in range(group):
-                    shrink = _splat(b, b.load(b.gep(shrinks_p, [_I64(g)])), LANES)
-                    places = [_I64(g * head_dim + first + x * LANES) for x in vectors]
-                    start.append([b.fmul(shrink, _load(b, outs_p, place)) for place in places])
-
-                def body(t, sums, first=first, vectors=vectors):  # type: ignore[no-untyped-def]
-                    base = b.add(offset_value, b.add(b.mul(t, _I64(head_dim)), _I64(first)))
-                    values = [_load_stored(b, v_p, b.add(base, _I64(x * LANES)), kind) for x in vectors]
-                    for g in range(group):
-                        weight = _splat(b, b.load(b.gep(weights_p, [b.add(_I64(g * block), t)])), LANES)
-                        sums[g] = [_fma(b, weight, value, total) for value, total in zip(values, sums[g], strict=True)]
-                    return sums
-
-                sums = _loop(b, low, high, unroll, start, body)
-                for g in range(group):
-                    for x in vectors:
-                        _store(b, sums[g][x], outs_p, _I64(g * head_dim + first + x * LANES))
-
-        is_whole = b.icmp_signed("==", b.sub(end_value, begin_value), _I64(block))
-        with b.if_else(is_whole, likely=True) as (whole, part):
-            with whole:
-                add(_I64(0), _I64(block), _unroll(block))
-            with part:
-                add(begin_value, end_value, 1)
-        return context.get_dummy_value()
-
-    return types.void(weights, v, offset, outs, shrinks, begin, end, G, D, BT, KIND, TILE), generate
-
-
-# What follows emits single pieces of IR; `b` is llvmlite's builder everywhere.
-
-
-def _literals(*given: Any) -> Any:
-    """Their values, known while compiling."""
-    for value in given:
-        if not isinstance(value, types.IntegerLiteral):
-            raise errors.RequireLiteralValue("shapes are compiled in, so they must be constants")
-    return [value.literal_value for value in given]
-
-
-def _unroll(count: int) -> int:
-    return max(factor for factor in (4, 2, 1) if count % factor == 0)
-
-
-_Sums = list[list[Any]]  # per query head its accumulators
-
-
-def _loop(b: Any, begin: Any, end: Any, unroll: int, start: _Sums, body: Callable[[Any, _Sums], _Sums]) -> _Sums:
-    """for i in range(begin, end): sums = body(i, sums), at least once; the sums stay in registers."""
-    before = b.block
-    loop, after = b.append_basic_block("loop"), b.append_basic_block("after")
-    b.branch(loop)
-    b.position_at_end(loop)
-    i = b.phi(_I64)
-    i.add_incoming(begin, before)
-    phis = [[b.phi(value.type) for value in values] for values in start]
-    for row, values in zip(phis, start, strict=True):
-        for phi, value in zip(row, values, strict=True):
-            phi.add_incoming(value, before)
-    sums = [list(row) for row in phis]
-    for step in range(unroll):
-        sums = body(b.add(i, _I64(step)), sums)
-    following = b.add(i, _I64(unroll))
-    i.add_incoming(following, b.block)
-    for row, values in zip(phis, sums, strict=True):
-        for phi, value in zip(row, values, strict=True):
-            phi.add_incoming(value, b.block)
-    b.cbranch(b.icmp_signed("<", following, end), loop, after)
-    b.position_at_end(after)
-    return sums
-
-
-def _pointer(context: Any, b: Any, signature: Any, arguments: Any, index: int) -> Any:
-    """To the first number of an array argument."""
-    return context.make_array(signature.args[index])(context, b, arguments[index]).data
-
-
-def _load_stored(b: Any, pointer: Any, index: Any, kind: int) -> Any:
-    """LANES numbers of a storage dtype, widened to floats."""
-    place = b.gep(pointer, [index])
-    if kind == F32:
-        return b.load(b.bitcast(place, _VECTOR.as_pointer()), align=4)
-    if kind == F16:
-        halves = ir.VectorType(ir.HalfType(), LANES)
-        return b.fpext(b.load(b.bitcast(place, halves.as_pointer()), align=2), _VECTOR)
-    bits = b.load(b.bitcast(place, ir.VectorType(_I16, LANES).as_pointer()), align=2)
-    words = ir.VectorType(_I32, LANES)
-    return b.bitcast(b.shl(b.zext(bits, words), ir.Constant(words, [16] * LANES)), _VECTOR)
-
-
-def _load(b: Any, pointer: Any, index: Any) -> Any:
-    return b.load(b.bitcast(b.gep(pointer, [index]), _VECTOR.as_pointer()), align=4)
-
-
-def _store(b: Any, value: Any, pointer: Any, index: Any) -> None:
-    b.store(value, b.bitcast(b.gep(pointer, [index]), value.type.as_pointer()), align=4)
-
-
-def _splat(b: Any, value: Any, lanes: int) -> Any:
-    one = b.insert_element(ir.Constant(ir.VectorType(value.type, lanes), ir.Undefined), value, _I32(0))
-    return b.shuffle_vector(one, one, ir.Constant(ir.VectorType(_I32, lanes), [0] * lanes))
-
-
-def _call(b: Any, name: str, *values: Any) -> Any:
-    """An LLVM intrinsic of values and result of one type."""
-    kind = values[0].type
-    suffix = f"v{kind.count}f32" if isinstance(kind, ir.VectorType) else "f32"
-    function = ir.FunctionType(kind, [value.type for value in values])
-    return b.call(cgutils.get_or_insert_function(b.module, function, f"llvm.{name}.{suffix}"), list(values))
-
-
-def _fma(b: Any, x: Any, y: Any, z: Any) -> Any:
-    return _call(b, "fma", x, y, z)
-
-
-def _maximum(b: Any, x: Any, y: Any) -> Any:
-    return _call(b, "maxnum", x, y)
-
-
-def _reduce(b: Any, vector: Any, combine: Callable[..., Any]) -> Any:
-    """All lanes by halves."""
-    lanes = vector.type.count
-    while lanes > 1:
-        lanes //= 2
-        low, high = (
-            b.shuffle_vector(vector, vector, ir.Constant(ir.VectorType(_I32, lanes), list(range(first, first + lanes))))
-            for first in (0, lanes)
+        q_p, rotated_p = (
+            b.bitcast(context.make_array(signature.args[i])(context, b, arguments[i]).data, I8.as_pointer())
+            for i in (0, 2)
         )
-        vector = combine(b, low, high)
-    return b.extract_element(vector, _I32(0))
+        q_at, at = (b.mul(arguments[i], I64(shape.head_dim * 4)) for i in (1, 3))
+        places = [I64(first * 4) for first in range(0, shape.head_dim, LANES)]
+        vectors = emit.rotate(b, [emit.load(b, q_p, b.add(q_at, place)) for place in places], shape.head.rotation)
+        for vector, place in zip(vectors, places, strict=True):
+            emit.store(b, vector, rotated_p, b.add(at, place))
+        return context.get_dummy_value()
+
+    return types.void(q, q_head, rotated, head, SPEC), generate
 
 
-def _exp(b: Any, x: Any) -> Any:
-    """e^x of a vector of numbers up to 0: x = n·ln 2 + r, a polynomial in r, n into the exponent."""
-    lanes = x.type.count
-
-    def constant(value: float) -> Any:
-        return ir.Constant(x.type, [value] * lanes)
-
-    x = _maximum(b, x, constant(-87.0))
-    n = _call(b, "floor", _fma(b, x, constant(1.4426950408889634), constant(0.5)))
-    r = _fma(b, n, constant(-0.693359375), x)
-    r = _fma(b, n, constant(2.12194440e-4), r)
-    y = constant(1.9875691500e-4)
-    for coefficient in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1):
-        y = _fma(b, y, r, constant(coefficient))
-    y = b.fadd(_fma(b, y, b.fmul(r, r), r), constant(1.0))
-    words = ir.VectorType(_I32, lanes)
-    exponent = b.add(b.fptosi(n, words), ir.Constant(words, [127] * lanes))
-    return b.fmul(y, b.bitcast(b.shl(exponent, ir.Constant(words, [23] * lanes)), x.type))
+_ARRAYS = ("q", "data", "query_sums", "scratch", "out", "maxima", "sums")
 
 
-@cache
-def _converts_half() -> bool:
-    """Whether the processor widens fp16 itself; elsewhere LLVM would call a function that numba does not have."""
-    triple = llvmlite.binding.get_process_triple()
-    return triple.startswith("aarch64") or bool(llvmlite.binding.get_host_cpu_features().get("f16c"))
+@intrinsic
+def _attend_head(  # type: ignore[no-untyped-def]
+    typing_context, q, q_head, data, unit, ahead, low, high, scale, softcap,
+    query_sums, head, scratch, out, maxima, sums, out_head, SPEC, COUNT,
+):  # fmt: skip
+    """Tokens low to high of the block and KV head at byte `unit`, for COUNT query heads.
+
+    They are the q_head-th and following of all in q, the head-th of their row, the out_head-th of all in out.
+    """
+    if not isinstance(COUNT, types.IntegerLiteral):
+        raise errors.RequireLiteralValue("COUNT is compiled in")
+    shape, count = _shape(SPEC), COUNT.literal_value
+    given = {
+        "q": q, "q_head": q_head, "data": data, "unit": unit, "ahead": ahead, "low": low, "high": high,
+        "scale": scale, "softcap": softcap, "query_sums": query_sums, "head": head, "scratch": scratch,
+        "out": out, "maxima": maxima, "sums": sums, "out_head": out_head,
+    }  # fmt: skip
+
+    def generate(context, b, signature, arguments):  # type: ignore[no-untyped-def]
+        values = dict(zip(given, arguments, strict=False))
+        for name in _ARRAYS:
+            array = context.make_array(given[name])(context, b, values[name])
+            values[name] = b.bitcast(array.data, I8.as_pointer())
+        if count:
+            _Head(b, shape, count, values).emit()
+        return context.get_dummy_value()
+
+    return types.void(*given.values(), SPEC, COUNT), generate
+
+
+def _shape(SPEC: Any) -> Shape:
+    if not isinstance(SPEC, types.StringLiteral):
+        raise errors.RequireLiteralValue("shapes are compiled in")
+    return Shape(*ast.literal_eval(SPEC.literal_value))
+
+
+class _Head:
+    """What `_attend_head` emits.  Everything that is called `at` counts bytes.
+
+    scratch: [count, block_tokens] scores, then weights; [count] shrinks; for quantised storage also [count, groups]
+    sums of weight · minimum and [count, groups, block_tokens] weights · scales.
+    """
+
+    def __init__(self, b: Any, shape: Shape, count: int, values: dict[str, Any]) -> None:
+        self.b, self.count, self.is_capped, self.block = b, count, shape.is_capped, shape.block_tokens
+        self.k, self.v = shape.head.k, shape.head.v
+        self.values = values
+        self.data, self.unit, self.ahead, self.scratch = (values[n] for n in ("data", "unit", "ahead", "scratch"))
+        self.head_bytes = shape.head_dim * 4  # of q and out
+        self.q_at = self._times(values["q_head"], self.head_bytes)
+        self.out_at = self._times(values["out_head"], self.head_bytes)
+        self.state_at = self._times(values["out_head"], 4)
+        self.num_query_sums = shape.num_query_sums
+        self.query_sums_at = self._times(values["head"], self.num_query_sums * 4)
+        self.shrinks_at = count * self.block * 4
+        self.biases_at = self.shrinks_at + count * 4
+        self.folded_at = self.biases_at + count * self.v.num_groups * 4
+        # The live tokens of the block, in vectors.
+        self.first = b.sdiv(values["low"], I64(LANES))
+        self.end = b.sdiv(self._plus(values["high"], LANES - 1), I64(LANES))
+
+    def emit(self) -> None:
+        emit.prefetch(self.b, self.data, self.ahead, self.k.scales_bytes)
+        self._for(self.first, self.end, 1, self._scores)
+        self._for(I64(0), I64(self.count), 1, self._softmax_step)
+        emit.prefetch(self.b, self.data, self._plus(self.ahead, self.v.begin), self.v.scales_bytes)
+        if self.v.is_quantised:
+            self._for(I64(0), I64(self.count), 1, self._fold_scales)
+        self._values()
+
+    def _scores(self, tile: Any) -> None:
+        """q · K of the tile-th vector of tokens, for each query head."""
+        b, f = self.b, self.k
+        row_bytes = LANES * f.itemsize
+        # An FMA takes four cycles and two start in each, so fewer query heads sum the channels in several parts.
+        parts = max(1, 8 // self.count)
+        rows = max(4, parts)  # of K in one turn
+        tile_at = self._plus(self._times(tile, f.stored_dim // f.packed * row_bytes), f.numbers)
+        places = [self._plus(self._times(tile, LANES * 4), g * self.block * 4) for g in range(self.count)]
+
+        def products(first_row: Any, end_row: Any) -> list[Any]:
+            def body(row: Any, sums: Rows) -> Rows:
+                at = b.add(tile_at, self._times(row, row_bytes))
+                emit.prefetch(b, self.data, b.add(self.ahead, at), rows * row_bytes)
+                for r in range(rows):
+                    keys = emit.load_numbers(b, self.data, b.add(self.unit, self._plus(at, r * row_bytes)), f.dtype)
+                    for half, key in enumerate(keys):
+                        channel_at = self._times(self._plus(self._times(self._plus(row, r), f.packed), half), 4)
+                        for g in range(self.count):
+                            at_q = b.add(self.q_at, self._plus(channel_at, g * self.head_bytes))
+                            query = emit.splat(b, emit.load(b, self.values["q"], at_q, FLOAT))
+                            part = (r * f.packed + half) % parts
+                            sums[g][part] = emit.fma(b, query, key, sums[g][part])
+                return sums
+
+            zeros = [[emit.constant(0.0) for _ in range(parts)] for _ in range(self.count)]
+            sums = emit.loop(b, first_row, end_row, rows, zeros, body)
+            return [emit.combine(b, parts_of_head, emit.add) for parts_of_head in sums]
+
+        if not f.is_quantised:
+            for product, place in zip(products(I64(0), I64(f.stored_dim)), places, strict=True):
+                emit.store(b, product, self.scratch, place)
+            return
+
+        def add_group(group: Any) -> None:
+            first = self._times(group, f.group // f.packed)
+            end, most = self._plus(first, f.group // f.packed), I64(f.stored_dim // f.packed)
+            sums = products(first, b.select(b.icmp_signed("<", end, most), end, most))
+            scales = self._scale(f, 0, group, tile)
+            minima = self._scale(f, 1, group, tile) if f.has_minima else None
+            for g in range(self.count):
+                total = emit.load(b, self.scratch, places[g])
+                if f.has_minima:
+                    at = b.add(self.query_sums_at, self._plus(self._times(group, 4), g * self.num_query_sums * 4))
+                    query_sum = emit.splat(b, emit.load(b, self.values["query_sums"], at, FLOAT))
+                    total = emit.fma(b, query_sum, minima, total)
+                emit.store(b, emit.fma(b, sums[g], scales, total), self.scratch, places[g])
+
+        for place in places:
+            emit.store(b, emit.constant(0.0), self.scratch, place)
+        self._for(I64(0), I64(f.num_groups), 1, add_group)
+
+    def _softmax_step(self, g: Any) -> None:
+        """Scores of one query head become weights; its maximum, sum and shrink are brought up to date."""
+        b, block = self.b, self.block
+        row_at = self._times(g, block * 4)
+        # Several vectors in one turn, so that one's long chain of instructions hides the others'.  That may take in
+        # vectors beyond the live ones, which hold anything: all that is not live is replaced, not computed with.
+        step = next(step for step in (4, 3, 2, 1) if block // LANES % step == 0)
+        first = self._times(b.sdiv(self.first, I64(step)), step)
+        numbers = ir.VectorType(I64, LANES)
+
+        def places(tile: Any) -> list[Any]:
+            return [b.add(row_at, self._times(self._plus(tile, x), LANES * 4)) for x in range(step)]
+
+        def find_largest(tile: Any, largest: Rows) -> Rows:
+            for x, place in enumerate(places(tile)):
+                score = b.fmul(emit.load(b, self.scratch, place), emit.splat(b, self.values["scale"]))
+                if self.is_capped:
+                    cap = emit.splat(b, self.values["softcap"])
+                    score = b.fmul(cap, emit.tanh(b, b.fdiv(score, cap)))
+                first_token = emit.splat(b, self._times(self._plus(tile, x), LANES))
+                token = b.add(first_token, ir.Constant(numbers, list(range(LANES))))
+                is_live = b.and_(
+                    b.icmp_signed(">=", token, emit.splat(b, self.values["low"])),
+                    b.icmp_signed("<", token, emit.splat(b, self.values["high"])),
+                )
+                score = b.select(is_live, score, emit.constant(float(MASKED)))
+                emit.store(b, score, self.scratch, place)
+                largest[0][x] = emit.maximum(b, score, largest[0][x])
+            return largest
+
+        start = [[emit.constant(float(MASKED))] * step]
+        [largest] = emit.loop(b, first, self.end, step, start, find_largest)
+        state_at = b.add(self.state_at, self._times(g, 4))
+        old = emit.load(b, self.values["maxima"], state_at, FLOAT)
+        new = emit.maximum(b, emit.reduce(b, emit.combine(b, largest, emit.maximum), emit.maximum), old)
+        emit.store(b, new, self.values["maxima"], state_at)
+
+        def weigh(tile: Any, totals: Rows) -> Rows:
+            for x, place in enumerate(places(tile)):
+                weight = emit.exp(b, b.fsub(emit.load(b, self.scratch, place), emit.splat(b, new)))
+                emit.store(b, weight, self.scratch, place)
+                totals[0][x] = b.fadd(totals[0][x], weight)
+            return totals
+
+        [totals] = emit.loop(b, first, self.end, step, [[emit.constant(0.0)] * step], weigh)
+        shrink = b.extract_element(emit.exp(b, emit.splat(b, b.fsub(old, new))), I32(0))
+        emit.store(b, shrink, self.scratch, self._plus(self._times(g, 4), self.shrinks_at))
+        total = emit.reduce(b, emit.combine(b, totals, emit.add), emit.add)
+        before = emit.load(b, self.values["sums"], state_at, FLOAT)
+        emit.store(b, emit.fma(b, before, shrink, total), self.values["sums"], state_at)
+
+    def _fold_scales(self, g: Any) -> None:
+        """One query head's weights times V's scales, per group of channels; the sums of weights times minima."""
+        b, f = self.b, self.v
+        row_at = self._times(g, self.block * 4)
+
+        def fold(tile: Any, biases: Rows) -> Rows:
+            tile_at = self._times(tile, LANES * 4)
+            weight = emit.load(b, self.scratch, b.add(row_at, tile_at))
+            for group in range(f.num_groups):
+                folded = b.fmul(weight, self._scale(f, 0, I64(group), tile))
+                at = b.add(self._times(row_at, f.num_groups), self._plus(tile_at, group * self.block * 4))
+                emit.store(b, folded, self.scratch, self._plus(at, self.folded_at))
+                if f.has_minima:
+                    minimum = self._scale(f, 1, I64(group), tile)
+                    biases[group] = [emit.fma(b, weight, minimum, biases[group][0])]
+            return biases
+
+        start = [[emit.constant(0.0)] for _ in range(f.num_groups)] if f.has_minima else []
+        for group, [bias] in enumerate(emit.loop(b, self.first, self.end, 1, start, fold)):
+            at = self._plus(self._times(g, f.num_groups * 4), self.biases_at + group * 4)
+            emit.store(b, emit.reduce(b, bias, emit.add), self.scratch, at)
+
+    def _values(self) -> None:
+        """out = out · shrink + Σ_t weight · V[t], a few vectors of channels at a time."""
+        b, f = self.b, self.v
+        row_bytes = f.stored_dim * f.itemsize
+        most = max(1, min(f.stored_dim // LANES, _ACCUMULATORS // self.count, 8))
+        first_row = b.sdiv(self.values["low"], I64(f.packed))
+        end_row = b.sdiv(self._plus(self.values["high"], f.packed - 1), I64(f.packed))
+
+        for first in range(0, f.stored_dim // LANES, most):
+            vectors = range(first, min(first + most, f.stored_dim // LANES))
+            groups = [x * LANES // f.group for x in vectors]
+            places = [[self._plus(self.out_at, (g * f.stored_dim + x * LANES) * 4) for x in vectors]
+                      for g in range(self.count)]  # fmt: skip
+
+            def body(row: Any, sums: Rows, vectors: range = vectors, groups: list[int] = groups) -> Rows:
+                at = self._plus(self._times(row, row_bytes), f.numbers + vectors[0] * LANES * f.itemsize)
+                emit.prefetch(b, self.data, b.add(self.ahead, at), len(vectors) * LANES * f.itemsize)
+                here = b.add(self.unit, at)
+                values = [
+                    emit.load_numbers(b, self.data, self._plus(here, x * LANES * f.itemsize), f.dtype)
+                    for x in range(len(vectors))
+                ]
+                for half in range(f.packed):
+                    token_at = self._times(self._plus(self._times(row, f.packed), half), 4)
+                    for g in range(self.count):
+                        weights = {group: self._weight(g, group, token_at) for group in sorted(set(groups))}
+                        sums[g] = [
+                            emit.fma(b, weights[group], value[half], total)
+                            for group, value, total in zip(groups, values, sums[g], strict=True)
+                        ]
+                return sums
+
+            zeros = [[emit.constant(0.0) for _ in vectors] for _ in range(self.count)]
+            sums = emit.loop(b, first_row, end_row, 1, zeros, body)
+            # A block is summed by itself first: over long sequences rounding errors then grow far less.
+            for g in range(self.count):
+                shrink = emit.splat(b, emit.load(b, self.scratch, self.shrinks_at + g * 4, FLOAT))
+                for value, place, group in zip(sums[g], places[g], groups, strict=True):
+                    if f.has_minima:
+                        bias_at = self.biases_at + (g * f.num_groups + group) * 4
+                        value = b.fadd(value, emit.splat(b, emit.load(b, self.scratch, bias_at, FLOAT)))
+                    before = emit.load(b, self.values["out"], place)
+                    emit.store(b, emit.fma(b, before, shrink, value), self.values["out"], place)
+
+    def _weight(self, g: int, group: int, token_at: Any) -> Any:
+        """A token's weight in all lanes, its scale of the group included."""
+        block_bytes = self.block * 4
+        at = g * block_bytes
+        if self.v.is_quantised:
+            at = self.folded_at + (g * self.v.num_groups + group) * block_bytes
+        return emit.splat(self.b, emit.load(self.b, self.scratch, self._plus(token_at, at), FLOAT))
+
+    def _scale(self, part: Part, which: int, group: Any, tile: Any) -> Any:
+        """Scales (0) or minima (1) of the tile-th vector of tokens."""
+        at = self._times(self.b.add(self._times(group, self.block), self._times(tile, LANES)), 2)
+        begin = part.begin + which * part.num_groups * self.block * 2
+        return emit.load_halves(self.b, self.data, self.b.add(self.unit, self._plus(at, begin)))
+
+    def _for(self, begin: Any, end: Any, step: int, body: Callable[[Any], None]) -> None:
+        def call(i: Any, nothing: Rows) -> Rows:
+            body(i)
+            return nothing
+
+        emit.loop(self.b, begin, end, step, [], call)
+
+    def _times(self, value: Any, factor: int) -> Any:
+        return self.b.mul(value, I64(factor))
+
+    def _plus(self, value: Any, term: int) -> Any:
+        return self.b.add(value, I64(term))

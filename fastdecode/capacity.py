@@ -63,10 +63,11 @@ def max_model_len(config: EngineConfig, facts: ModelFacts, layout: KVLayout, wel
 
 
 def describe_places(
-    names: Sequence[str], welcomes: Sequence[Welcome], layout: KVLayout, asked_bytes: int | None
+    names: Sequence[str], welcomes: Sequence[Welcome], layout: KVLayout, asked_bytes: int | None, max_model_len: int
 ) -> list[str]:
     """A line per R-worker: where its KV is and how much.  Warns of one that gives less than was asked for."""
     lines = []
+    blocks_each = layout.num_blocks(max_model_len - 1)  # the last token is sampled and never stored
     for name, welcome in zip(names, welcomes, strict=True):
         num_bytes = welcome.num_blocks * welcome.block_bytes
         if asked_bytes is not None and num_bytes + welcome.block_bytes <= asked_bytes:
@@ -76,6 +77,7 @@ def describe_places(
             )  # fmt: skip
         lines.append(
             f"{name} on {welcome.host}, process {welcome.pid}: {format_bytes(num_bytes)} of {layout.dtype} KV = "
-            f"{welcome.num_blocks * welcome.block_tokens} tokens, {welcome.num_threads} threads"
+            f"{welcome.num_blocks * welcome.block_tokens} tokens = {welcome.num_blocks // blocks_each} sequences of "
+            f"{max_model_len} tokens, {welcome.num_threads} threads"
         )
     return lines

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Self
 
-from cpu_attention import STORAGE_DTYPES, parse_bytes
+from cpu_attention import KV_DTYPES, LANES, parse_bytes
 from fastdecode.errors import ConfigError
 
 TRANSPORTS = ("inproc", "ipc", "tcp", "mpi")
@@ -21,7 +21,8 @@ class EngineConfig:
     tokenizer: another directory to take the tokenizer from; default: the model's.
     dtype: of the S-Part. ``auto``: the checkpoint's on CUDA, float32 on a CPU.
     device: ``auto`` (CUDA if there is one), ``cpu``, ``cuda``, ``cuda:N``.
-    kv_cache_dtype: how R-workers store K and V. ``auto``: like dtype.
+    kv_cache_dtype: how R-workers store K and V: float32, float16, bfloat16, int8, int4 or k8v4
+        (K in int8, V in int4). ``auto``: like dtype.
     kv_cache_memory: bytes of KV per R-worker, like ``"4GiB"``; None: a share of what is free, or what the
         R-worker was started with.
     num_r_workers: how many to start on this machine.
@@ -35,7 +36,7 @@ class EngineConfig:
     max_model_len: longest prompt + output in tokens; None: what the model and the KV budget allow.
     seed: what requests without a seed of their own derive theirs from.
     skip_tokenizer_init: load no tokenizer; prompts are token ids then, and outputs have no text.
-    block_tokens: tokens per KV block.
+    block_tokens: tokens per KV block, a multiple of 16.
     worker_timeout_s: longest wait for an answer of an R-worker.
     """
 
@@ -82,16 +83,18 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         _one_of("dtype", self.dtype, DTYPE_NAMES)
-        _one_of("kv_cache_dtype", self.kv_cache_dtype, ("auto", *STORAGE_DTYPES))
+        _one_of("kv_cache_dtype", self.kv_cache_dtype, ("auto", *KV_DTYPES))
         _one_of("transport", self.transport, TRANSPORTS)
         for name, low, high in (
             ("num_r_workers", 1, 4096),
             ("max_num_seqs", 1, 1 << 20),
             ("max_num_batched_tokens", 1, 1 << 20),
-            ("block_tokens", 1, 4096),
+            ("block_tokens", LANES, 4096),
             ("seed", -(2**63), 2**64 - 1),
         ):
             _in_range(name, getattr(self, name), low, high)
+        if self.block_tokens % LANES:
+            raise ConfigError(f"block_tokens must be a multiple of {LANES}, got {self.block_tokens}")
         for name, low, high in (
             ("micro_batches", 1, 64),
             ("r_worker_threads", 1, 4096),

@@ -92,7 +92,9 @@ class LLM:
                     )
                 ),
             )
-            self.kv_places = describe_places(self._rpool.names, welcomes, layout, config.kv_cache_memory)
+            self.kv_places = describe_places(
+                self._rpool.names, welcomes, layout, config.kv_cache_memory, self.max_model_len
+            )
             for line in self.kv_places:
                 logger.info("%s", line)
             self._cleanup = cleanup.pop_all()

@@ -113,7 +113,7 @@ def test_mpi(mpirun: list[str], case: Callable[[str], Case], tmp_path: Path) -> 
         {"max_num_seqs": 3},
         {"max_num_batched_tokens": 1},
         {"micro_batches": 5, "num_r_workers": 3},
-        {"block_tokens": 7},
+        {"block_tokens": 16},
         {"block_tokens": 256},
         {"r_worker_threads": 3},
         {"kv_cache_memory": "400KB", "num_r_workers": 2, "max_model_len": 240},

@@ -17,9 +17,10 @@ from cpu_attention import (
     SequenceExists,
     UnknownSequence,
     kernel,
+    reference,
 )
 
-LAYOUT = KVLayout((LayerShape(2, 4), LayerShape(1, 8)), "float32", block_tokens=4)
+LAYOUT = KVLayout((LayerShape(2, 16), LayerShape(1, 32)), "float32", block_tokens=16)
 
 
 class StoreMachine(RuleBasedStateMachine):
@@ -32,19 +33,19 @@ class StoreMachine(RuleBasedStateMachine):
         self.values: dict[int, list[float]] = {}
         self.next_value = 1.0
 
-    @rule(seq_id=st.integers(0, 9), max_tokens=st.integers(1, 30))
+    @rule(seq_id=st.integers(0, 9), max_tokens=st.integers(1, 120))
     def admit(self, seq_id: int, max_tokens: int) -> None:
         if seq_id in self.limits:
             with pytest.raises(SequenceExists):
                 self.store.admit(seq_id, max_tokens)
-        elif sum(-(-limit // 4) for limit in self.limits.values()) + -(-max_tokens // 4) > 12:
+        elif sum(-(-limit // 16) for limit in self.limits.values()) + -(-max_tokens // 16) > 12:
             with pytest.raises(KVBudgetExceeded, match="available"):
                 self.store.admit(seq_id, max_tokens)
         else:
             self.store.admit(seq_id, max_tokens)
             self.limits[seq_id], self.values[seq_id] = max_tokens, []
 
-    @rule(seq_id=st.integers(0, 9), count=st.integers(0, 12))
+    @rule(seq_id=st.integers(0, 9), count=st.integers(0, 48))
     def extend_and_write(self, seq_id: int, count: int) -> None:
         if seq_id not in self.limits:
             with pytest.raises(UnknownSequence):
@@ -59,16 +60,16 @@ class StoreMachine(RuleBasedStateMachine):
             fresh = self.next_value + np.arange(count)
             self.next_value += count
             self.values[seq_id] += fresh.tolist()
-            blocks = self.store.block_tables([seq_id])[0][positions // 4] if count else np.zeros(0, np.int32)
+            blocks = self.store.block_tables([seq_id])[0][positions // 16] if count else np.zeros(0, np.int32)
             for layer, shape in enumerate(LAYOUT.layers):
                 rows = np.broadcast_to(fresh[:, None, None], (count, shape.num_kv_heads, shape.head_dim))
                 kernel.append(
                     rows.astype(np.float32),
                     -rows.astype(np.float32),
                     blocks,
-                    (positions % 4).astype(np.int32),
-                    self.store.k_blocks[layer],
-                    self.store.v_blocks[layer],
+                    (positions % 16).astype(np.int32),
+                    self.store.data[layer],
+                    LAYOUT.heads[layer],
                 )
 
     @rule(seq_id=st.integers(0, 9))
@@ -90,10 +91,12 @@ class StoreMachine(RuleBasedStateMachine):
         for seq_id, values in self.values.items():
             table = self.store.block_tables([seq_id])[0]
             assert self.store.num_tokens(seq_id) == len(values)
-            for position, value in enumerate(values):
-                block, offset = table[position // 4], position % 4
-                assert (self.store.k_blocks[0][block, :, :, offset] == value).all()
-                assert (self.store.v_blocks[1][block, :, offset, :] == -value).all()
+            for data, head in zip(self.store.data, LAYOUT.heads, strict=True):
+                k, v = (
+                    part.swapaxes(1, 2).reshape(-1, *part.shape[1::2]) for part in reference.read(data[table], head)
+                )
+                expected = np.array(values)[:, None, None]
+                assert (k[: len(values)] == expected).all() and (v[: len(values)] == -expected).all()
 
     @precondition(lambda self: not self.limits)
     @invariant()
@@ -106,26 +109,41 @@ TestStore = StoreMachine.TestCase
 
 
 def test_layout_arithmetic() -> None:
-    # (2 heads x 4 + 1 head x 8) x K and V x 4 bytes
-    assert LAYOUT.token_bytes == 128 and LAYOUT.block_bytes == 512
-    assert [LAYOUT.num_blocks(n) for n in (0, 1, 4, 5)] == [0, 1, 1, 2]
+    # (2 heads x 16 + 1 head x 32) x K and V x 4 bytes
+    assert LAYOUT.token_bytes == 512 and LAYOUT.block_bytes == 8192
+    assert [LAYOUT.num_blocks(n) for n in (0, 1, 16, 17)] == [0, 1, 1, 2]
 
 
 def test_budget_below_one_block_shows_the_arithmetic() -> None:
-    with pytest.raises(KVBudgetExceeded, match="budget of 511 bytes.*4 tokens x 128 bytes per token = 512"):
-        KVStore(LAYOUT, 511)
+    with pytest.raises(KVBudgetExceeded, match="budget of 8191 bytes.*16 tokens x 512 bytes per token = 8192"):
+        KVStore(LAYOUT, 8191)
 
 
 def test_budget_is_not_exceeded() -> None:
-    store = KVStore(LAYOUT, 5000)
-    assert sum(array.nbytes for array in (*store.k_blocks, *store.v_blocks)) == store.num_blocks * 512 <= 5000
+    store = KVStore(LAYOUT, 50_000)
+    assert sum(array.nbytes for array in store.data) == store.num_blocks * 8192 <= 50_000
 
 
 def test_zero_tokens_cannot_be_admitted() -> None:
     with pytest.raises(BadRequest):
-        KVStore(LAYOUT, 5000).admit(1, 0)
+        KVStore(LAYOUT, 50_000).admit(1, 0)
 
 
 def test_unknown_dtype() -> None:
     with pytest.raises(ValueError, match="float16"):
-        KVLayout((LayerShape(1, 1),), "int3", 4)
+        KVLayout((LayerShape(1, 1),), "int3", 16)
+
+
+@pytest.mark.parametrize(
+    "dtype, bits", [("float32", 32), ("float16", 16), ("bfloat16", 16), ("int8", 8.125), ("k8v4", 6.5625), ("int4", 5)]
+)
+def test_bits_per_number(dtype: str, bits: float) -> None:
+    """head_dim 128: int8 has a scale of 16 bits for 128 channels, int4 a scale and a minimum for 32."""
+    layout = KVLayout((LayerShape(8, 128),), dtype, 64)
+    assert layout.block_bytes * 8 == 64 * 8 * 128 * 2 * bits
+
+
+@pytest.mark.parametrize("block_tokens", [0, 1, 15, 24])
+def test_block_size_that_is_no_multiple_of_the_lanes(block_tokens: int) -> None:
+    with pytest.raises(ValueError, match="multiple of 16"):
+        KVLayout((LayerShape(1, 64),), "float16", block_tokens)

@@ -31,8 +31,8 @@ from transport import (
     listen,
 )
 
-SPECS = (LayerSpec(4, 2, 16, 0.25), LayerSpec(2, 1, 8, 0.3, window=5, softcap=20.0, sinks=(0.5, -1.0)))
-HELLO = Hello(SPECS, "float32", 8)
+SPECS = (LayerSpec(4, 2, 16, 0.25), LayerSpec(2, 1, 24, 0.3, window=5, softcap=20.0, sinks=(0.5, -1.0)))
+HELLO = Hello(SPECS, "float32", 16)
 SESSION = 99
 
 
@@ -114,7 +114,7 @@ def test_prompt_then_decodes(worker: RWorker) -> None:
 
 
 def test_reference_kernel_serves_too() -> None:
-    workers = [RWorker(kv_cache_bytes=1 << 20), RWorker(kv_cache_bytes=1 << 20, attend=reference.attend)]
+    workers = [RWorker(kv_cache_bytes=1 << 20), RWorker(kv_cache_bytes=1 << 20, kernel=reference)]
     replies = []
     for worker in workers:
         worker.handle(SESSION, HELLO)
@@ -173,11 +173,11 @@ def test_sessions(worker: RWorker) -> None:
 
 def test_budget_of_a_session() -> None:
     worker = RWorker(kv_cache_bytes=1 << 20)
-    small = worker.handle(1, Hello(SPECS, "float32", 8, kv_cache_bytes=1 << 16))
-    large = worker.handle(1, Hello(SPECS, "float32", 8, kv_cache_bytes=1 << 40))
+    small = worker.handle(1, Hello(SPECS, "float32", 16, kv_cache_bytes=1 << 16))
+    large = worker.handle(1, Hello(SPECS, "float32", 16, kv_cache_bytes=1 << 40))
     assert isinstance(small, Welcome) and isinstance(large, Welcome)
     assert small.num_blocks * small.block_bytes <= 1 << 16 < large.num_blocks * large.block_bytes <= 1 << 20
-    fails(worker, Hello(SPECS, "float32", 8, kv_cache_bytes=100), "KVBudgetExceeded", "bytes per block", session=1)
+    fails(worker, Hello(SPECS, "float32", 16, kv_cache_bytes=100), "KVBudgetExceeded", "bytes per block", session=1)
 
 
 def test_one_answer_per_attend(worker: RWorker) -> None:
@@ -225,7 +225,7 @@ rows_of_a_step = st.lists(st.tuples(st.integers(1, 8), st.integers(0, 8)), min_s
 @given(steps=st.lists(rows_of_a_step, min_size=1, max_size=4), data=st.data())
 def test_any_conversation(steps: list[list[tuple[int, int]]], data: st.DataObject) -> None:
     """Right messages get the reference's answers; one wrong number gets a Failure, and a sound store."""
-    workers = [RWorker(kv_cache_bytes=1 << 16), RWorker(kv_cache_bytes=1 << 16, attend=reference.attend)]
+    workers = [RWorker(kv_cache_bytes=1 << 17), RWorker(kv_cache_bytes=1 << 17, kernel=reference)]
     stored = [0, 0, 0]
     for worker in workers:
         worker.handle(SESSION, HELLO)

@@ -187,7 +187,7 @@ def test_flood_harms_only_the_flooder(tmp_path: Path) -> None:
     worker = subprocess.Popen([sys.executable, "-c", code, *flags], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     try:
         assert worker.stdout and worker.stdout.readline()
-        hello = Hello((LayerSpec(1, 1, 8, 1.0),), "float32", 8)
+        hello = Hello((LayerSpec(1, 1, 8, 1.0),), "float32", 16)
         with connect(f"ipc://{tmp_path}/w") as owner, zmq.Context() as context, context.socket(zmq.DEALER) as flooder:
             owner.send(hello, timeout_s=5)
             assert isinstance(owner.recv(timeout_s=60), Welcome)

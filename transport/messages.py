@@ -33,7 +33,8 @@ from msgspec import Meta
 
 PROTOCOL_VERSION = 1
 
-FLOAT_DTYPES = ("float32", "float16", "bfloat16")
+FLOAT_DTYPES = ("float32", "float16", "bfloat16")  # on the wire
+KV_DTYPES = (*FLOAT_DTYPES, "int8", "k8v4", "int4")  # in an R-worker's store
 
 Count = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 Positive = Annotated[int, Meta(ge=1, le=2**31 - 1)]
@@ -77,7 +78,7 @@ class Hello(Message, frozen=True):
     kv_cache_bytes: Bytes | None = None  # None: whatever the R-worker was started with
 
     def __post_init__(self) -> None:
-        _require(self.kv_dtype in FLOAT_DTYPES, f"kv_dtype {self.kv_dtype!r} is none of {', '.join(FLOAT_DTYPES)}")
+        _require(self.kv_dtype in KV_DTYPES, f"kv_dtype {self.kv_dtype!r} is none of {', '.join(KV_DTYPES)}")
 
 
 class Welcome(Message, frozen=True):

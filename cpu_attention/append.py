@@ -1,0 +1,151 @@
+"""K and V of new tokens into their blocks, compiled for one layout and wire dtype at a time.
+
+A token's K goes to one lane of many rows, so what costs is the cache lines it touches; see `layout.py` for why
+they are few.  Rounding and quantising run over vectors of channels first.  `reference.append` says the same slowly.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable
+from dataclasses import astuple
+from functools import cache
+from typing import Any
+
+import numba
+import numpy as np
+from numba import types
+from numba.core import errors
+from numba.extending import intrinsic
+
+from cpu_attention import emit
+from cpu_attention.emit import I8, I64
+from cpu_attention.layout import LANES, NUMBER_DTYPES, HeadFormat, Part
+
+_WORDS = {1: np.uint8, 2: np.uint16, 4: np.uint32}  # by itemsize
+
+
+@cache
+def make_append(wire: str, head: HeadFormat) -> Callable[..., None]:
+    """append(k, v, blocks, offsets, data), compiled when called.
+
+    k, v: [num_tokens, num_kv_heads, stored_dim], flat, as bytes of the wire dtype; data: the layer's blocks as flat
+    uint8, with `head.nbytes` per head; blocks, offsets: [num_tokens] int32.  The rest as in `reference.append`.
+    """
+    SOURCES = emit.sources()  # part of the disk cache's key
+    K_SPEC, V_SPEC = repr((wire, *astuple(head), "k")), repr((wire, *astuple(head), "v"))
+    D, BLOCK, UNIT, K, V = head.stored_dim, head.block_tokens, head.nbytes, head.k, head.v
+    K_ITEM, K_PACKED, K_NUMBERS, K_NUM_SCALES, K_SCALES = K.itemsize, K.packed, K.numbers, K.num_scales, K.begin
+    V_ITEM, V_PACKED, V_NUMBERS, V_NUM_SCALES, V_SCALES = V.itemsize, V.packed, V.numbers, V.num_scales, V.begin
+    WIRE_BYTES = NUMBER_DTYPES[wire].itemsize
+    K_WORD, V_WORD = _WORDS[K_ITEM], _WORDS[V_ITEM]
+
+    @numba.njit(nogil=True, cache=True)
+    def append(k, v, blocks, offsets, data):  # type: ignore[no-untyped-def]
+        _ = SOURCES
+        num_kv_heads = k.size // (blocks.size * D * WIRE_BYTES)
+        k_words, v_words, halves = data.view(K_WORD), data.view(V_WORD), data.view(np.uint16)
+        numbers, scales = np.empty(D * 4, np.uint8), np.empty(D, np.uint8)  # of one token and head
+        k_items, v_items, scale_items = numbers.view(K_WORD), numbers.view(V_WORD), scales.view(np.uint16)
+        for token in range(blocks.size):
+            block, offset = np.int64(blocks[token]), np.int64(offsets[token])
+            for head_index in range(num_kv_heads):
+                unit = (block * num_kv_heads + head_index) * UNIT
+                source_at = (token * num_kv_heads + head_index) * D * WIRE_BYTES
+
+                _store_numbers(k, source_at, numbers, scales, K_SPEC)
+                _store_scales(halves, (unit + K_SCALES) // 2, scale_items, K_NUM_SCALES, offset, BLOCK)
+                at = (unit + K_NUMBERS) // K_ITEM + offset // LANES * LANES * (D // K_PACKED) + offset % LANES
+                for row in range(D // K_PACKED):
+                    item = k_items[K_PACKED * row]
+                    if K_PACKED == 2:
+                        item |= k_items[2 * row + 1] << 4
+                    k_words[at + row * LANES] = item
+
+                _store_numbers(v, source_at, numbers, scales, V_SPEC)
+                _store_scales(halves, (unit + V_SCALES) // 2, scale_items, V_NUM_SCALES, offset, BLOCK)
+                at = (unit + V_NUMBERS) // V_ITEM + offset // V_PACKED * D
+                if offset % V_PACKED == 0:
+                    for d in range(D):
+                        v_words[at + d] = v_items[d]
+                else:
+                    for d in range(D):
+                        v_words[at + d] |= v_items[d] << 4
+
+    return append
+
+
+@numba.njit(inline="always")
+def _store_scales(halves, at, items, count, offset, block_tokens):  # type: ignore[no-untyped-def]
+    if offset == 0:  # what an earlier sequence left here might be NaN, which no weight of zero takes away
+        halves[at : at + count * block_tokens] = 0
+    for index in range(count):
+        halves[at + index * block_tokens + offset] = items[index]
+
+
+@intrinsic
+def _store_numbers(typing_context, source, source_at, numbers, scales, SPEC):  # type: ignore[no-untyped-def]
+    """A token's numbers for one head, at byte `source_at`, in the storage dtype (int4: one in a byte)."""
+    if not isinstance(SPEC, types.StringLiteral):
+        raise errors.RequireLiteralValue("shapes are compiled in, so they must be constants")
+    wire, dtype, head_dim, block_tokens, which = ast.literal_eval(SPEC.literal_value)
+    head = HeadFormat(dtype, head_dim, block_tokens)
+    part: Part = getattr(head, which)
+
+    def generate(context, b, signature, arguments):  # type: ignore[no-untyped-def]
+        source_p, numbers_p, scales_p = (
+            b.bitcast(context.make_array(signature.args[i])(context, b, arguments[i]).data, I8.as_pointer())
+            for i in (0, 2, 3)
+        )
+        at, wire_bytes = arguments[1], NUMBER_DTYPES[wire].itemsize
+        vectors = [
+            emit.load_numbers(b, source_p, b.add(at, I64(first * wire_bytes)), wire)[0]
+            for first in range(0, part.stored_dim, LANES)
+        ]
+        if not part.is_quantised:
+            for index, vector in enumerate(vectors):
+                emit.store_numbers(b, vector, numbers_p, index * LANES * part.itemsize, part.dtype)
+        elif part is head.k:
+            vectors = emit.rotate(b, vectors, head.rotation)
+        for group in range(part.num_groups):
+            first = group * part.group // LANES
+            scale, minimum, items = _quantised(b, vectors[first : first + part.group // LANES], part)
+            emit.store_item(b, scale, scales_p, group * 2)
+            if part.has_minima:
+                emit.store_item(b, minimum, scales_p, (part.num_groups + group) * 2)
+            for index, item in enumerate(items, first):
+                b.store(item, emit.at(b, numbers_p, index * LANES, item.type), align=1)
+        return context.get_dummy_value()
+
+    return types.void(source, source_at, numbers, scales, SPEC), generate
+
+
+def _quantised(b: Any, vectors: list[Any], part: Part) -> tuple[Any, Any, list[Any]]:
+    """Bits of scale and minimum, and the integers, of one group of channels; see `reference.quantise`."""
+    zero, one = emit.constant(0.0), emit.constant(1.0)
+
+    def over_all(values: list[Any], combine: Any) -> Any:
+        return emit.splat(b, emit.reduce(b, emit.combine(b, values, combine), combine))
+
+    def rounded(value: Any) -> tuple[Any, Any]:
+        largest = emit.constant(65504.0)
+        bits = emit.to_half(b, emit.maximum(b, b.fneg(largest), emit.minimum(b, largest, value)))
+        return bits, emit.from_half(b, bits)
+
+    nothing = over_all([b.fmul(vector, zero) for vector in vectors], emit.add)  # NaN if any is not finite
+    if part.has_minima:
+        minimum_bits, minimum = rounded(over_all(vectors, emit.minimum))
+        width = b.fsub(over_all(vectors, emit.maximum), minimum)
+        low, high, shifted = 0.0, 15.0, [b.fsub(vector, minimum) for vector in vectors]
+    else:
+        minimum_bits = None
+        width = over_all([emit.maximum(b, vector, b.fneg(vector)) for vector in vectors], emit.maximum)
+        low, high, shifted = -127.0, 127.0, vectors
+    scale_bits, scale = rounded(b.fadd(b.fdiv(width, emit.constant(high)), nothing))
+    divisor = b.select(b.fcmp_ordered(">", scale, zero), scale, one)
+    items = []
+    for vector in shifted:
+        whole = emit.call(b, "rint", b.fdiv(vector, divisor))
+        whole = emit.maximum(b, emit.minimum(b, whole, emit.constant(high)), emit.constant(low))
+        items.append(b.trunc(b.fptosi(whole, emit.WORDS), emit.BYTES))
+    return scale_bits, minimum_bits, items
