@@ -38,6 +38,7 @@ def make_append(wire: str, head: HeadFormat) -> Callable[..., None]:
     K_ITEM, K_PACKED, K_NUMBERS, K_NUM_SCALES, K_SCALES = K.itemsize, K.packed, K.numbers, K.num_scales, K.begin
     V_ITEM, V_PACKED, V_NUMBERS, V_NUM_SCALES, V_SCALES = V.itemsize, V.packed, V.numbers, V.num_scales, V.begin
     WIRE_BYTES = NUMBER_DTYPES[wire].itemsize
+    K_TILE, V_ROW = D // K_PACKED * LANES * K_ITEM, D * V_ITEM
     K_WORD, V_WORD = _WORDS[K_ITEM], _WORDS[V_ITEM]
 
     @numba.njit(nogil=True, cache=True)
@@ -51,6 +52,13 @@ def make_append(wire: str, head: HeadFormat) -> Callable[..., None]:
             block, offset = np.int64(blocks[token]), np.int64(offsets[token])
             for head_index in range(num_kv_heads):
                 unit = (block * num_kv_heads + head_index) * UNIT
+                # What the next head will write, asked for now: all of it misses the caches in a decode step.
+                ahead, place = unit + UNIT, offset
+                if head_index + 1 == num_kv_heads:
+                    following = min(token + 1, blocks.size - 1)
+                    ahead, place = np.int64(blocks[following]) * num_kv_heads * UNIT, np.int64(offsets[following])
+                _ask_for(data, ahead + K_NUMBERS + place // LANES * K_TILE, K_TILE)
+                _ask_for(data, ahead + V_NUMBERS + place // V_PACKED * D * V_ITEM, V_ROW)
                 source_at = (token * num_kv_heads + head_index) * D * WIRE_BYTES
 
                 _store_numbers(k, source_at, numbers, scales, K_SPEC)
@@ -81,6 +89,19 @@ def _store_scales(halves, at, items, count, offset, block_tokens):  # type: igno
         halves[at : at + count * block_tokens] = 0
     for index in range(count):
         halves[at + index * block_tokens + offset] = items[index]
+
+
+@intrinsic
+def _ask_for(typing_context, data, at, NUM_BYTES):  # type: ignore[no-untyped-def]
+    if not isinstance(NUM_BYTES, types.IntegerLiteral):
+        raise errors.RequireLiteralValue("sizes are compiled in")
+
+    def generate(context, b, signature, arguments):  # type: ignore[no-untyped-def]
+        base = b.bitcast(context.make_array(signature.args[0])(context, b, arguments[0]).data, I8.as_pointer())
+        emit.prefetch(b, base, arguments[1], NUM_BYTES.literal_value)
+        return context.get_dummy_value()
+
+    return types.void(data, at, NUM_BYTES), generate
 
 
 @intrinsic

@@ -16,7 +16,7 @@ import os
 import queue
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -26,7 +26,7 @@ from cpu_attention.state import Pieces, State, merge, with_sinks
 from cpu_attention.work import Work, cut_tokens, cut_work
 
 _SHARES_PER_THREAD = 2  # a core that is slowed down by others then leaves work to the rest
-_LEAST_TOKENS = 512  # to append in one share: less is done before another thread has begun
+_LEAST_TOKENS = 32  # to append in one share: fewer are done before another thread has begun
 
 
 class Kernel(Protocol):
@@ -46,6 +46,15 @@ class Kernel(Protocol):
         rule: AttentionRule,
         state: State,
     ) -> None: ...
+
+
+class NewTokens(NamedTuple):
+    """K and V to store, and where."""
+
+    k: np.ndarray  # [num_tokens, num_kv_heads, head_dim] of any float dtype
+    v: np.ndarray  # like k
+    blocks: np.ndarray  # [num_tokens] int32
+    offsets: np.ndarray  # [num_tokens] int32, places in the blocks
 
 
 class Attention:
@@ -68,14 +77,13 @@ class Attention:
         shares = self._num_threads * _SHARES_PER_THREAD if self._num_threads > 1 else 1
         return cut_work(begins, ends, shares, block_tokens)
 
-    def append(
-        self, k: np.ndarray, v: np.ndarray, blocks: np.ndarray, offsets: np.ndarray, data: np.ndarray, head: HeadFormat
-    ) -> None:
-        """See `reference.append`."""
-        shares = cut_tokens(blocks, min(self._num_threads, 1 + k.shape[1] * len(k) // _LEAST_TOKENS))
-        self._share_out(
-            lambda part: self._kernel.append(k[part], v[part], blocks[part], offsets[part], data, head), shares
-        )
+    def cut_append(self, blocks: np.ndarray) -> list[slice]:
+        """Shares for `append`; blocks: [num_tokens], where each token goes."""
+        return cut_tokens(blocks, min(self._num_threads, 1 + len(blocks) // _LEAST_TOKENS))
+
+    def append(self, new: NewTokens, data: np.ndarray, head: HeadFormat, shares: Sequence[slice]) -> None:
+        """See `reference.append`; shares: of these tokens, by `cut_append`."""
+        self._share_out(lambda index: self._append(new, shares[index], data, head), len(shares))
 
     def attend(
         self,
@@ -85,9 +93,10 @@ class Attention:
         block_tables: np.ndarray,  # [num_rows, max_blocks] int32
         work: Work,  # of these rows
         rule: AttentionRule,  # its window is in `work` already
+        new: NewTokens | None = None,  # the newest token of each row, stored on the way
     ) -> np.ndarray:
         """softmax(q·K)·V of each row over its own sequence.  # [num_rows, num_q_heads, head_dim] float32"""
-        state = self.attend_part(q, data, head, block_tables, work, rule)
+        state = self.attend_part(q, data, head, block_tables, work, rule, new)
         return (state if rule.sinks is None else with_sinks(state, rule.sinks)).out
 
     def attend_part(
@@ -98,13 +107,18 @@ class Attention:
         block_tables: np.ndarray,
         work: Work,
         rule: AttentionRule,
+        new: NewTokens | None = None,
     ) -> State:
         """As `attend`, but can be merged with the same queries' attention over other keys.  Sinks are not in it."""
         state = State.empty(work.num_slots, *q.shape[1:])
-        self._share_out(
-            lambda part: self._kernel.attend_pieces(q, data, head, block_tables, work.pieces[part], rule, state),
-            work.shares,
-        )
+
+        def attend_share(index: int) -> None:
+            if new is not None:  # by the thread that reads them next
+                self._append(new, work.ending_rows[index], data, head)
+            pieces = work.pieces[work.shares[index]]
+            self._kernel.attend_pieces(q, data, head, block_tables, pieces, rule, state)
+
+        self._share_out(attend_share, len(work.shares))
         for slot, row in enumerate(work.split_rows.tolist(), work.num_rows):
             whole = merge(state[row : row + 1], state[slot : slot + 1])
             state.out[row], state.maxima[row], state.sums[row] = whole.out[0], whole.maxima[0], whole.sums[0]
@@ -114,15 +128,18 @@ class Attention:
         if self._pool:
             self._pool.shutdown()
 
-    def _share_out(self, do: Callable[[slice], None], shares: Sequence[slice]) -> None:
+    def _append(self, new: NewTokens, part: slice, data: np.ndarray, head: HeadFormat) -> None:
+        self._kernel.append(new.k[part], new.v[part], new.blocks[part], new.offsets[part], data, head)
+
+    def _share_out(self, do: Callable[[int], None], num_shares: int) -> None:
         """Every share once, on this thread and the pool's."""
-        remaining = iter(shares)  # taken from by all threads; `next` on it is atomic
+        remaining = iter(range(num_shares))  # taken from by all threads; `next` on it is atomic
 
         def take() -> None:
             for share in remaining:
                 do(share)
 
-        helpers = min(self._num_threads, len(shares)) - 1
+        helpers = min(self._num_threads, num_shares) - 1
         others = [self._pool.submit(take) for _ in range(helpers)] if self._pool else []
         try:
             take()

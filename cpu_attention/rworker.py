@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from cpu_attention import kernel as compiled
-from cpu_attention.attention import Attention, Kernel
+from cpu_attention.attention import Attention, Kernel, NewTokens
 from cpu_attention.errors import BadRequest, KVBudgetExceeded, RWorkerError, UnknownSequence
 from cpu_attention.kvstore import KVStore
 from cpu_attention.layout import AttentionRule, KVLayout, LayerShape
@@ -60,6 +60,8 @@ class _MicroBatch:
     step: int
     blocks: np.ndarray  # [T] int32, where each token's K and V go
     offsets: np.ndarray  # [T] int32
+    append_shares: list[slice]  # of the T tokens
+    is_decode: bool  # one token and one query for each sequence
     block_tables: np.ndarray  # [A, max_blocks] int32
     works: dict[int | None, Work]  # by window, the queries' attention in shares
     seq_ids: frozenset[int]
@@ -236,9 +238,12 @@ class RWorker:
         query_rows = np.repeat(np.arange(len(rows)), message.num_queries)
         first_queries = message.starts + message.num_tokens - message.num_queries
         positions = _ranges(first_queries, message.num_queries)
+        blocks = tables[token_rows, token_positions // block_tokens]
         session.micro_batches[message.micro_batch] = _MicroBatch(
             step=message.step,
-            blocks=tables[token_rows, token_positions // block_tokens],
+            blocks=blocks,
+            append_shares=self._attention.cut_append(blocks),
+            is_decode=bool((message.num_tokens == 1).all() and (message.num_queries == 1).all()),
             offsets=token_positions % block_tokens,
             block_tables=tables[query_rows],
             works={
@@ -266,10 +271,11 @@ class RWorker:
             del session.micro_batches[message.micro_batch]
 
         data, head, rule = session.store.data[layer], session.store.layout.heads[layer], session.rules[layer]
-        self._attention.append(message.k, message.v, batch.blocks, batch.offsets, data, head)
-        out = self._attention.attend(
-            message.q.astype(np.float32), data, head, batch.block_tables, batch.works[rule.window], rule
-        )
+        new, q, work = NewTokens(message.k, message.v, batch.blocks, batch.offsets), message.q, batch.works[rule.window]
+        if not batch.is_decode:
+            self._attention.append(new, data, head, batch.append_shares)
+        newest = new if batch.is_decode else None
+        out = self._attention.attend(q.astype(np.float32), data, head, batch.block_tables, work, rule, newest)
         return Attended(message.step, message.micro_batch, layer, out.astype(message.q.dtype, copy=False))
 
 

@@ -28,6 +28,7 @@ class Work:
     num_rows: int
     pieces: Pieces
     shares: tuple[slice, ...]  # of pieces
+    ending_rows: tuple[slice, ...]  # per share the rows whose last piece is in it
     split_rows: np.ndarray  # [num_slots - num_rows] int64: the row whose part each further slot holds
 
     @property
@@ -53,7 +54,9 @@ def cut_work(begins: np.ndarray, ends: np.ndarray, num_shares: int, block_tokens
     pieces = Pieces(rows, edges[:-1] + first_tokens[rows], edges[1:] + first_tokens[rows], slots)
     bounds = np.searchsorted(edges[:-1], [0, *cuts, total])
     shares = tuple(slice(int(a), int(b)) for a, b in itertools.pairwise(bounds) if a < b)
-    return Work(num_rows, pieces, shares, rows[~is_first])
+    ended = np.searchsorted(row_ends, [int(edges[share.stop]) for share in shares], side="right").tolist()
+    ending_rows = tuple(slice(a, b) for a, b in itertools.pairwise([0, *ended]))
+    return Work(num_rows, pieces, shares, ending_rows, rows[~is_first])
 
 
 def _cut(

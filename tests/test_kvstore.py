@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from cpu_attention import (
+    AttentionRule,
     BadRequest,
     KVBudgetExceeded,
     KVLayout,
@@ -19,6 +20,7 @@ from cpu_attention import (
     kernel,
     reference,
 )
+from cpu_attention.attention import Attention
 
 LAYOUT = KVLayout((LayerShape(2, 16), LayerShape(1, 32)), "float32", block_tokens=16)
 
@@ -147,3 +149,46 @@ def test_bits_per_number(dtype: str, bits: float) -> None:
 def test_block_size_that_is_no_multiple_of_the_lanes(block_tokens: int) -> None:
     with pytest.raises(ValueError, match="multiple of 16"):
         KVLayout((LayerShape(1, 64),), "float16", block_tokens)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "int4"])
+def test_ten_thousand_steps_leak_nothing(dtype: str) -> None:
+    """Sequences come, grow, are attended to and go in random order; every answer is the reference's over what the
+    sequence holds, whoever had its blocks before, and in the end every block is free."""
+    generator = np.random.default_rng(0)
+    layout = KVLayout((LayerShape(1, 16),), dtype, 16)
+    [head], store, attention = layout.heads, KVStore(layout, 40 * layout.block_bytes), Attention()
+    rule, next_id, live = AttentionRule(0.25), 0, {}
+    for step in range(10_000):
+        action = generator.integers(0, 10)
+        if action < 2 and store.num_available_blocks >= 4:
+            live[next_id] = int(generator.integers(1, 64))
+            store.admit(next_id, live[next_id])
+            next_id += 1
+        elif action == 2 and live:
+            seq_id = int(generator.choice(list(live)))
+            store.release(seq_id)
+            del live[seq_id]
+        elif live:
+            seq_id = int(generator.choice(list(live)))
+            start = store.num_tokens(seq_id)
+            count = min(live[seq_id] - start, int(generator.integers(1, 4)))
+            store.extend(seq_id, count)
+            table, positions = store.block_tables([seq_id]), np.arange(start, start + count)
+            k, v = (generator.standard_normal((count, 1, 16)).astype(np.float32) for _ in "kv")
+            places = table[0][positions // 16], (positions % 16).astype(np.int32)
+            kernel.append(k, v, *places, store.data[0], head)
+            if start + count and step % 5 == 0:
+                q = generator.standard_normal((1, 2, 16)).astype(np.float32)
+                work = attention.cut(np.array([start + count - 1]), None, 16)
+                outs = [
+                    Attention(1, which).attend(q, store.data[0], head, table, work, rule)
+                    for which in (kernel, reference)
+                ]
+                np.testing.assert_allclose(*outs, atol=5e-6)
+        if step % 500 == 0:
+            store.check_integrity()
+    for seq_id in live:
+        store.release(seq_id)
+    store.check_integrity()
+    assert store.num_available_blocks == store.num_blocks == 40 and next_id > 500
