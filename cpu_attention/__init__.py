@@ -14,6 +14,7 @@ from cpu_attention.machine import (
     cpu_name,
     default_kv_cache_bytes,
     format_bytes,
+    format_cores,
     numa_nodes,
     parse_bytes,
 )
@@ -49,6 +50,7 @@ __all__ = [
     "cpu_name",
     "default_kv_cache_bytes",
     "format_bytes",
+    "format_cores",
     "measure_read_bandwidth",
     "numa_nodes",
     "parse_bytes",

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import mmap
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -90,7 +92,7 @@ def numa_nodes() -> tuple[NumaNode, ...]:
             for name, kib in re.findall(r"^Node [0-9]+ ([^:]+):\s+([0-9]+) kB", _read(path / "meminfo"), re.MULTILINE)
         }
         available = sum(memory.get(name, 0) for name in ("MemFree", "Active(file)", "Inactive(file)", "SReclaimable"))
-        cores = _parse_core_list(_read(path / "cpulist"))
+        cores = parse_cores(_read(path / "cpulist"))
         nodes.append(NumaNode(int(path.name[4:]), cores, memory.get("MemTotal", 0), available))
     return tuple(nodes)
 
@@ -100,13 +102,22 @@ def cpu_name() -> str:
     return name[1] if name else "unknown"
 
 
-def _parse_core_list(text: str) -> tuple[int, ...]:
-    """``0-3,8`` -> (0, 1, 2, 3, 8)"""
+def parse_cores(text: str) -> tuple[int, ...]:
+    """``0-3,8`` -> (0, 1, 2, 3, 8).  Raises ValueError."""
     cores: list[int] = []
     for part in filter(None, text.strip().split(",")):
-        first, _, last = part.partition("-")
-        cores.extend(range(int(first), int(last or first) + 1))
+        first, dash, last = part.partition("-")
+        cores.extend(range(int(first), int(last if dash else first) + 1))
     return tuple(cores)
+
+
+def format_cores(cores: Sequence[int]) -> str:
+    """(0, 1, 2, 3, 8) -> ``0-3,8``"""
+    parts = []
+    for _, run in itertools.groupby(enumerate(sorted(cores)), lambda pair: pair[1] - pair[0]):
+        numbers = [core for _, core in run]
+        parts.append(f"{numbers[0]}-{numbers[-1]}" if len(numbers) > 1 else str(numbers[0]))
+    return ",".join(parts)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,14 @@ from collections.abc import Sequence
 from types import FrameType
 
 from cpu_attention import kernel, reference
-from cpu_attention.machine import available_cores, default_kv_cache_bytes, format_bytes, parse_bytes
+from cpu_attention.machine import (
+    available_cores,
+    default_kv_cache_bytes,
+    format_bytes,
+    format_cores,
+    parse_bytes,
+    parse_cores,
+)
 from cpu_attention.rworker import RWorker
 from cpu_attention.serve import serve
 from transport import AddressError, listen
@@ -43,7 +50,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=_positive,
         default=None,
         metavar="N",
-        help="attention threads (default: all cores this process may use)",
+        help="attention threads (default: one for each core it runs on)",
+    )
+    parser.add_argument(
+        "--cores",
+        type=_cores,
+        default=None,
+        metavar="LIST",
+        help="run on these alone, a thread pinned to each, like 0-7,16 (default: where the system likes). Give each "
+        "R-worker the cores of one NUMA node: its memory is then taken there",
     )
     parser.add_argument("--kernel", choices=sorted(KERNELS), default="numba", help="reference: plain numpy, slow")
     parser.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info")
@@ -59,6 +74,12 @@ def run(args: argparse.Namespace) -> int:
     logging.basicConfig(level=args.log_level.upper(), format="r-worker %(process)d: %(message)s", stream=sys.stderr)
     signal.signal(signal.SIGTERM, _exit)
     signal.signal(signal.SIGINT, _exit)
+    if args.cores:
+        try:
+            os.sched_setaffinity(0, args.cores)  # before anything starts a thread
+        except OSError:
+            print(f"error: --cores: this process may use {format_cores(available_cores())} only", file=sys.stderr)
+            return 2
     kv_cache_bytes = args.kv_cache_memory if args.kv_cache_memory is not None else default_kv_cache_bytes()
     num_threads = args.threads or len(available_cores())
     try:
@@ -66,12 +87,16 @@ def run(args: argparse.Namespace) -> int:
     except AddressError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    worker = RWorker(kv_cache_bytes=kv_cache_bytes, num_threads=num_threads, kernel=KERNELS[args.kernel])
+    worker = RWorker(
+        kv_cache_bytes=kv_cache_bytes, num_threads=num_threads, kernel=KERNELS[args.kernel], cores=args.cores or ()
+    )
     if args.exit_with_parent:
         threading.Thread(target=_follow_parent, daemon=True).start()
     try:
         print(LISTENING + listener.address, flush=True)
         logging.info("%s of KV, %d threads, %s kernel", format_bytes(kv_cache_bytes), num_threads, args.kernel)
+        if args.cores:
+            os.sched_setaffinity(0, args.cores[:1])  # this thread attends too; those of the transport stay free
         serve(listener, worker)
     finally:
         worker.close()
@@ -110,6 +135,16 @@ def _bytes(text: str) -> int:
         return parse_bytes(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _cores(text: str) -> tuple[int, ...]:
+    try:
+        cores = parse_cores(text)
+    except ValueError:
+        cores = ()
+    if not cores:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of cores; write it like 0-7,16")
+    return cores
 
 
 def _positive(text: str) -> int:

@@ -56,7 +56,7 @@ class EngineConfig:
     max_model_len: int | None = None
     seed: int = 0
     skip_tokenizer_init: bool = False
-    block_tokens: int = 32
+    block_tokens: int = 64
     worker_timeout_s: float = 60.0
 
     @classmethod

@@ -21,6 +21,7 @@ from cpu_attention import (
     LISTENING,
     RWorker,
     available_cores,
+    format_cores,
     serve,
 )
 from fastdecode.errors import ConfigError, RWorkerUnreachable
@@ -110,7 +111,11 @@ def _start_processes(
     workers.at_close(partial(shutil.rmtree, directory, ignore_errors=True))
     processes: list[subprocess.Popen[bytes]] = []
     workers.at_close(partial(_stop_processes, processes))
+    cores = available_cores()
+    share = len(cores) // num_workers
     for index in range(num_workers):
+        mine = cores[index * share : (index + 1) * share]
+        placement = ["--cores", format_cores(mine)] if num_threads <= len(mine) else []
         bind = f"ipc://{directory}/{index}" if transport == "ipc" else "tcp://127.0.0.1:0"
         processes.append(
             subprocess.Popen(
@@ -124,6 +129,7 @@ def _start_processes(
                     str(kv_cache_bytes),
                     "--threads",
                     str(num_threads),
+                    *placement,
                     "--log-level",
                     "warning",
                     "--exit-with-parent",

@@ -50,12 +50,12 @@ def test_missing_tokenizer(llama: Case) -> None:
         ({"max_model_len": 5000}, "max_model_len is 5000, but the model computes positions up to 512"),
         (
             {"kv_cache_memory": "1KiB"},
-            "KV budget of 1024 bytes holds no block: 32 tokens x 768 bytes per token = 24576",
+            "KV budget of 1024 bytes holds no block: 64 tokens x 768 bytes per token = 49152",
         ),
         (
             {"kv_cache_memory": "100KiB", "max_model_len": 500},
             "too small for one sequence of max_model_len = 500 tokens: 499 tokens of KV x 768 bytes, "
-            "in blocks of 32 = 384.0 KiB"
+            "in blocks of 64 = 384.0 KiB"
             ".*largest R-worker holds 128 tokens.*raise kv_cache_memory or lower max_model_len",
         ),
     ],

@@ -9,10 +9,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from cpu_attention import RWorker, available_memory_bytes, machine
-from transport import Hello, LayerSpec
+from transport import Admit, Attend, Attended, Hello, LayerSpec, Step, Welcome, connect
 
 # Bounds that the README states.  Compiling takes 2 to 4 s on the slowest machine tried, loading 0.3 s.
 COLD_S, CACHED_S = 10.0, 2.0
@@ -84,3 +85,53 @@ def test_store_asks_for_huge_pages() -> None:
             assert "hg" in line.split()
             return
     pytest.fail("the store's memory is in no area of this process")
+
+
+def test_core_lists() -> None:
+    assert machine.parse_cores("0-3,8") == (0, 1, 2, 3, 8) and machine.format_cores((8, 0, 1, 2, 3)) == "0-3,8"
+    assert machine.format_cores(machine.parse_cores("5")) == "5" and machine.parse_cores("") == ()
+
+
+@pytest.mark.parametrize("cores", ["x", "", "1-", "99999"])
+def test_cores_that_are_not_there(cores: str, tmp_path: Path) -> None:
+    out = subprocess.run(
+        [sys.executable, "-m", "cpu_attention", "--bind", f"ipc://{tmp_path}/w", "--cores", cores],
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert out.returncode == 2 and "--cores" in out.stderr and "Traceback" not in out.stderr
+
+
+def test_threads_are_pinned_to_their_cores(tmp_path: Path) -> None:
+    """The attending threads one to a core, the transport's to all of them."""
+    cores = machine.available_cores()[:2]
+    if len(cores) < 2:
+        pytest.skip("one core only")
+    command = [sys.executable, "-m", "cpu_attention", "--bind", f"ipc://{tmp_path}/w", "--kv-cache-memory", "16MiB"]
+    worker = subprocess.Popen(
+        [*command, "--cores", machine.format_cores(cores), "--log-level", "error"],
+        cwd=Path(__file__).parents[1],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert worker.stdout and worker.stdout.readline()
+        with connect(f"ipc://{tmp_path}/w") as channel:
+            channel.send(Hello((LayerSpec(2, 2, 16, 1.0),), "float32", 16), timeout_s=5)
+            assert isinstance(channel.recv(timeout_s=60), Welcome)
+            channel.send(Admit(np.arange(4), np.full(4, 300, np.int32)), timeout_s=5)
+            columns = (np.zeros(4, np.int32), np.full(4, 300, np.int32), np.ones(4, np.int32))
+            channel.send(Step(1, 0, np.arange(4), *columns), timeout_s=5)
+            kv = np.zeros((1200, 2, 16), np.float32)
+            channel.send(Attend(1, 0, 0, np.zeros((4, 2, 16), np.float32), kv, kv), timeout_s=5)
+            assert isinstance(channel.recv(timeout_s=60), Attended)
+            masks = []
+            for task in Path(f"/proc/{worker.pid}/task").iterdir():
+                status = (task / "status").read_text()
+                masks.append(machine.parse_cores(status.split("Cpus_allowed_list:")[1].split()[0]))
+        assert {(cores[0],), (cores[1],), cores} == set(masks)
+    finally:
+        worker.terminate()
+        worker.wait(10)
