@@ -36,7 +36,7 @@ from cpu_attention.emit import FLOAT, I8, I32, I64, Rows
 from cpu_attention.layout import LANES, HeadFormat, Part
 
 MASKED = np.float32(-1e30)  # a score that counts for nothing, and still subtracts without becoming NaN
-_ACCUMULATORS = 24  # that may be live in one loop, of 32 vector registers
+_ACCUMULATORS = 16  # that are live in one loop, of 32 vector registers; FMAs need 8 to be in flight
 _HEADS_AT_ONCE = 8  # query heads that share one pass over K and V
 
 
@@ -245,7 +245,7 @@ class _Head:
         b, f = self.b, self.k
         row_bytes = LANES * f.itemsize
         # An FMA takes four cycles and two start in each, so fewer query heads sum the channels in several parts.
-        parts = max(1, 8 // self.count)
+        parts = max(1, _ACCUMULATORS // 2 // self.count)
         rows = max(4, parts)  # of K in one turn
         tile_at = self._plus(self._times(tile, f.stored_dim // f.packed * row_bytes), f.numbers)
         places = [self._plus(self._times(tile, LANES * 4), g * self.block * 4) for g in range(self.count)]
@@ -369,7 +369,7 @@ class _Head:
         """out = out · shrink + Σ_t weight · V[t], a few vectors of channels at a time."""
         b, f = self.b, self.v
         row_bytes = f.stored_dim * f.itemsize
-        most = max(1, min(f.stored_dim // LANES, _ACCUMULATORS // self.count, 8))
+        most = min(8, max(1, _ACCUMULATORS // self.count))
         first_row = b.sdiv(self.values["low"], I64(f.packed))
         end_row = b.sdiv(self._plus(self.values["high"], f.packed - 1), I64(f.packed))
 
