@@ -16,25 +16,32 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-# torch's OpenMP threads go on spinning after a call, which would slow whatever is measured next.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numba
 import numpy as np
 
-from cpu_attention import KV_DTYPES, NUMBER_DTYPES, AttentionRule, HeadFormat, available_cores, cpu_name, reference
+from cpu_attention import (
+    KV_DTYPES,
+    NUMBER_DTYPES,
+    AttentionRule,
+    HeadFormat,
+    available_cores,
+    cpu_name,
+    pin_thread,
+    reference,
+)
 from cpu_attention.attention import Attention, NewTokens
 from cpu_attention.machine import zeroed_pages
 from cpu_attention.roofs import Roofs
@@ -42,6 +49,7 @@ from cpu_attention.state import State
 
 HEADS = [(32, 32), (32, 8), (64, 8)]  # (query heads, KV heads) when none are given: G = 1, 4, 8
 TORCH_DTYPES = ("float32", "float16", "bfloat16")
+PAUSE_S = 0.02  # torch's OpenMP threads go on spinning after a call; what is measured next shall not share the cores
 
 
 @dataclass(frozen=True)
@@ -194,13 +202,16 @@ def measure(
     shape: Shape, dtypes: list[str], threads: int, args: argparse.Namespace, vllms: dict[str, VLLM]
 ) -> list[Result]:
     """All storage types and peers of one shape, in turns."""
-    roofs, problems = Roofs(threads), [Problem(shape, dtype, args.block_tokens, threads) for dtype in dtypes]
+    cores = available_cores()
+    # Like an R-worker: attention is called from a thread that keeps to the first core; torch's threads are free.
+    caller = ThreadPoolExecutor(1, initializer=pin_thread, initargs=cores[:1])
+    roofs, problems = Roofs(threads, cores), [Problem(shape, dtype, args.block_tokens, threads) for dtype in dtypes]
     calls: dict[tuple[str, str], Callable[[], float]] = {}
     kv_bytes = {}
     for problem in problems:
         dtype = problem.head.dtype
-        calls[dtype, "kernel"] = lambda problem=problem: timed(problem.attend)  # type: ignore[misc]
-        calls[dtype, "+ append"] = lambda problem=problem: timed(problem.append_and_attend)  # type: ignore[misc]
+        calls[dtype, "kernel"] = lambda problem=problem: caller.submit(timed, problem.attend).result()  # type: ignore[misc]
+        calls[dtype, "+ append"] = lambda problem=problem: caller.submit(timed, problem.append_and_attend).result()  # type: ignore[misc]
         kv_bytes[dtype] = problem.kv_bytes
         if dtype in TORCH_DTYPES and not args.no_sdpa and (sdpa := sdpa_call(shape, dtype, threads)):
             calls[dtype, "torch SDPA"] = lambda sdpa=sdpa: timed(sdpa)  # type: ignore[misc]
@@ -215,6 +226,7 @@ def measure(
     samples: dict[tuple[str, str], list[tuple[float, float, float]]] = {}  # seconds, read roof, FMA roof
 
     def take(key: tuple[str, str], call: Callable[[], float]) -> None:
+        time.sleep(PAUSE_S)
         read, fma = roofs.read_bandwidth(), roofs.fma_rate()
         samples.setdefault(key, []).append((call(), read, fma))
 
@@ -222,6 +234,7 @@ def measure(
         for key, call in calls.items():
             take(key, call)
     roofs.close()
+    caller.shutdown()
     results = []
     for (dtype, what), taken in samples.items():
         num_bytes, flops = kv_bytes[dtype], shape.flops

@@ -37,8 +37,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TextIO
 
-# OpenMP threads which go on spinning after a call would slow whatever the benchmark measures next.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # NumPy, which holds the K and V of the benchmark's own kernels, asks the system for huge pages; torch only if told.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 

@@ -17,6 +17,7 @@ from cpu_attention.machine import (
     format_cores,
     numa_nodes,
     parse_bytes,
+    pin_thread,
 )
 from cpu_attention.process import KERNELS, LISTENING
 from cpu_attention.process import add_arguments as add_process_arguments
@@ -54,6 +55,7 @@ __all__ = [
     "measure_read_bandwidth",
     "numa_nodes",
     "parse_bytes",
+    "pin_thread",
     "run_process",
     "serve",
 ]

@@ -12,7 +12,6 @@ their thread pool does not survive a fork, and one pool per process would be sha
 
 from __future__ import annotations
 
-import os
 import queue
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +21,7 @@ import numpy as np
 
 from cpu_attention import kernel as compiled
 from cpu_attention.layout import AttentionRule, HeadFormat
+from cpu_attention.machine import pin_next
 from cpu_attention.state import Pieces, State, merge, with_sinks
 from cpu_attention.work import Work, cut_tokens, cut_work
 
@@ -59,8 +59,8 @@ class NewTokens(NamedTuple):
 
 class Attention:
     def __init__(self, num_threads: int = 1, kernel: Kernel = compiled, cores: Sequence[int] = ()) -> None:
-        """cores: the other threads are pinned to the second and following ones; the caller's thread is left alone.
-        None given: not pinned."""
+        """cores: its threads are pinned to the second and following ones; the first is for the caller to take by
+        `pin_thread`.  None given: not pinned."""
         self._kernel = kernel
         self._num_threads = num_threads
         self._pool: ThreadPoolExecutor | None = None
@@ -68,7 +68,7 @@ class Attention:
             places: queue.SimpleQueue[int] = queue.SimpleQueue()
             for index in range(1, num_threads) if cores else ():
                 places.put(cores[index % len(cores)])
-            self._pool = ThreadPoolExecutor(num_threads - 1, "attend", _pin, (places,))
+            self._pool = ThreadPoolExecutor(num_threads - 1, "attend", pin_next, (places,))
 
     def cut(self, positions: np.ndarray, window: int | None, block_tokens: int) -> Work:
         """Work for `attend`: row r attends to keys 0..positions[r], or to the last `window` of them."""
@@ -146,15 +146,3 @@ class Attention:
         finally:
             for other in others:
                 other.result()
-
-
-def _pin(places: queue.SimpleQueue[int]) -> None:
-    """This thread to the next core, if there is one."""
-    try:
-        core = places.get_nowait()
-    except queue.Empty:
-        return
-    try:
-        os.sched_setaffinity(0, {core})  # 0: the calling thread
-    except OSError:  # the core was taken from this process since it was asked for; unpinned is slower, not wrong
-        pass

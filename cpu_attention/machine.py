@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import mmap
 import os
+import queue
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -63,6 +64,19 @@ def zeroed_pages(num_bytes: int) -> np.ndarray:
 def available_cores() -> tuple[int, ...]:
     """Cores this process may run on, by its affinity mask."""
     return tuple(sorted(os.sched_getaffinity(0)))
+
+
+def pin_thread(core: int) -> None:
+    """The calling thread to one core.  A thread that is woken is often put beside the one that woke it, and moved
+    away only milliseconds later: a whole attention call would then run on half the cores."""
+    with contextlib.suppress(OSError):  # the core was taken from this process meanwhile: slower, not wrong
+        os.sched_setaffinity(0, {core})  # 0: this thread alone
+
+
+def pin_next(cores: queue.SimpleQueue[int]) -> None:
+    """For the threads of a pool: the calling one to the next of these cores, if any is left."""
+    with contextlib.suppress(queue.Empty):
+        pin_thread(cores.get_nowait())
 
 
 def available_memory_bytes() -> int:

@@ -23,6 +23,7 @@ from cpu_attention.machine import (
     format_cores,
     parse_bytes,
     parse_cores,
+    pin_thread,
 )
 from cpu_attention.rworker import RWorker
 from cpu_attention.serve import serve
@@ -96,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
         print(LISTENING + listener.address, flush=True)
         logging.info("%s of KV, %d threads, %s kernel", format_bytes(kv_cache_bytes), num_threads, args.kernel)
         if args.cores:
-            os.sched_setaffinity(0, args.cores[:1])  # this thread attends too; those of the transport stay free
+            pin_thread(args.cores[0])  # this one attends too; those of the transport stay free
         serve(listener, worker)
     finally:
         worker.close()

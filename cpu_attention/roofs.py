@@ -6,9 +6,10 @@ FLOP per number, so at large G the rate of fused multiply-adds may bound it firs
 
 from __future__ import annotations
 
+import queue
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -20,7 +21,7 @@ from numba.extending import intrinsic
 from cpu_attention import emit
 from cpu_attention.emit import I8, I64
 from cpu_attention.layout import LANES
-from cpu_attention.machine import available_memory_bytes
+from cpu_attention.machine import available_memory_bytes, pin_next
 
 _BYTES_PER_THREAD = 256 << 20  # beyond any last-level cache
 _SHARE_OF_MEMORY = 8  # at most an eighth of what is free
@@ -31,11 +32,15 @@ _TURNS = 1 << 18  # of the FMA loop: some milliseconds
 class Roofs:
     """Streaming read and FMA rate of several threads at once; measured as often as asked."""
 
-    def __init__(self, num_threads: int) -> None:
+    def __init__(self, num_threads: int, cores: Sequence[int] = ()) -> None:
+        """cores: a thread is pinned to each."""
         part_bytes = min(_BYTES_PER_THREAD, available_memory_bytes() // _SHARE_OF_MEMORY // num_threads)
         self._parts = [np.ones(part_bytes // 8, np.uint64) for _ in range(num_threads)]
         self._numbers = [np.ones(_ACCUMULATORS * LANES, np.float32) for _ in range(num_threads)]
-        self._pool = ThreadPoolExecutor(num_threads)
+        places: queue.SimpleQueue[int] = queue.SimpleQueue()
+        for core in cores[:num_threads]:
+            places.put(core)
+        self._pool = ThreadPoolExecutor(num_threads, "roof", pin_next, (places,))
         _sum(self._parts[0][:8])  # compiles
         _multiply_add(1, self._numbers[0])
 

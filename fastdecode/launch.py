@@ -22,6 +22,7 @@ from cpu_attention import (
     RWorker,
     available_cores,
     format_cores,
+    pin_thread,
     serve,
 )
 from fastdecode.errors import ConfigError, RWorkerUnreachable
@@ -64,7 +65,8 @@ def start_r_workers(
     try:
         if transport == "inproc":
             for index in range(num_workers):
-                _start_thread(workers, index, num_threads, kv_cache_bytes_each)
+                cores = _cores(index, num_workers, num_threads)
+                _start_thread(workers, index, num_threads, cores, kv_cache_bytes_each)
         else:
             _start_processes(workers, transport, num_workers, num_threads, kv_cache_bytes_each)
     except BaseException:
@@ -85,13 +87,22 @@ def find_r_workers(addresses: list[str]) -> RWorkers:
     return workers
 
 
-def _start_thread(workers: RWorkers, index: int, num_threads: int, kv_cache_bytes: int) -> None:
+def _cores(index: int, num_workers: int, num_threads: int) -> tuple[int, ...]:
+    """For the threads of one of several R-workers on this machine; none if there are not enough for all."""
+    cores = available_cores()
+    share = len(cores) // num_workers
+    return cores[index * share :][:num_threads] if num_threads <= share else ()
+
+
+def _start_thread(workers: RWorkers, index: int, num_threads: int, cores: tuple[int, ...], kv_cache_bytes: int) -> None:
     address = f"inproc://r-worker-{index}-{uuid.uuid4().hex[:8]}"
     listener = listen(address)
-    worker = RWorker(kv_cache_bytes=kv_cache_bytes, num_threads=num_threads)
+    worker = RWorker(kv_cache_bytes=kv_cache_bytes, num_threads=num_threads, cores=cores)
 
     def run() -> None:
         try:
+            if cores:
+                pin_thread(cores[0])
             serve(listener, worker)
         finally:
             listener.close()  # so that the S-worker learns of a thread that fails
@@ -111,11 +122,9 @@ def _start_processes(
     workers.at_close(partial(shutil.rmtree, directory, ignore_errors=True))
     processes: list[subprocess.Popen[bytes]] = []
     workers.at_close(partial(_stop_processes, processes))
-    cores = available_cores()
-    share = len(cores) // num_workers
     for index in range(num_workers):
-        mine = cores[index * share : (index + 1) * share]
-        placement = ["--cores", format_cores(mine)] if num_threads <= len(mine) else []
+        cores = _cores(index, num_workers, num_threads)
+        placement = ["--cores", format_cores(cores)] if cores else []
         bind = f"ipc://{directory}/{index}" if transport == "ipc" else "tcp://127.0.0.1:0"
         processes.append(
             subprocess.Popen(
