@@ -1,0 +1,140 @@
+"""How long a sequence's output will be: what is known, what is guessed, and what is done when the guess was short.
+
+Pure: no model, no clock.  A prediction is a distribution over buckets of output tokens (TetriInfer, section 5.5 of its
+paper: ranges of 200 tokens).  A limit wants a high quantile of it, a balance its mean; and a sequence that outlives its
+bucket is taken to end in the next one, never at once.
+
+    known by            predictor        from
+    ────────────────    ─────────────    ────────────────────────────────────────────
+    nobody              MaxTokens        the request's own limit
+    the trace           Oracle           the true length (simulations, replays)
+    a trained model     NoisyOracle      the true bucket with a given probability, otherwise a neighbour
+    what has ended      Learned          lengths of finished requests, by prompt length
+"""
+
+from __future__ import annotations
+
+import bisect
+import random
+from collections import deque
+from dataclasses import dataclass
+from typing import Protocol
+
+BUCKET_TOKENS = 200
+PUBLISHED_ACCURACY = 0.749  # of a fine-tuned OPT-125M at buckets of 200 tokens
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Output tokens as a discrete distribution: lengths[i] with weights[i], in rising order; weights sum to 1."""
+
+    lengths: tuple[int, ...]
+    weights: tuple[float, ...]
+
+    def quantile(self, share: float, more_than: int = 0) -> int:
+        """The least length that at least this share of outputs does not exceed, of those beyond `more_than`.
+
+        `more_than`: tokens there are already.  If none of the lengths is beyond, one bucket more.
+        """
+        first = bisect.bisect_right(self.lengths, more_than)
+        left = sum(self.weights[first:])
+        if left <= 0:
+            return more_than + BUCKET_TOKENS
+        seen = 0.0
+        for length, weight in zip(self.lengths[first:], self.weights[first:], strict=True):
+            seen += weight
+            if seen >= share * left - 1e-9:
+                return length
+        return self.lengths[-1]
+
+    def mean(self, more_than: int = 0) -> float:
+        first = bisect.bisect_right(self.lengths, more_than)
+        left = sum(self.weights[first:])
+        if left <= 0:
+            return more_than + BUCKET_TOKENS / 2
+        return sum(n * w for n, w in zip(self.lengths[first:], self.weights[first:], strict=True)) / left
+
+
+class Predictor(Protocol):
+    def predict(self, prompt_tokens: int, max_tokens: int, true_tokens: int | None) -> Prediction:
+        """`true_tokens`: known in simulations only.  No length is above `max_tokens`."""
+
+    def observe(self, prompt_tokens: int, output_tokens: int) -> None:
+        """A sequence ended by itself after so many tokens."""
+
+
+class MaxTokens:
+    """Every sequence takes all it may."""
+
+    def predict(self, prompt_tokens: int, max_tokens: int, true_tokens: int | None) -> Prediction:
+        return Prediction((max_tokens,), (1.0,))
+
+    def observe(self, prompt_tokens: int, output_tokens: int) -> None:
+        pass
+
+
+class Oracle:
+    def predict(self, prompt_tokens: int, max_tokens: int, true_tokens: int | None) -> Prediction:
+        """Raises ValueError where nobody knows the truth."""
+        if true_tokens is None:
+            raise ValueError("an oracle needs the true length, which only a simulation has")
+        return Prediction((min(true_tokens, max_tokens),), (1.0,))
+
+    def observe(self, prompt_tokens: int, output_tokens: int) -> None:
+        pass
+
+
+class NoisyOracle:
+    """The true bucket with probability `accuracy`, otherwise the one below or above, evenly: what a trained classifier
+    of that accuracy says.  Its prediction is the upper end of the bucket it names, spread as its own errors are."""
+
+    def __init__(self, accuracy: float = PUBLISHED_ACCURACY, seed: int = 0) -> None:
+        self._accuracy, self._random = accuracy, random.Random(seed)
+
+    def predict(self, prompt_tokens: int, max_tokens: int, true_tokens: int | None) -> Prediction:
+        """Raises ValueError where nobody knows the truth."""
+        if true_tokens is None:
+            raise ValueError("an oracle needs the true length, which only a simulation has")
+        bucket = (max(true_tokens, 1) - 1) // BUCKET_TOKENS
+        if self._random.random() >= self._accuracy:
+            bucket += 1 if bucket == 0 or self._random.random() < 0.5 else -1
+        wrong = (1 - self._accuracy) / 2
+        weights: dict[int, float] = {}
+        for named, weight in ((bucket - 1, wrong), (bucket, self._accuracy), (bucket + 1, wrong)):
+            end = min(max(named + 1, 1) * BUCKET_TOKENS, max_tokens)
+            weights[end] = weights.get(end, 0.0) + weight
+        lengths = tuple(sorted(weights))
+        return Prediction(lengths, tuple(weights[length] for length in lengths))
+
+    def observe(self, prompt_tokens: int, output_tokens: int) -> None:
+        pass
+
+
+class Learned:
+    """Lengths of the last requests that finished, in classes of prompt length that double.
+
+    Until a class has seen `least` of them it says what all of them together say, and before that `max_tokens`.
+    """
+
+    def __init__(self, window: int = 512, least: int = 32) -> None:
+        self._window, self._least = window, least
+        self._all: deque[int] = deque(maxlen=window)
+        self._by_class: dict[int, deque[int]] = {}
+
+    def predict(self, prompt_tokens: int, max_tokens: int, true_tokens: int | None) -> Prediction:
+        seen = self._by_class.get(prompt_tokens.bit_length(), self._all)
+        if len(seen) < self._least:
+            seen = self._all
+        if len(seen) < self._least:
+            return Prediction((max_tokens,), (1.0,))
+        counts: dict[int, int] = {}
+        for tokens in seen:
+            end = min(-(-tokens // BUCKET_TOKENS) * BUCKET_TOKENS, max_tokens)
+            counts[end] = counts.get(end, 0) + 1
+        lengths = tuple(sorted(counts))
+        return Prediction(lengths, tuple(counts[length] / len(seen) for length in lengths))
+
+    def observe(self, prompt_tokens: int, output_tokens: int) -> None:
+        own = self._by_class.setdefault(prompt_tokens.bit_length(), deque(maxlen=self._window))
+        for lengths in (own, self._all):
+            lengths.append(output_tokens)
