@@ -36,10 +36,11 @@ def converts_half() -> bool:
 
 
 @cache
-def sources() -> str:
-    """A hash of what every emitted function depends on: numba's disk cache looks at one file's time only, so this
-    has to be part of its key."""
-    return hashlib.sha256(b"".join(Path(file).read_bytes() for file in (__file__, layout.__file__))).hexdigest()
+def sources(*files: str) -> str:
+    """A hash of what an emitted function depends on, beside the file it is in: numba's disk cache looks at that one's
+    time only, so this has to be part of its key."""
+    everything = (__file__, layout.__file__, *files)
+    return hashlib.sha256(b"".join(Path(file).read_bytes() for file in everything)).hexdigest()
 
 
 def words(*values: int) -> Any:

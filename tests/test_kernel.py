@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import subprocess
 import sys
 import threading
@@ -110,7 +111,7 @@ def test_block_sizes(dtype: str, block: int) -> None:
     make_case(1, group=3, block=block, lengths=lengths, dtype=dtype).agree()
 
 
-@settings(max_examples=100)
+@settings(max_examples=60)
 @given(
     seed=st.integers(0, 2**31),
     kv_heads=st.integers(1, 4),
@@ -352,11 +353,15 @@ TARGETS = {
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_other_targets(target: str, tmp_path: Path) -> None:
-    """The same tests again, compiled for lesser processors (no F16C, no FMA, 128-bit vectors), and with numba's
-    bounds checks, which are off otherwise."""
+    """Tests of every storage type, compiled for lesser processors (no F16C, no FMA, 128-bit vectors) and with numba's
+    bounds checks, which are off otherwise; with these the store and the R-worker as well."""
+    if target != "bounds" and platform.machine() != "x86_64":
+        pytest.skip("names of x86 processors")
     tests = Path(__file__).parent
-    files = [tests / f"test_{name}.py" for name in ("kernel", "kvstore", "rworker")]
-    chosen = "not other_targets and not shapes and not any_shape and not several_python and not compile"
+    files = [
+        tests / f"test_{name}.py" for name in (("kernel", "kvstore", "rworker") if target == "bounds" else ("kernel",))
+    ]
+    chosen = "parts_make or sums_and or test_append or half or halves or not_finite or store or worker"
     out = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen, *files],
         env=os.environ | TARGETS[target] | {"NUMBA_CACHE_DIR": str(tmp_path)},
@@ -365,4 +370,4 @@ def test_other_targets(target: str, tmp_path: Path) -> None:
         text=True,
         timeout=280,
     )
-    assert out.returncode == 0, out.stdout[-3000:]
+    assert out.returncode == 0 and " passed" in out.stdout, out.stdout[-3000:]
