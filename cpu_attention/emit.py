@@ -1,4 +1,4 @@
-"""Single pieces of LLVM IR over vectors of floats, from which `vector.py` builds attention.
+"""Single pieces of LLVM IR over vectors of floats, from which `block.py` and `append.py` build the kernels.
 
 `b` is llvmlite's builder everywhere; integers given from Python become constants in the code.  A vector of 16 floats
 is one AVX-512 register, two of AVX2, four of NEON or SSE: LLVM fits it to the machine that numba compiles for.

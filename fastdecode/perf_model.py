@@ -1,0 +1,106 @@
+"""How many R-workers a GPU needs, how large a batch may be, and how long a step will take (the paper's section 4.3).
+
+Pure arithmetic over two measurements of one transformer block: T(B), the S-Part's seconds for B tokens, and R, one
+R-worker's seconds per KV token.  B is always the batch that goes through a stage at once: one micro-batch.
+
+    equation  here                  says
+    ────────  ────────────────────  ──────────────────────────────────────────────────────────
+    (7)       largest_batch         2·N·S·T(B) <= L: the batch that a latency bound leaves
+    (8)       saturating_batch      E(B) = B / T(B): the batch beyond which it hardly grows
+    (11)      r_workers             P = S·R·E(B) / 2: what keeps up with it
+    (5, 6)    sls_peak              B·(S + F) / 2: the load where starts are staggered
+"""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class PerfModel:
+    batches: tuple[int, ...]  # tokens, rising
+    seconds: tuple[float, ...]  # T at each of them, of one block
+    kv_token_seconds: float  # R, of one R-worker and one block
+    num_layers: int  # N
+
+    def __post_init__(self) -> None:
+        if not self.batches or len(self.batches) != len(self.seconds) or self.batches[0] < 1:
+            raise ValueError("T(B) needs at least one batch of one token or more, and a time for each")
+        if any(b <= a for a, b in zip(self.batches, self.batches[1:], strict=False)):
+            raise ValueError(f"the batches of T(B) must rise: {self.batches}")
+        if any(b < a for a, b in zip(self.seconds, self.seconds[1:], strict=False)):
+            raise ValueError(f"a larger batch cannot take less time: {self.seconds}; see PerfModel.measured")
+        if min(self.seconds) <= 0 or self.kv_token_seconds <= 0 or self.num_layers < 1:
+            raise ValueError("times and the number of layers must be above 0")
+
+    @classmethod
+    def measured(
+        cls, batches: Sequence[int], seconds: Sequence[float], kv_token_seconds: float, num_layers: int
+    ) -> PerfModel:
+        """From times that noise may have put out of order: each is taken as at least those before it."""
+        return cls(tuple(batches), tuple(itertools.accumulate(seconds, max)), kv_token_seconds, num_layers)
+
+    def s_seconds(self, batch: float) -> float:
+        """T(B) of one block: straight lines between what was measured; below it the first time, for weights have to be
+        read however few tokens there are; above it the last rate."""
+        batches, seconds = self.batches, self.seconds
+        if batch <= batches[0]:
+            return seconds[0]
+        if batch >= batches[-1]:
+            return seconds[-1] * batch / batches[-1]
+        i = bisect.bisect_right(batches, batch)
+        share = (batch - batches[i - 1]) / (batches[i] - batches[i - 1])
+        return seconds[i - 1] + share * (seconds[i] - seconds[i - 1])
+
+    def r_seconds(self, load: float, num_r_workers: int) -> float:
+        """Of one block, for `load` KV tokens spread evenly."""
+        return self.kv_token_seconds * load / num_r_workers
+
+    def efficiency(self, batch: float) -> float:
+        """E(B), tokens per second through one block of the S-Part."""
+        return batch / self.s_seconds(batch)
+
+    def step_seconds(self, micro_batches: list[tuple[float, float]], num_r_workers: int) -> float:
+        """A step of micro-batches, each (tokens, load), that pass the layers in turn.
+
+        One alone alternates between S and R; with more the busier of the two sets the pace, unless one micro-batch's
+        own way through both is longer:   S: A B A B      R: _ A B A B
+        """
+        s = [self.s_seconds(tokens) for tokens, _ in micro_batches]
+        r = [self.r_seconds(load, num_r_workers) for _, load in micro_batches]
+        return self.num_layers * max(sum(s), sum(r), max((a + b for a, b in zip(s, r, strict=True)), default=0.0))
+
+    def largest_batch(self, length: int, latency_s: float) -> int:
+        """(7): the largest B whose sequences of `length` tokens take at most `latency_s`; 0 if none does."""
+
+        def fits(batch: int) -> bool:
+            return 2 * self.num_layers * length * self.s_seconds(batch) <= latency_s
+
+        low, high = 0, 1
+        while fits(high) and high < 1 << 40:
+            low, high = high, 2 * high
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if fits(middle) else (low, middle)
+        return low
+
+    def saturating_batch(self, share: float = 0.9) -> int:
+        """(8): the least measured B that reaches this share of the best E(B)."""
+        best = max(map(self.efficiency, self.batches))
+        return next(batch for batch in self.batches if self.efficiency(batch) >= share * best)
+
+    def r_workers(self, batch: int, length: int) -> float:
+        """(11): how many R-workers take as long for their part as the S-worker for a batch of such sequences."""
+        return length * self.kv_token_seconds * self.efficiency(batch) / 2
+
+    def largest_load(self, step_seconds: float, num_r_workers: int) -> int:
+        """W_lim: the KV tokens that the R-workers read in a step of at most so many seconds."""
+        return int(step_seconds * num_r_workers / (self.kv_token_seconds * self.num_layers))
+
+
+def sls_peak(batch: int, length: int, interval: int) -> float:
+    """(6): the largest load of `batch` live sequences of `length` tokens when M = B·F/S start every F steps."""
+    return batch * (length + interval) / 2
