@@ -81,6 +81,7 @@ class Result:
     tokens_per_s: float  # sequences per call, for one layer
     read_roof_gb_per_s: float
     fma_roof_gflop_per_s: float
+    seconds_per_kernel_second: float  # within the same repeat
     max_abs_error: float | None = None
 
 
@@ -247,6 +248,7 @@ def measure(
                 len(shape.lengths) / seconds,
                 statistics.median(read for _, read, _ in taken) / 1e9,
                 statistics.median(fma for _, _, fma in taken) / 1e9,
+                statistics.median(s / k for (s, _, _), (k, _, _) in zip(taken, samples[dtype, "kernel"], strict=True)),
                 errors[dtype] if what == "kernel" else None,
             )
         )  # fmt: skip
@@ -259,15 +261,13 @@ COLUMNS = "{:>3} {:8} {:>7}  {:10} {:>9} {:>7} {:>7} {:>8} {:>9} {:>7}  {:>9}"
 def show(results: list[Result]) -> None:
     """One line each; kernels also relative to the float16 one and to peers of the same dtype."""
     halves = {r.threads: r.tokens_per_s for r in results if (r.dtype, r.what) == ("float16", "kernel")}
-    kernels = {r.dtype: r for r in results if r.what == "kernel"}
     for r in results:
-        kernel = kernels[r.dtype]
         if r.what == "+ append":
-            note = f"+{100 * (r.seconds / kernel.seconds - 1):.1f} %"
+            note = f"{100 * (r.seconds_per_kernel_second - 1):+.1f} %"
         elif r.what == "kernel":
             note = f"{r.max_abs_error:.1e}"
         else:
-            note = f"ours: {kernel.tokens_per_s / r.tokens_per_s:.2f} x"
+            note = f"ours: {r.seconds_per_kernel_second:.2f} x"
         ratio = f"{r.tokens_per_s / halves[r.threads]:.2f}" if r.threads in halves and r.what == "kernel" else ""
         print(
             COLUMNS.format(

@@ -99,3 +99,10 @@ def test_closed_in_the_middle(llama: Case) -> None:
     llm.close()
     with pytest.raises(ConfigError, match="closed while it was generating"):
         next(iteration)
+
+
+def test_start_says_what_fits(llama: Case) -> None:
+    """1 MiB = 21 blocks of 64 tokens x 768 bytes; a sequence of 100 tokens stores 99, in 2 blocks."""
+    with LLM(llama.directory, kv_cache_memory="1MiB", max_model_len=100, skip_tokenizer_init=True) as llm:
+        assert len(llm.kv_places) == 1
+        assert "1008.0 KiB of float32 KV = 1344 tokens = 10 sequences of 100 tokens" in llm.kv_places[0]
