@@ -45,8 +45,8 @@ def test_worker_lost_in_the_middle(transport: str, harm: signal.Signals, llama: 
         moment: list[float] = []
 
         def strike() -> None:
+            moment.append(time.monotonic())  # before: the loss may be noticed before this thread runs again
             victim.send_signal(harm)
-            moment.append(time.monotonic())
 
         timer = threading.Timer(0.3, strike)
         timer.start()
