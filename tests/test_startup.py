@@ -15,7 +15,7 @@ import pytest
 from cpu_attention import RWorker, available_memory_bytes, machine
 from transport import Admit, Attend, Attended, Hello, LayerSpec, Step, Welcome, connect
 
-# Bounds that the README states.  Compiling takes 2 to 4 s on the slowest machine tried, loading 0.3 s.
+# Bounds that the README states.  Compiling takes 3 s on the machine it was tried on, loading 0.2 s.
 COLD_S, CACHED_S = 10.0, 2.0
 
 OPEN_SESSION = """
