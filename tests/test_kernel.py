@@ -343,6 +343,40 @@ def test_several_python_threads_at_once() -> None:
     assert not failures
 
 
+OUT_OF_BOUNDS = """
+import numpy as np
+from cpu_attention import AttentionRule, HeadFormat, kernel
+from cpu_attention.state import Pieces, State
+head = HeadFormat("float32", 16, 16)
+data, one = np.zeros((2, 1, head.nbytes), np.uint8), np.ones((1, 1, 16), np.float32)
+def attend(block):
+    pieces, state = Pieces(*np.array([[0], [0], [5], [0]])), State.empty(1, 1, 16)
+    kernel.attend_pieces(one, data, head, np.array([[block]], np.int32), pieces, AttentionRule(1.0), state)
+def append(block):
+    kernel.append(one, one, np.array([block], np.int32), np.zeros(1, np.int32), data, head)
+for call in (attend, append):
+    call(1)
+    try:
+        call(3)
+    except IndexError:
+        continue
+    raise SystemExit(f"{call.__name__} went beyond the store unseen")
+"""
+
+
+def test_bounds_checks_see_the_emitted_code(tmp_path: Path) -> None:
+    """The intrinsics have none of their own, so this is what makes running the tests with them mean something."""
+    out = subprocess.run(
+        [sys.executable, "-c", OUT_OF_BOUNDS],
+        env=os.environ | {"NUMBA_BOUNDSCHECK": "1", "NUMBA_CACHE_DIR": str(tmp_path)},
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert out.returncode == 0, out.stderr[-2000:]
+
+
 TARGETS = {
     "generic": {"NUMBA_CPU_NAME": "x86-64", "NUMBA_CPU_FEATURES": ""},
     "avx2": {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": "+avx2,+fma,+f16c"},
