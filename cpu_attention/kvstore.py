@@ -1,18 +1,19 @@
 """The paged KV store of one R-worker: a fixed budget of blocks, and whose they are.
 
-    admit(seq, max_tokens)      promises blocks for max_tokens tokens; refuses what it cannot keep
-      └► extend(seq, n) …       takes blocks out of the promise as the sequence grows
-           └► release(seq)      gives blocks and what is left of the promise back
+    admit(seq, max_tokens)      refuses what could not be held even alone; takes no block yet
+      └► extend({seq: n}) …     takes blocks as sequences grow; all that are asked for, or none
+           └► release(seq)      gives them back
 
-So a sequence that was admitted never runs out of memory.  Knows nothing of attention, messages or threads.
+Who may grow together is the scheduler's to know: it counts the same blocks, and the sum of what sequences may become
+is no concern of the store.  Knows nothing of attention, messages or threads.
 
     block_tables: (sequence, position // block_tokens) -> block
-    free + held by sequences = all blocks;   promised but not yet held <= free
+    free + held by sequences = all blocks
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -50,23 +51,17 @@ class KVStore:
         self._free = np.arange(self.num_blocks - 1, -1, -1, dtype=np.int32)
         self._num_free = self.num_blocks
         self._stored: dict[int, _Stored] = {}
-        self._num_promised = 0  # blocks promised to sequences and not yet held
 
     @property
     def num_sequences(self) -> int:
         return len(self._stored)
 
     @property
-    def num_available_blocks(self) -> int:
-        """Blocks that the next sequence could be promised."""
-        return self._num_free - self._num_promised
+    def num_free_blocks(self) -> int:
+        return self._num_free
 
     def num_tokens(self, seq_id: int) -> int:
         return self._find(seq_id).num_tokens
-
-    def max_tokens(self, seq_id: int) -> int:
-        """What the sequence was admitted for.  Raises UnknownSequence."""
-        return self._find(seq_id).max_tokens
 
     def admit(self, seq_id: int, max_tokens: int) -> None:
         """Raises SequenceExists, KVBudgetExceeded."""
@@ -75,33 +70,38 @@ class KVStore:
         if max_tokens < 1:
             raise BadRequest(f"sequence {seq_id} wants {max_tokens} tokens; the least is 1")
         needed = self.layout.num_blocks(max_tokens)
-        if needed > self.num_available_blocks:
+        if needed > self.num_blocks:
             raise KVBudgetExceeded(
-                f"sequence {seq_id} needs {needed} blocks ({max_tokens} tokens, {self.layout.block_tokens} per block); "
-                f"{self.num_available_blocks} of {self.num_blocks} are available"
+                f"sequence {seq_id} may need {needed} blocks ({max_tokens} tokens, {self.layout.block_tokens} per "
+                f"block); this R-worker has {self.num_blocks}"
             )
-        self._num_promised += needed
         self._stored[seq_id] = _Stored(max_tokens)
 
-    def extend(self, seq_id: int, num_new_tokens: int) -> None:
-        """Makes room for the next tokens of a sequence.  Raises UnknownSequence, KVBudgetExceeded."""
-        stored = self._find(seq_id)
-        total = stored.num_tokens + num_new_tokens
-        if num_new_tokens < 0 or total > stored.max_tokens:
+    def extend(self, new_tokens: Mapping[int, int]) -> None:
+        """Makes room for the next tokens of sequences.  Raises UnknownSequence, KVBudgetExceeded; then for none."""
+        growing = []
+        for seq_id, count in new_tokens.items():
+            stored = self._find(seq_id)
+            total = stored.num_tokens + count
+            if count < 0 or total > stored.max_tokens:
+                raise KVBudgetExceeded(
+                    f"sequence {seq_id} would hold {total} tokens; it was admitted for {stored.max_tokens}"
+                )
+            growing.append((stored, total, self.layout.num_blocks(total) - len(stored.blocks)))
+        needed = sum(missing for _, _, missing in growing)
+        if needed > self._num_free:
             raise KVBudgetExceeded(
-                f"sequence {seq_id} would hold {total} tokens; it was admitted for {stored.max_tokens}"
+                f"{len(growing)} sequences need {needed} more blocks; {self._num_free} of {self.num_blocks} are free"
             )
-        missing = self.layout.num_blocks(total) - len(stored.blocks)
-        self._num_free -= missing
-        stored.blocks.extend(self._free[self._num_free : self._num_free + missing][::-1].tolist())
-        self._num_promised -= missing
-        stored.num_tokens = total
+        for stored, total, missing in growing:
+            self._num_free -= missing
+            stored.blocks.extend(self._free[self._num_free : self._num_free + missing][::-1].tolist())
+            stored.num_tokens = total
 
     def release(self, seq_id: int) -> None:
         """Raises UnknownSequence."""
         stored = self._find(seq_id)
         del self._stored[seq_id]
-        self._num_promised -= self.layout.num_blocks(stored.max_tokens) - len(stored.blocks)
         self._free[self._num_free : self._num_free + len(stored.blocks)] = stored.blocks[::-1]
         self._num_free += len(stored.blocks)
 
@@ -118,12 +118,9 @@ class KVStore:
         layout, held = self.layout, [block for s in self._stored.values() for block in s.blocks]
         free = self._free[: self._num_free].tolist()
         assert sorted(free + held) == list(range(self.num_blocks)), "a block is lost or held twice"
-        promised = 0
         for seq_id, stored in self._stored.items():
-            assert 0 <= stored.num_tokens <= stored.max_tokens, f"sequence {seq_id} is over its promise"
+            assert 0 <= stored.num_tokens <= stored.max_tokens, f"sequence {seq_id} is over its limit"
             assert len(stored.blocks) == layout.num_blocks(stored.num_tokens), f"sequence {seq_id} has wrong blocks"
-            promised += layout.num_blocks(stored.max_tokens) - len(stored.blocks)
-        assert promised == self._num_promised <= self._num_free, "more was promised than is free"
 
     def _find(self, seq_id: int) -> _Stored:
         try:

@@ -25,7 +25,7 @@ import numpy as np
 
 from cpu_attention import kernel as compiled
 from cpu_attention.attention import Attention, Kernel, NewTokens
-from cpu_attention.errors import BadRequest, KVBudgetExceeded, RWorkerError, UnknownSequence
+from cpu_attention.errors import BadRequest, RWorkerError, UnknownSequence
 from cpu_attention.kvstore import KVStore
 from cpu_attention.layout import AttentionRule, KVLayout, LayerShape
 from cpu_attention.machine import format_bytes
@@ -224,14 +224,7 @@ class RWorker:
                     f"sequence {seq_id} holds {stored} tokens; cannot append {num_tokens} at {start} "
                     f"with {num_queries} queries"
                 )
-            if stored + num_tokens > store.max_tokens(seq_id):
-                raise KVBudgetExceeded(
-                    f"sequence {seq_id} would hold {stored + num_tokens} tokens; it was admitted for "
-                    f"{store.max_tokens(seq_id)}"
-                )
-        for seq_id, _, num_tokens, _ in rows:
-            store.extend(seq_id, num_tokens)
-
+        store.extend({seq_id: num_tokens for seq_id, _, num_tokens, _ in rows})
         tables = store.block_tables(message.seq_ids.tolist())
         token_rows = np.repeat(np.arange(len(rows)), message.num_tokens)
         token_positions = _ranges(message.starts, message.num_tokens)

@@ -8,7 +8,7 @@ Hq/Hkv = query/KV heads, D = head_dim, n = sequences.
     S-worker                                   R-worker
     Hello(layers, dtype, budget)        ─────►  builds its KV store
                                         ◄─────  Welcome(num_blocks, ...)   or Failure
-    Admit(seq_ids, max_tokens)          ─────►  reserves blocks                          (no answer)
+    Admit(seq_ids, max_tokens)          ─────►  knows the sequences from now on          (no answer)
     Step(seq_ids, starts, num_tokens)   ─────►  once per step and micro-batch            (no answer)
     Attend(layer 0; q, k, v)            ─────►  appends k, v; then attends q
                                         ◄─────  Attended(layer 0; o)       exactly one answer per Attend
