@@ -1,4 +1,4 @@
-"""How much KV there is and how long a sequence may be: arithmetic, and the errors that show it."""
+"""How much KV there is, how long a sequence may be, what a step may read: arithmetic, and errors that show it."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ import logging
 from collections.abc import Sequence
 
 from cpu_attention import KVLayout, LayerShape, available_memory_bytes, format_bytes
+from fastdecode.calibration import read_calibration
 from fastdecode.config import EngineConfig
 from fastdecode.errors import ConfigError
+from fastdecode.predictor import Learned, MaxTokens
+from fastdecode.scheduler import Scheduler, SchedulerConfig
 from gpu_sworker import ModelFacts
 from transport import Welcome
 
@@ -60,6 +63,48 @@ def max_model_len(config: EngineConfig, facts: ModelFacts, layout: KVLayout, wel
             "max_model_len is %d: the KV budget of one R-worker ends there, the model goes to %d", limit, known
         )
     return limit
+
+
+def make_scheduler(config: EngineConfig, facts: ModelFacts, capacity_blocks: Sequence[int]) -> Scheduler:
+    """The scheduler of an engine.  capacity_blocks: [num_r_workers].  Raises ConfigError."""
+    return Scheduler(
+        SchedulerConfig(
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            num_micro_batches=config.micro_batches or (1 if facts.device == "cpu" else 2),
+            block_tokens=config.block_tokens,
+            capacity_blocks=tuple(capacity_blocks),
+            max_num_waiting=config.max_num_waiting,
+            kv_policy=config.kv_policy,
+            start_policy=config.start_policy,
+            start_interval=config.start_interval,
+            max_kv_load=max_kv_load(config, facts, len(capacity_blocks)),
+            length_quantile=config.length_quantile,
+            order=config.order,
+            order_window=config.order_window,
+        ),
+        Learned() if config.length_predictor == "learned" else MaxTokens(),
+    )
+
+
+def max_kv_load(config: EngineConfig, facts: ModelFacts, num_r_workers: int) -> int | None:
+    """W_lim: what the user sets, or what the R-workers read in the time a step may take.  Raises ConfigError."""
+    if config.max_step_s is None or config.calibration is None:
+        return config.max_kv_load
+    calibration = read_calibration(config.calibration)
+    model = calibration.perf_model
+    if model.num_layers != len(facts.layers):
+        raise ConfigError(
+            f"{config.calibration} was taken of a model of {model.num_layers} layers ({calibration.model}); this one "
+            f"has {len(facts.layers)}"
+        )
+    load = model.largest_load(config.max_step_s, num_r_workers)
+    if load < 1:
+        raise ConfigError(
+            f"max_step_s = {config.max_step_s} is too short: by {config.calibration} the R-workers need "
+            f"{model.num_layers * model.r_fixed_seconds:.4f} s for a step that reads nothing"
+        )
+    return min(load, config.max_kv_load or load)
 
 
 def describe_places(

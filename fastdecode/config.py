@@ -9,8 +9,12 @@ from typing import Any, Self
 
 from cpu_attention import KV_DTYPES, LANES, parse_bytes
 from fastdecode.errors import ConfigError
+from fastdecode.kv_credits import KV_POLICIES
+from fastdecode.load_control import START_POLICIES
+from fastdecode.waiting import ORDERS
 
 TRANSPORTS = ("inproc", "ipc", "tcp", "mpi")
+LENGTH_PREDICTORS = ("learned", "max-tokens")
 DTYPE_NAMES = ("auto", "float32", "float16", "bfloat16")
 
 
@@ -32,11 +36,29 @@ class EngineConfig:
     micro_batches: how many share a step, so that S- and R-Part overlap. None: 2 with a GPU; 1 on a CPU, where
         both Parts want the same cores and halving the batch costs more than the overlap gains.
     max_num_seqs: sequences that run at the same time, at most.
-    max_num_batched_tokens: prompt tokens of one step, at most; a longer prompt gets a step to itself.
+    max_num_batched_tokens: tokens of one step, at most: one for each running sequence, the rest for prompts, which
+        are cut to fit. An eighth is kept for prompts, so no more sequences run than seven eighths of it.
     max_model_len: longest prompt + output in tokens; None: what the model and the KV budget allow.
     seed: what requests without a seed of their own derive theirs from.
     skip_tokenizer_init: load no tokenizer; prompts are token ids then, and outputs have no text.
     block_tokens: tokens per KV block, a multiple of 16.
+    kv_policy: when a sequence fits an R-worker. ``reserve-dynamic``: if it does at every step to come, as far as
+        lengths are known; ``reserve-static``: if the ends of all do at once; ``greedy``: if what it has now does.
+        Where a guess was wrong, the last to come waits again and is computed again, with the same tokens.
+    start_policy: ``steady`` starts sequences in a stream as soon as more wait than fit at once, so that the load stays
+        near half of what starting them together would make it (the paper's load stabilising); ``eager`` starts
+        whoever fits; ``at-once`` starts the next batch when the last one has ended.
+    start_interval: steps from one start to the next, under steady.
+    max_kv_load: KV tokens of all R-workers that a step may read, at most; None: what they hold.
+    max_step_s: the same as a time: what R-workers read in that many seconds, by the calibration.
+    calibration: a file of ``fastdecode calibrate``, for max_step_s.
+    length_predictor: what is taken for the length of outputs that may end by themselves: ``learned`` from those that
+        have ended, by prompt length, or ``max-tokens``.
+    length_quantile: the share of outputs that are not to outlive the KV reserved for them.
+    order: who starts first of those that wait: ``fcfs``, ``sjf`` or ``ljf`` (first come, shortest, longest job).
+    order_window: how many of them sjf and ljf sort at a time.
+    max_num_waiting: sequences that the engine queues; None: any number.
+    step_log: a file to write a JSON line to for every step: its time, its tokens, the KV of every R-worker.
     worker_timeout_s: longest wait for an answer of an R-worker.
     """
 
@@ -57,6 +79,18 @@ class EngineConfig:
     seed: int = 0
     skip_tokenizer_init: bool = False
     block_tokens: int = 64
+    kv_policy: str = "reserve-dynamic"
+    start_policy: str = "steady"
+    start_interval: int = 1
+    max_kv_load: int | None = None
+    max_step_s: float | None = None
+    calibration: str | None = None
+    length_predictor: str = "learned"
+    length_quantile: float = 0.95
+    order: str = "fcfs"
+    order_window: int = 64
+    max_num_waiting: int | None = None
+    step_log: str | None = None
     worker_timeout_s: float = 60.0
 
     @classmethod
@@ -85,11 +119,17 @@ class EngineConfig:
         _one_of("dtype", self.dtype, DTYPE_NAMES)
         _one_of("kv_cache_dtype", self.kv_cache_dtype, ("auto", *KV_DTYPES))
         _one_of("transport", self.transport, TRANSPORTS)
+        _one_of("kv_policy", self.kv_policy, KV_POLICIES)
+        _one_of("start_policy", self.start_policy, START_POLICIES)
+        _one_of("length_predictor", self.length_predictor, LENGTH_PREDICTORS)
+        _one_of("order", self.order, ORDERS)
         for name, low, high in (
             ("num_r_workers", 1, 4096),
             ("max_num_seqs", 1, 1 << 20),
             ("max_num_batched_tokens", 1, 1 << 20),
             ("block_tokens", LANES, 4096),
+            ("start_interval", 1, 1 << 20),
+            ("order_window", 1, 1 << 20),
             ("seed", -(2**63), 2**64 - 1),
         ):
             _in_range(name, getattr(self, name), low, high)
@@ -100,11 +140,21 @@ class EngineConfig:
             ("r_worker_threads", 1, 4096),
             ("max_model_len", 2, 1 << 30),
             ("kv_cache_memory", 1, 1 << 62),
+            ("max_kv_load", 1, 1 << 40),
+            ("max_num_waiting", 1, 1 << 30),
         ):
             if getattr(self, name) is not None:
                 _in_range(name, getattr(self, name), low, high)
         if not 0 < self.worker_timeout_s <= 86400:
             raise ConfigError(f"worker_timeout_s must be above 0 and at most 86400, got {self.worker_timeout_s}")
+        if not 0 <= self.length_quantile <= 1:
+            raise ConfigError(f"length_quantile is a share from 0 to 1, got {self.length_quantile}")
+        if self.max_step_s is not None and not 0 < self.max_step_s <= 86400:
+            raise ConfigError(f"max_step_s must be above 0 and at most 86400, got {self.max_step_s}")
+        if (self.max_step_s is None) != (self.calibration is None):
+            raise ConfigError(
+                "max_step_s needs calibration=FILE, and the other way round: `fastdecode calibrate` makes the file"
+            )
         if self.r_worker_addresses and self.num_r_workers != 1:
             raise ConfigError("give either num_r_workers (to start some) or r_worker_addresses (that run already)")
         if self.r_worker_addresses and self.transport != "inproc":

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from fastdecode.errors import RequestError, RWorkerError
 from fastdecode.outputs import RequestOutput
@@ -21,6 +21,7 @@ from fastdecode.rpool import RPool
 from fastdecode.sampling import sampling_rows
 from fastdecode.sampling_params import SamplingParams
 from fastdecode.scheduler import Scheduler
+from fastdecode.step_log import StepRecord, make_record
 from fastdecode.text import StopFinder, Tokenizer
 from gpu_sworker import Sampled, SWorker, derive_seed
 
@@ -37,7 +38,9 @@ class Engine:
         tokenizer: Tokenizer | None,
         max_model_len: int,
         seed: int,
+        on_step: Callable[[StepRecord], None] | None = None,
     ) -> None:
+        """on_step: told of every step that was run."""
         self._sworker, self._rpool, self._scheduler, self._tokenizer = sworker, rpool, scheduler, tokenizer
         self._pipeline = Pipeline(sworker, rpool)
         self._max_model_len, self._seed = max_model_len, seed
@@ -45,10 +48,17 @@ class Engine:
         self._by_sequence: dict[int, tuple[LiveRequest, Continuation]] = {}
         self._num_requests = self._num_sequences = 0
         self._broken: RWorkerError | None = None
+        self._on_step = on_step
+        self._first_step: float | None = None  # when it began
 
     @property
     def has_work(self) -> bool:
         return self._scheduler.has_work
+
+    @property
+    def is_full(self) -> bool:
+        """A request added now would be refused; after some steps it may not."""
+        return self._scheduler.is_full
 
     def next_request_id(self) -> str:
         """Ids count up from 0, refused requests included, so that a bad prompt does not shift the others' seeds."""
@@ -84,6 +94,7 @@ class Engine:
             return []
         started = time.monotonic()
         sampled = self._run(step)
+        self._tell(step, started)
         return self._commit(step, sampled, started)
 
     def abort(self, request_ids: Iterable[str]) -> None:
@@ -104,9 +115,20 @@ class Engine:
         released = self._scheduler.remove(sequences)
         try:
             if not self._broken:
-                self._rpool.release(released)
+                self._pipeline.release(released)
         except RWorkerError as error:
             logger.debug("lost while releasing: %s", error)
+            self._broken = error
+        except BaseException:
+            self._settle((worker, seq_id) for worker, seq_ids in released.items() for seq_id in seq_ids)
+            raise
+
+    def _settle(self, sequences: Iterable[tuple[int, int]]) -> None:
+        """After an interrupt: see `Pipeline.settle`."""
+        try:
+            if not self._broken:
+                self._pipeline.settle(sequences)
+        except RWorkerError as error:
             self._broken = error
 
     def _run(self, step: Step) -> list[Sampled]:
@@ -119,14 +141,29 @@ class Engine:
             # Interrupted in the middle (Ctrl-C, out of memory): what R-workers hold of these sequences is not
             # what the scheduler thinks, so they end here; the engine itself can go on.
             self.abort(list(self._live))
-            try:
-                self._rpool.settle()
-            except RWorkerError as error:
-                self._broken = error
+            self._settle(
+                {(segment.r_worker, segment.seq_id) for batch in step.micro_batches for segment in batch.segments}
+                | {(worker, seq_id) for worker, seq_ids in step.preempted.items() for seq_id in seq_ids}
+            )
             raise
 
+    def _tell(self, step: Step, started: float) -> None:
+        if self._on_step is None:
+            return
+        self._first_step = started if self._first_step is None else self._first_step
+        self._on_step(
+            make_record(
+                step,
+                begin_s=started - self._first_step,
+                seconds=time.monotonic() - started,
+                num_running=self._scheduler.num_running,
+                num_waiting=self._scheduler.num_waiting,
+                kv_tokens=self._scheduler.kv_tokens,
+            )
+        )
+
     def _sample(self, micro_batch: MicroBatch, logits: object) -> Sampled:
-        sequences = [self._scheduler.running(segment.seq_id) for segment in micro_batch.segments]
+        sequences = [self._scheduler.running(segment.seq_id) for segment in micro_batch.sampled]
         return self._sworker.sample(logits, sampling_rows(sequences, self._sworker.facts.vocab_size))  # type: ignore[arg-type]
 
     def _commit(self, step: Step, sampled: list[Sampled], started: float) -> list[RequestOutput]:
@@ -134,11 +171,13 @@ class Engine:
         tokens: dict[int, int] = {}
         now = time.monotonic()
         for micro_batch, results in zip(step.micro_batches, sampled, strict=True):
-            for row, segment in enumerate(micro_batch.segments):
+            for segment in micro_batch.segments:
+                live, _ = self._by_sequence[segment.seq_id]
+                live.first_scheduled = live.first_scheduled or started
+            for row, segment in enumerate(micro_batch.sampled):
                 live, continuation = self._by_sequence[segment.seq_id]
                 tokens[segment.seq_id] = token = int(results.token_ids[row])
                 continuation.take(token, results.logprobs[row])
-                live.first_scheduled = live.first_scheduled or started
                 live.first_token = live.first_token or now
         finished = self._scheduler.commit(step, tokens)
         finished += self._stop_at_strings(tokens)

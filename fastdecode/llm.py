@@ -8,6 +8,7 @@ with LLM("path/to/model", num_r_workers=2, transport="ipc") as llm:
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,22 +16,18 @@ from typing import Any, Self
 
 from tqdm import tqdm
 
-from cpu_attention import KVBudgetExceeded, KVLayout
-from fastdecode.capacity import describe_places, kv_layout, local_kv_bytes, max_model_len
+from fastdecode.capacity import describe_places, make_scheduler, max_model_len
 from fastdecode.config import EngineConfig
 from fastdecode.engine import Engine
-from fastdecode.errors import ConfigError, ModelError, RequestError, RWorkerFailed
-from fastdecode.launch import find_r_workers, start_r_workers
-from fastdecode.launch_mpi import mpi_addresses
+from fastdecode.errors import ConfigError, RequestError
 from fastdecode.outputs import RequestOutput
 from fastdecode.prompts import Conversation, Prompt, ReadPrompt, pair, read_prompt
 from fastdecode.results import refused_output
-from fastdecode.rpool import RPool
+from fastdecode.runtime import open_runtime
 from fastdecode.sampling_params import SamplingParams
-from fastdecode.scheduler import Scheduler, SchedulerConfig
+from fastdecode.step_log import StepLog
 from fastdecode.text import Tokenizer
-from gpu_sworker import ModelFacts, SWorker, SWorkerError
-from transport import Hello, LayerSpec, Welcome
+from gpu_sworker import ModelFacts, SWorker
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +35,6 @@ _UNSUPPORTED_WISHES = (
     "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids", "suppress_tokens", "begin_suppress_tokens",
     "forced_bos_token_id", "forced_eos_token_id", "sequence_bias",
 )  # fmt: skip
-_OPEN_TIMEOUT_S = 120.0  # an R-worker compiles its kernels when a session opens
 
 
 class LLM:
@@ -53,47 +49,26 @@ class LLM:
         self._in_use = False
         self._closed = False
         with ExitStack() as cleanup:
-            addresses = mpi_addresses() if config.transport == "mpi" else list(config.r_worker_addresses)
-            try:
-                sworker = SWorker(config.model, dtype=config.dtype, device=config.device)
-            except SWorkerError as error:
-                raise ModelError(str(error)) from error
-            self.facts: ModelFacts = sworker.facts
+            step_log = StepLog(config.step_log) if config.step_log else None
+            if step_log:
+                cleanup.callback(step_log.close)
+            runtime = open_runtime(config)
+            cleanup.callback(runtime.close)
             self._tokenizer = None if config.skip_tokenizer_init else Tokenizer(config.tokenizer or config.model)
-            self._default_params = _default_params(sworker)
-            layout = kv_layout(config, sworker.facts)
-            if addresses:
-                workers = find_r_workers(addresses)
-            else:
-                workers = start_r_workers(
-                    transport=config.transport,
-                    num_workers=config.num_r_workers,
-                    threads_each=config.r_worker_threads,
-                    kv_cache_bytes_each=local_kv_bytes(config, sworker.facts, layout),
-                )
-            cleanup.callback(workers.close)
-            self._rpool = RPool(workers.handles, config.worker_timeout_s)
-            cleanup.callback(self._rpool.close)
-            welcomes = _open_session(self._rpool, config, sworker.facts, layout)
-            self.max_model_len = max_model_len(config, sworker.facts, layout, welcomes)
+            self.facts: ModelFacts = runtime.sworker.facts
+            self._default_params = _default_params(runtime.sworker)
+            self.max_model_len = max_model_len(config, self.facts, runtime.layout, runtime.welcomes)
             self._engine = Engine(
-                sworker=sworker,
-                rpool=self._rpool,
+                sworker=runtime.sworker,
+                rpool=runtime.rpool,
                 tokenizer=self._tokenizer,
                 max_model_len=self.max_model_len,
                 seed=config.seed,
-                scheduler=Scheduler(
-                    SchedulerConfig(
-                        max_num_seqs=config.max_num_seqs,
-                        max_num_batched_tokens=config.max_num_batched_tokens,
-                        num_micro_batches=config.micro_batches or (1 if self.facts.device == "cpu" else 2),
-                        block_tokens=config.block_tokens,
-                        capacity_blocks=tuple(welcome.num_blocks for welcome in welcomes),
-                    )
-                ),
+                scheduler=make_scheduler(config, self.facts, [welcome.num_blocks for welcome in runtime.welcomes]),
+                on_step=step_log.write if step_log else None,
             )
             self.kv_places = describe_places(
-                self._rpool.names, welcomes, layout, config.kv_cache_memory, self.max_model_len
+                runtime.rpool.names, runtime.welcomes, runtime.layout, config.kv_cache_memory, self.max_model_len
             )
             for line in self.kv_places:
                 logger.info("%s", line)
@@ -180,42 +155,25 @@ class LLM:
             raise ConfigError("this LLM is generating already; finish or close that iteration first")
         self._in_use = True
         places: dict[str, int] = {}
+        waiting = deque(enumerate(requests))
         try:
-            for place, (prompt, params) in enumerate(requests):
-                request_id, read = self._engine.next_request_id(), ReadPrompt(None, [])
-                try:
-                    read = read_prompt(prompt, self._tokenizer)
-                    self._engine.add_request(request_id, read.token_ids, params, prompt=read.text)
-                    places[request_id] = place
-                except RequestError as error:
-                    yield place, refused_output(request_id, read.text, read.token_ids, error, params.n)
-            while self._engine.has_work and not self._closed:
+            while (waiting or self._engine.has_work) and not self._closed:
+                while waiting and not self._engine.is_full:
+                    place, (prompt, params) = waiting.popleft()
+                    request_id, read = self._engine.next_request_id(), ReadPrompt(None, [])
+                    try:
+                        read = read_prompt(prompt, self._tokenizer)
+                        self._engine.add_request(request_id, read.token_ids, params, prompt=read.text)
+                        places[request_id] = place
+                    except RequestError as error:
+                        yield place, refused_output(request_id, read.text, read.token_ids, error, params.n)
                 for output in self._engine.step():
                     yield places.pop(output.request_id), output
-            if places:
+            if places or waiting:
                 raise ConfigError("this LLM was closed while it was generating")
         finally:
             self._in_use = False
             self._engine.abort(places)
-
-
-def _open_session(rpool: RPool, config: EngineConfig, facts: ModelFacts, layout: KVLayout) -> list[Welcome]:
-    hello = Hello(
-        layers=tuple(
-            LayerSpec(s.num_q_heads, s.num_kv_heads, s.head_dim, s.scale, s.window, s.softcap, s.sinks)
-            for s in facts.layers
-        ),
-        kv_dtype=layout.dtype,
-        block_tokens=layout.block_tokens,
-        kv_cache_bytes=config.kv_cache_memory,
-    )
-    started_here = not config.r_worker_addresses
-    try:
-        return rpool.open(hello, _OPEN_TIMEOUT_S if started_here else min(_OPEN_TIMEOUT_S, config.worker_timeout_s))
-    except RWorkerFailed as error:
-        if error.kind == KVBudgetExceeded.__name__:
-            raise ConfigError(f"{error}: raise kv_cache_memory") from error
-        raise
 
 
 def _default_params(sworker: SWorker) -> SamplingParams:

@@ -37,6 +37,11 @@ class Demand:
         return self.first + step - self.start if self.start <= step <= self.end else 0
 
     @property
+    def last(self) -> int:
+        """What it reads in its last step."""
+        return self.at(self.end)
+
+    @property
     def area(self) -> int:
         """Tokens read in all its steps together."""
         steps = self.end - self.start + 1
@@ -70,6 +75,12 @@ class Projection:
         """The load of a step that is not before any live sequence's start."""
         live = slice(int(np.searchsorted(self._ends, step)), None)
         return int(self._offsets[live].sum()) + step * len(self._ends[live])
+
+    def mean(self, begin: int, end: int) -> float:
+        """The average load of the steps `begin` to `end`, which are not before any live sequence's start."""
+        first = int(np.searchsorted(self._ends, begin))
+        steps = np.minimum(self._ends[first:], end) - begin + 1
+        return float((steps * (self._offsets[first:] + begin) + steps * (steps - 1) / 2).sum()) / (end - begin + 1)
 
     def peak(self, new: Demand) -> int:
         """The largest load of the steps in which `new` would be live, its own included."""
@@ -105,20 +116,24 @@ class SteadyStream:
     def cost(self, demand: Demand) -> float:
         return demand.area + (demand.end - demand.start + 1) * (self._interval - 1) / 2
 
-    def earn(self, step: int, next_one: Demand) -> None:
-        """To be called once in every step, before anything starts, with whoever waits in front.
+    def earn(self, step: int, next_cost: float) -> None:
+        """To be called once in every step, before anything starts, with the cost of whoever waits in front.
 
         What the load check or the order of the queue left unspent is carried on, for some starts, and made up for
         one at a time; idle times earn nothing for later.
         """
         if step % self._interval == 0:
-            earned, cost = float(self._limit * self._interval), self.cost(next_one)
-            self._credit = min(self._credit + earned, earned + _CARRIED * cost)
-            self._allowance = earned + cost
+            earned = float(self._limit * self._interval)
+            self._credit = min(self._credit + earned, earned + _CARRIED * next_cost)
+            self._allowance = earned + next_cost
 
-    def allows(self, demand: Demand) -> bool:
-        return min(self._credit, self._allowance) >= self.cost(demand)
+    def allows(self, cost: float) -> bool:
+        return min(self._credit, self._allowance) >= cost
 
-    def spend(self, demand: Demand) -> None:
-        self._credit -= self.cost(demand)
-        self._allowance -= self.cost(demand)
+    def spend(self, cost: float) -> None:
+        self._credit -= cost
+        self._allowance -= cost
+
+    def settle(self, spent: float, cost: float) -> None:
+        """One that was started for `spent` turned out to cost `cost`: it ended early, or outlived its prediction."""
+        self._credit += spent - cost

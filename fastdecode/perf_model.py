@@ -25,6 +25,8 @@ class PerfModel:
     seconds: tuple[float, ...]  # T at each of them, of one block
     kv_token_seconds: float  # R, of one R-worker and one block
     num_layers: int  # N
+    r_fixed_seconds: float = 0.0  # of the R-Part of one block, whatever the load: the wire, the calls
+    overlap: float | None = None  # how well S and R overlap where both are busy, see step_seconds; None: perfectly
 
     def __post_init__(self) -> None:
         if not self.batches or len(self.batches) != len(self.seconds) or self.batches[0] < 1:
@@ -33,15 +35,21 @@ class PerfModel:
             raise ValueError(f"the batches of T(B) must rise: {self.batches}")
         if any(b < a for a, b in zip(self.seconds, self.seconds[1:], strict=False)):
             raise ValueError(f"a larger batch cannot take less time: {self.seconds}; see PerfModel.measured")
-        if min(self.seconds) <= 0 or self.kv_token_seconds <= 0 or self.num_layers < 1:
+        if min(self.seconds) <= 0 or self.kv_token_seconds <= 0 or self.num_layers < 1 or self.r_fixed_seconds < 0:
             raise ValueError("times and the number of layers must be above 0")
 
     @classmethod
     def measured(
-        cls, batches: Sequence[int], seconds: Sequence[float], kv_token_seconds: float, num_layers: int
+        cls,
+        batches: Sequence[int],
+        seconds: Sequence[float],
+        kv_token_seconds: float,
+        num_layers: int,
+        r_fixed_seconds: float = 0.0,
     ) -> PerfModel:
         """From times that noise may have put out of order: each is taken as at least those before it."""
-        return cls(tuple(batches), tuple(itertools.accumulate(seconds, max)), kv_token_seconds, num_layers)
+        rising = tuple(itertools.accumulate(seconds, max))
+        return cls(tuple(batches), rising, kv_token_seconds, num_layers, r_fixed_seconds)
 
     def s_seconds(self, batch: float) -> float:
         """T(B) of one block: straight lines between what was measured; below it the first time, for weights have to be
@@ -57,7 +65,7 @@ class PerfModel:
 
     def r_seconds(self, load: float, num_r_workers: int) -> float:
         """Of one block, for `load` KV tokens spread evenly."""
-        return self.kv_token_seconds * load / num_r_workers
+        return self.r_fixed_seconds + self.kv_token_seconds * load / num_r_workers
 
     def efficiency(self, batch: float) -> float:
         """E(B), tokens per second through one block of the S-Part."""
@@ -68,10 +76,17 @@ class PerfModel:
 
         One alone alternates between S and R; with more the busier of the two sets the pace, unless one micro-batch's
         own way through both is longer:   S: A B A B      R: _ A B A B
+
+        Where both take about as long, whatever varies makes each wait for the other: the pace is then the p-norm of
+        the two with p = `overlap`, 2^(1/p) times the busier one at most.
         """
         s = [self.s_seconds(tokens) for tokens, _ in micro_batches]
         r = [self.r_seconds(load, num_r_workers) for _, load in micro_batches]
-        return self.num_layers * max(sum(s), sum(r), max((a + b for a, b in zip(s, r, strict=True)), default=0.0))
+        both = sum(s), sum(r)
+        pace = max(both)
+        if pace > 0 and self.overlap is not None:
+            pace *= sum((part / pace) ** self.overlap for part in both) ** (1 / self.overlap)
+        return self.num_layers * max(pace, max((a + b for a, b in zip(s, r, strict=True)), default=0.0))
 
     def largest_batch(self, length: int, latency_s: float) -> int:
         """(7): the largest B whose sequences of `length` tokens take at most `latency_s`; 0 if none does."""
@@ -98,7 +113,8 @@ class PerfModel:
 
     def largest_load(self, step_seconds: float, num_r_workers: int) -> int:
         """W_lim: the KV tokens that the R-workers read in a step of at most so many seconds."""
-        return int(step_seconds * num_r_workers / (self.kv_token_seconds * self.num_layers))
+        left = step_seconds / self.num_layers - self.r_fixed_seconds
+        return max(0, int(left * num_r_workers / self.kv_token_seconds))
 
 
 def sls_peak(batch: int, length: int, interval: int) -> float:

@@ -9,7 +9,7 @@ With one micro-batch the same loop is the serial definition; the tokens are the 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,10 +17,10 @@ import torch
 
 from fastdecode.plan import MicroBatch, Step
 from fastdecode.rpool import RPool, Ticket
-from gpu_sworker import AttentionCall, FlatBatch, Sampled, SWorker
+from gpu_sworker import AttentionCall, FlatBatch, PromptChunk, Sampled, SWorker
 
 _Forward = Generator[AttentionCall, torch.Tensor, torch.Tensor]
-SampleFunction = Callable[[MicroBatch, torch.Tensor], Sampled]  # (micro-batch, logits [num_segments, vocab])
+SampleFunction = Callable[[MicroBatch, torch.Tensor], Sampled]  # (micro-batch, logits [num_sampled, vocab])
 
 
 @dataclass
@@ -39,7 +39,7 @@ class _Rows:
     """Where the rows of a micro-batch attend."""
 
     queries: np.ndarray | None  # [num_queries] int64, rows that attend on R-workers; None: all of them
-    prompts: tuple[tuple[int, int], ...]  # (first row, length) of each prompt, which attends on the S-worker
+    prompts: tuple[PromptChunk, ...]  # those that attend on the S-worker
 
 
 class Pipeline:
@@ -48,8 +48,12 @@ class Pipeline:
         self._rpool = rpool
 
     def run(self, step: Step, sample: SampleFunction) -> list[Sampled]:
-        """One token for every segment, per micro-batch.  Raises RWorkerError; then the step did not happen."""
+        """A token for every segment that wants one, per micro-batch.
+
+        Raises RWorkerError; then the step did not happen.
+        """
         results: dict[int, Sampled] = {}
+        self.release(step.preempted)
         self._rpool.admit(step.admissions)
         forwards = [self._sworker.forward(flatten(micro_batch)) for micro_batch in step.micro_batches]
         flying: deque[_InFlight] = deque()
@@ -71,6 +75,22 @@ class Pipeline:
                     forward.close()
         return [results[micro_batch.index] for micro_batch in step.micro_batches]
 
+    def release(self, sequences: Mapping[int, Sequence[int]]) -> None:
+        """R-worker -> sequences that nothing in flight uses any more.  Raises RWorkerError."""
+        for seq_ids in sequences.values():
+            self._sworker.forget_prompts(seq_ids)
+        self._rpool.release(sequences)
+
+    def settle(self, sequences: Iterable[tuple[int, int]]) -> None:
+        """Brings all to rest after something was broken off, wherever that was.  Raises RWorkerError.
+
+        sequences: (R-worker, seq_id) of those that end and may or may not be known there, or be released already.
+        Each is released by itself, because a release of several fails whole on account of one.
+        """
+        for worker, seq_id in sequences:
+            self.release({worker: [seq_id]})
+        self._rpool.settle()
+
     def _launch(self, step: int, micro_batch: MicroBatch, forward: _Forward) -> _InFlight:
         """Begins a micro-batch and submits its first layer."""
         ticket = self._rpool.begin(step, micro_batch)
@@ -87,35 +107,35 @@ class Pipeline:
     def _collect(self, flight: _InFlight) -> torch.Tensor:
         """o of all rows: prompts are attended here while the R-workers are busy.  # [T, num_q_heads, head_dim]"""
         call, rows = flight.call, flight.rows
-        prompts = [self._sworker.attend_prompt(call, first, length) for first, length in rows.prompts]
+        prompts = [self._sworker.attend_prompt(call, chunk) for chunk in rows.prompts]
         o_queries = self._sworker.to_device(self._rpool.collect(flight.ticket))
         if rows.queries is None:
             return o_queries
         o = torch.empty_like(call.q)
         o[torch.from_numpy(rows.queries)] = o_queries
-        for (first, length), o_prompt in zip(rows.prompts, prompts, strict=True):
-            o[first : first + length] = o_prompt
+        for chunk, o_prompt in zip(rows.prompts, prompts, strict=True):
+            o[chunk.rows] = o_prompt
         return o
 
 
 def flatten(micro_batch: MicroBatch) -> FlatBatch:
     """The micro-batch's tokens behind one another."""
     segments = micro_batch.segments
-    lengths = [segment.num_tokens for segment in segments]
+    ends = np.cumsum([segment.num_tokens for segment in segments], dtype=np.int64)
     return FlatBatch(
         token_ids=np.concatenate([np.array(segment.token_ids, np.int64) for segment in segments]),
         positions=np.concatenate([np.arange(s.start, s.start + s.num_tokens, dtype=np.int64) for s in segments]),
-        logits_rows=np.cumsum(lengths, dtype=np.int64) - 1,
+        logits_rows=ends[[segment.is_sampled for segment in segments]] - 1,
     )
 
 
 def _rows(micro_batch: MicroBatch) -> _Rows:
     queries: list[int] = []
-    prompts: list[tuple[int, int]] = []
+    prompts: list[PromptChunk] = []
     row = 0
     for segment in micro_batch.segments:
         if segment.is_prompt:
-            prompts.append((row, segment.num_tokens))
+            prompts.append(PromptChunk(segment.seq_id, row, segment.num_tokens, segment.start, segment.prompt_tokens))
         else:
             queries.extend(range(row, row + segment.num_tokens))
         row += segment.num_tokens

@@ -2,25 +2,43 @@
 
 Step ─┬─ MicroBatch 0 ── Segment, Segment, …     rows: by R-worker, then decodes before prompts
       └─ MicroBatch 1 ── Segment, …
+
+Micro-batches pass every layer in their order, so one may go on with a prompt where the one before it stopped.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
 
 
-@dataclass(frozen=True)
-class Segment:
-    """Consecutive tokens of one sequence that go through the model together."""
+class Segment(NamedTuple):
+    """Consecutive tokens of one sequence that go through the model together.
+
+    A tuple, because a step has one for every running sequence.
+    """
 
     seq_id: int
     r_worker: int  # which R-worker holds the sequence
     start: int  # position of the first token
     token_ids: tuple[int, ...]
-    is_prompt: bool  # attends on the S-worker, from its first token on; otherwise on the R-worker
+    prompt_tokens: int  # of the prompt these are a chunk of; 0: one token that was sampled
 
-    def __post_init__(self) -> None:
-        assert self.token_ids and (self.start == 0 if self.is_prompt else len(self.token_ids) == 1)
+    @property
+    def is_prompt(self) -> bool:
+        """It attends on the S-worker; otherwise on the R-worker."""
+        return self.prompt_tokens > 0
+
+    @property
+    def is_sampled(self) -> bool:
+        """The token after its last one is wanted."""
+        return not self.is_prompt or self.end == self.prompt_tokens
+
+    @property
+    def end(self) -> int:
+        return self.start + len(self.token_ids)
 
     @property
     def num_tokens(self) -> int:
@@ -34,31 +52,40 @@ class Segment:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Every segment's last token is sampled."""
-
     index: int
     segments: tuple[Segment, ...]
 
     def __post_init__(self) -> None:
-        keys = [(segment.r_worker, segment.is_prompt) for segment in self.segments]
-        assert self.segments and keys == sorted(keys), "rows go by R-worker, decodes before prompts"
+        keys = [(segment.r_worker, segment.prompt_tokens > 0) for segment in self.segments]
+        assert keys and keys == sorted(keys), "rows go by R-worker, decodes before prompts"
+        for segment in self.segments:
+            if segment.prompt_tokens:
+                assert segment.token_ids and segment.end <= segment.prompt_tokens, "a chunk is part of its prompt"
+            else:
+                assert len(segment.token_ids) == 1, "one token is decoded at a time"
 
     @property
     def num_tokens(self) -> int:
         return sum(segment.num_tokens for segment in self.segments)
 
+    @cached_property
+    def sampled(self) -> tuple[Segment, ...]:
+        """Those whose next token is wanted, in the order of their rows."""
+        return tuple(segment for segment in self.segments if segment.is_sampled)
+
 
 @dataclass(frozen=True)
 class Admission:
-    """A sequence that gets its place on an R-worker, with KV for everything it may become."""
+    """A sequence that gets its place on an R-worker."""
 
     seq_id: int
     r_worker: int
-    max_tokens: int
+    max_tokens: int  # the most KV it may come to hold
 
 
 @dataclass(frozen=True)
 class Step:
     number: int
+    preempted: Mapping[int, list[int]]  # R-worker -> sequences whose KV it frees before anything else
     admissions: tuple[Admission, ...]
     micro_batches: tuple[MicroBatch, ...]

@@ -30,6 +30,7 @@ class Prediction:
 
     lengths: tuple[int, ...]
     weights: tuple[float, ...]
+    is_informed: bool = True  # False: no more than a bound
 
     def quantile(self, share: float, more_than: int = 0) -> int:
         """The least length that at least this share of outputs does not exceed, of those beyond `more_than`.
@@ -67,7 +68,7 @@ class MaxTokens:
     """Every sequence takes all it may."""
 
     def predict(self, prompt_tokens: int, max_tokens: int, true_tokens: int | None) -> Prediction:
-        return Prediction((max_tokens,), (1.0,))
+        return Prediction((max_tokens,), (1.0,), is_informed=False)
 
     def observe(self, prompt_tokens: int, output_tokens: int) -> None:
         pass
@@ -126,7 +127,7 @@ class Learned:
         if len(seen) < self._least:
             seen = self._all
         if len(seen) < self._least:
-            return Prediction((max_tokens,), (1.0,))
+            return Prediction((max_tokens,), (1.0,), is_informed=False)
         counts: dict[int, int] = {}
         for tokens in seen:
             end = min(-(-tokens // BUCKET_TOKENS) * BUCKET_TOKENS, max_tokens)

@@ -1,18 +1,22 @@
 """A request and the sequences it becomes.  Pure: no text, no torch, no clock.
 
-    state      holds                                         next
-    ────────   ───────────────────────────────────────────   ─────────────────────────
-    waiting    the prompt                                    running, when KV is promised
-    running    prompt + output, a place on an R-worker       finished: stop, length, abort
-    finished   prompt + output, a reason
+    state       holds                                         next
+    ─────────   ───────────────────────────────────────────   ──────────────────────────────────────────
+    waiting     prompt, and output if it was preempted        prefilling, when there is room for its KV
+    prefilling  a place on an R-worker, KV of its first       decoding, with its last chunk; waiting, if
+                tokens                                        preempted
+    decoding    KV of all tokens but the newest               finished: stop, length; waiting, if preempted
+    finished    prompt + output, a reason
 
-A sequence can be rebuilt anywhere from `token_ids` and its seed: draws depend on seed and position alone.
+A sequence can be rebuilt anywhere from `token_ids` and its seed: draws depend on seed and position alone.  So what is
+preempted goes through the model again as one prompt, output and all, and continues as if nothing had been.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from fastdecode.predictor import Prediction
 from fastdecode.sampling_params import SamplingParams
 
 
@@ -24,6 +28,12 @@ class Request:
     max_new_tokens: int  # what params and max_model_len leave
     stop_token_ids: frozenset[int]  # params' own
     eos_token_ids: frozenset[int]  # empty when they are to be ignored
+    true_output_tokens: int | None = None  # known in simulations and replays only
+
+    @property
+    def length_is_known(self) -> bool:
+        """Nothing but its length can end it."""
+        return not (self.eos_token_ids or self.stop_token_ids or self.params.stop_strings)
 
 
 @dataclass(eq=False)
@@ -35,6 +45,11 @@ class Sequence:
     index: int  # which continuation
     seed: int
     r_worker: int | None = None  # None: waiting, or finished
+    num_computed: int = 0  # tokens whose KV is on the R-worker
+    prefill_tokens: int = 0  # how many it began with there: its prompt, and what was output before a preemption
+    num_preemptions: int = 0
+    prediction: Prediction | None = None  # of all its output tokens; None: nobody was asked yet
+    expected_tokens: int = 0  # of output, as its KV was reserved; it may outlive that
     output_token_ids: list[int] = field(default_factory=list)
     finish_reason: str | None = None
     stop_reason: int | str | None = None
@@ -44,9 +59,27 @@ class Sequence:
         return len(self.request.prompt_token_ids) + len(self.output_token_ids)
 
     @property
+    def token_ids(self) -> tuple[int, ...]:
+        return (*self.request.prompt_token_ids, *self.output_token_ids)
+
+    @property
+    def is_prefilling(self) -> bool:
+        return self.num_computed < self.prefill_tokens
+
+    @property
     def max_kv_tokens(self) -> int:
         """KV it will hold at most: the last token sampled never comes back as input."""
         return len(self.request.prompt_token_ids) + self.request.max_new_tokens - 1
+
+    def admit(self, r_worker: int) -> None:
+        assert self.r_worker is None and not self.finish_reason
+        self.r_worker, self.num_computed, self.prefill_tokens = r_worker, 0, self.num_tokens
+
+    def preempt(self) -> None:
+        """Back to waiting; its KV is gone."""
+        assert self.r_worker is not None and not self.finish_reason
+        self.r_worker, self.num_computed = None, 0
+        self.num_preemptions += 1
 
     def append(self, token_id: int) -> None:
         """Takes the next token and finishes the sequence if that ends it."""

@@ -1,41 +1,72 @@
-"""Which tokens go through the model next.  Pure: no torch, no sockets, no clock.
+"""Which tokens go through the model next.  Pure: no torch, no sockets, no clock but the steps.
 
-Continuous batching: every step carries one token of each running sequence, and the prompts of as many waiting
-ones as fit; sequences join and leave between any two steps.  A sequence starts only when an R-worker has KV for
-its prompt and all of its output, so none ever has to be thrown out again.
+Continuous batching with SplitFuse: every step carries one token of each running sequence, and fills up with prompts,
+cut where the step's budget ends.  Sequences join and leave between any two steps.
 
-    add ─► waiting ──schedule──► running ──commit──► finished
-                (first come, first served)
+    add ─► waiting ──schedule──► running: prefilling ─► decoding ──commit──► finished ──remove─►
+              ▲  who is first?         │ may it start, and where?
+              │  WaitingQueue          │ LoadControl, Predictor
+              └──────preempted─────────┘ a guess was wrong, and its R-worker is full
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from fastdecode.compose import micro_batches
 from fastdecode.errors import RequestError
-from fastdecode.placement import least_reserved
-from fastdecode.plan import Admission, MicroBatch, Segment, Step
+from fastdecode.kv_credits import KVCredits
+from fastdecode.load import Demand
+from fastdecode.load_control import LoadControl, Prospect
+from fastdecode.plan import Admission, Segment, Step
+from fastdecode.predictor import Learned, Prediction, Predictor
 from fastdecode.request import Sequence
+from fastdecode.waiting import WaitingQueue
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SchedulerConfig:
+    """See `fastdecode.config.EngineConfig` for what users choose."""
+
     max_num_seqs: int
-    max_num_batched_tokens: int  # prompt tokens per step
+    max_num_batched_tokens: int
     num_micro_batches: int
     block_tokens: int
     capacity_blocks: tuple[int, ...]  # [num_r_workers]
+    max_num_waiting: int | None = None
+    kv_policy: str = "reserve-dynamic"
+    start_policy: str = "steady"
+    start_interval: int = 1
+    max_kv_load: int | None = None
+    length_quantile: float = 0.95
+    order: str = "fcfs"
+    order_window: int = 64
+    split_fuse: bool = True  # False: prompts go whole, in steps of their own, before anything else (vLLM of 2023)
+
+    @property
+    def num_seats(self) -> int:
+        """Sequences that run at most: an eighth of the budget stays for prompts, so that decodes cannot starve them."""
+        if not self.split_fuse:
+            return self.max_num_seqs
+        return max(1, min(self.max_num_seqs, self.max_num_batched_tokens - -(-self.max_num_batched_tokens // 8)))
 
 
 class Scheduler:
-    def __init__(self, config: SchedulerConfig) -> None:
+    def __init__(self, config: SchedulerConfig, predictor: Predictor | None = None) -> None:
         self._config = config
-        self._waiting: deque[Sequence] = deque()
+        self._predictor = predictor or Learned()
+        self._waiting = WaitingQueue(config.order, config.order_window, self._job_length)
         self._running: dict[int, Sequence] = {}  # by seq_id, in order of admission
-        self._reserved_blocks = [0] * len(config.capacity_blocks)
+        self._credits = KVCredits(config.kv_policy, config.capacity_blocks, config.block_tokens)
+        self._load = LoadControl(
+            self._credits,
+            start_policy=config.start_policy,
+            start_interval=config.start_interval,
+            max_kv_load=config.max_kv_load,
+        )
         self._num_steps = 0
+        self._load_step = 0  # the steps in which what runs grows
 
     @property
     def num_waiting(self) -> int:
@@ -46,48 +77,74 @@ class Scheduler:
         return len(self._running)
 
     @property
+    def kv_tokens(self) -> tuple[int, ...]:
+        """Of what runs in the step scheduled last, per R-worker, prompts on their way in counted whole."""
+        return self._credits.tokens
+
+    @property
     def has_work(self) -> bool:
         return bool(self._waiting or self._running)
+
+    @property
+    def is_full(self) -> bool:
+        """No more can be added before some have started."""
+        return self._config.max_num_waiting is not None and len(self._waiting) >= self._config.max_num_waiting
 
     def running(self, seq_id: int) -> Sequence:
         return self._running[seq_id]
 
     def add(self, sequence: Sequence) -> None:
-        """Raises RequestError if no R-worker could ever hold it."""
-        needed, largest = self._blocks(sequence), max(self._config.capacity_blocks)
-        if needed > largest:
+        """Raises RequestError if no R-worker could ever hold it, or if the queue is full."""
+        needed = self._credits.blocks(sequence.max_kv_tokens)
+        if needed > self._credits.largest:
             size = self._config.block_tokens
             raise RequestError(
                 "kv_budget_exceeded",
                 f"prompt + output is {sequence.max_kv_tokens} tokens of KV = {needed} blocks of {size}; the largest "
-                f"R-worker has {largest}: raise kv_cache_memory or lower max_tokens",
+                f"R-worker has {self._credits.largest}: raise kv_cache_memory or lower max_tokens",
             )
-        self._waiting.append(sequence)
+        if self.is_full:
+            raise RequestError(
+                "queue_full", f"{len(self._waiting)} sequences wait already, the most allowed; try again later"
+            )
+        self._waiting.add(sequence)
 
     def schedule(self) -> Step | None:
         """The next step; None if there is nothing to do."""
+        self._credits.count(self._running.values())
+        preempted = self._preempt()
         decodes = [
-            Segment(s.seq_id, _place(s), s.num_tokens - 1, (s.output_token_ids[-1],), is_prompt=False)
+            Segment(s.seq_id, _place(s), s.num_computed, (s.output_token_ids[-1],), prompt_tokens=0)
             for s in self._running.values()
+            if not s.is_prefilling
         ]
-        admissions, prompts = self._admit()
+        admissions, prompts = self._prompts(len(decodes))
+        if prompts and not self._config.split_fuse:
+            decodes = []
         if not decodes and not prompts:
             return None
         self._num_steps += 1
-        return Step(self._num_steps, tuple(admissions), self._micro_batches(decodes, prompts))
+        if decodes or self._config.split_fuse:
+            self._load_step += 1
+        batches = micro_batches(decodes, prompts, self._config.num_micro_batches)
+        return Step(self._num_steps, preempted, tuple(admissions), batches)
 
     def commit(self, step: Step, token_ids: Mapping[int, int]) -> list[Sequence]:
-        """Takes the token of every sequence of `step`; returns those that are finished now, still in place.
+        """Takes the token of every sequence of `step` that is due one; returns those that are finished now.
 
         Their places are given back by `remove`, once nothing of them is in flight.
         """
         finished = []
         for micro_batch in step.micro_batches:
             for segment in micro_batch.segments:
+                self._running[segment.seq_id].num_computed = segment.end
+            for segment in micro_batch.sampled:
                 sequence = self._running[segment.seq_id]
                 sequence.append(token_ids[segment.seq_id])
                 if sequence.finish_reason:
                     finished.append(sequence)
+                elif len(sequence.output_token_ids) >= sequence.expected_tokens:
+                    self._expect_more(sequence)
         return finished
 
     def remove(self, sequences: Iterable[Sequence]) -> dict[int, list[int]]:
@@ -95,61 +152,122 @@ class Scheduler:
         released: dict[int, list[int]] = {}
         for sequence in sequences:
             if self._running.pop(sequence.seq_id, None) is None:
-                if sequence in self._waiting:
-                    self._waiting.remove(sequence)
+                self._waiting.remove(sequence)
                 continue
-            place = _place(sequence)
-            self._reserved_blocks[place] -= self._blocks(sequence)
+            self._load.end(sequence.seq_id)
+            released.setdefault(_place(sequence), []).append(sequence.seq_id)
             sequence.r_worker = None
-            released.setdefault(place, []).append(sequence.seq_id)
+            if sequence.finish_reason and not sequence.request.length_is_known:
+                self._predictor.observe(len(sequence.request.prompt_token_ids), len(sequence.output_token_ids))
         return released
 
     def check_integrity(self) -> None:
-        """Asserts that what is reserved is what the running sequences need, within every budget."""
-        expected = [0] * len(self._reserved_blocks)
-        for sequence in self._running.values():
-            expected[_place(sequence)] += self._blocks(sequence)
-        assert expected == self._reserved_blocks
-        assert all(r <= c for r, c in zip(self._reserved_blocks, self._config.capacity_blocks, strict=True))
-        assert len(self._running) <= self._config.max_num_seqs
+        """Asserts that credit is held by exactly the running sequences."""
+        assert len(self._running) <= self._config.num_seats
+        self._credits.check_integrity(self._running.values())
+        self._load.check_integrity()
 
-    def _admit(self) -> tuple[list[Admission], list[Segment]]:
-        """Moves waiting sequences to running, in order, as far as seats, KV and the token budget reach."""
-        config, tokens_left = self._config, self._config.max_num_batched_tokens
+    def _preempt(self) -> dict[int, list[int]]:
+        """Where an R-worker cannot hold the coming step, whoever came last to the engine goes back to waiting.
+
+        Whoever came first stays, and fits alone: so with every step something comes nearer to its end.
+        """
+        preempted: dict[int, list[int]] = {}
+        while (worker := self._credits.overdrawn()) is not None:
+            victim = max((s for s in self._running.values() if s.r_worker == worker), key=lambda s: s.seq_id)
+            del self._running[victim.seq_id]
+            self._credits.give_back(worker, victim.num_tokens)
+            self._load.end(victim.seq_id)
+            victim.preempt()
+            self._waiting.put_back(victim)
+            preempted.setdefault(worker, []).append(victim.seq_id)
+        return preempted
+
+    def _prompts(self, num_decodes: int) -> tuple[list[Admission], list[Segment]]:
+        """Goes on with the prompt that is on its way, then lets waiting sequences start, as far as the budget goes."""
+        config = self._config
+        left = config.max_num_batched_tokens - (num_decodes if config.split_fuse else 0)
         admissions: list[Admission] = []
         prompts: list[Segment] = []
-        while self._waiting and len(self._running) < config.max_num_seqs:
-            sequence = self._waiting[0]
-            prompt, needed = sequence.request.prompt_token_ids, self._blocks(sequence)
-            if prompts and len(prompt) > tokens_left:
+        for sequence in self._running.values():
+            if sequence.is_prefilling and left > 0:  # at most one: the next starts when it has ended
+                prompts.append(self._chunk(sequence, left))
+                left -= prompts[-1].num_tokens
+        first = self._waiting.first()
+        self._load.begin_step(
+            self._load_step + 1,
+            self._waiting.max_kv_tokens + sum(s.max_kv_tokens for s in self._running.values()),
+            self._prospect(first, left) if first else None,
+        )
+        while left > 0 and len(self._running) < config.num_seats:
+            first = self._waiting.first()
+            if first is None or (prompts and not config.split_fuse and first.num_tokens > left):
                 break
-            place = least_reserved(self._reserved_blocks, config.capacity_blocks, needed)
-            if place is None:
+            prospect = self._prospect(first, left)
+            worker = self._load.place(prospect)
+            if worker is None:
                 break
-            self._waiting.popleft()
-            sequence.r_worker = place
-            self._running[sequence.seq_id] = sequence
-            self._reserved_blocks[place] += needed
-            tokens_left -= len(prompt)
-            admissions.append(Admission(sequence.seq_id, place, sequence.max_kv_tokens))
-            prompts.append(Segment(sequence.seq_id, place, 0, prompt, is_prompt=True))
+            self._start(first, worker, prospect)
+            admissions.append(Admission(first.seq_id, worker, first.max_kv_tokens))
+            prompts.append(self._chunk(first, left))
+            left -= prompts[-1].num_tokens
         return admissions, prompts
 
-    def _micro_batches(self, decodes: list[Segment], prompts: list[Segment]) -> tuple[MicroBatch, ...]:
-        """Deals segments so that every micro-batch, and every R-worker's part of it, has about equal work."""
-        hands: list[list[Segment]] = [[] for _ in range(self._config.num_micro_batches)]
-        for i, segment in enumerate(sorted(decodes, key=lambda s: s.r_worker)):
-            hands[i % len(hands)].append(segment)
-        loads = [len(hand) for hand in hands]
-        for segment in sorted(prompts, key=lambda s: -s.num_tokens):
-            lightest = loads.index(min(loads))
-            hands[lightest].append(segment)
-            loads[lightest] += segment.num_tokens
-        filled = [sorted(hand, key=lambda s: (s.r_worker, s.is_prompt)) for hand in hands if hand]
-        return tuple(MicroBatch(index, tuple(hand)) for index, hand in enumerate(filled))
+    def _chunk(self, sequence: Sequence, most: int) -> Segment:
+        """The next tokens of its prompt, as many as there may be."""
+        begin = sequence.num_computed
+        end = min(begin + most, sequence.prefill_tokens) if self._config.split_fuse else sequence.prefill_tokens
+        ids = sequence.token_ids[begin:end]
+        return Segment(sequence.seq_id, _place(sequence), begin, ids, sequence.prefill_tokens)
 
-    def _blocks(self, sequence: Sequence) -> int:
-        return -(-sequence.max_kv_tokens // self._config.block_tokens)
+    def _start(self, sequence: Sequence, worker: int, prospect: Prospect) -> None:
+        self._waiting.remove(sequence)
+        self._running[sequence.seq_id] = sequence
+        self._load.start(sequence.seq_id, worker, prospect)
+        sequence.admit(worker)
+        sequence.expected_tokens = self._expected_tokens(sequence)
+
+    def _prospect(self, sequence: Sequence, left: int) -> Prospect:
+        """What it will hold from the coming step on, with `left` tokens of the step's budget for its prompt."""
+        step, done = self._load_step + 1, len(sequence.output_token_ids)
+        last_chunk = step
+        if self._config.split_fuse and sequence.num_tokens > left:
+            # Each later step has at least this for its prompt: nothing that starts after it goes before it.
+            each = max(1, self._config.max_num_batched_tokens - len(self._running))
+            last_chunk += -(-(sequence.num_tokens - left) // each)
+        limit = Demand(step, last_chunk + self._expected_tokens(sequence) - done - 1, sequence.num_tokens)
+        prediction = self._predict(sequence)
+        if not prediction.is_informed:
+            return Prospect(limit, None, sequence.max_kv_tokens)
+        mean = min(round(prediction.mean(done)), sequence.request.max_new_tokens) - done
+        return Prospect(limit, Demand(step, last_chunk + max(mean, 1) - 1, sequence.num_tokens), sequence.max_kv_tokens)
+
+    def _predict(self, sequence: Sequence) -> Prediction:
+        if sequence.prediction is None:
+            request = sequence.request
+            if request.length_is_known:
+                sequence.prediction = Prediction((request.max_new_tokens,), (1.0,))
+            else:
+                sequence.prediction = self._predictor.predict(
+                    len(request.prompt_token_ids), request.max_new_tokens, request.true_output_tokens
+                )
+        return sequence.prediction
+
+    def _expected_tokens(self, sequence: Sequence) -> int:
+        """Of output, in all: what it will not exceed, with the confidence asked for.  More than it has already."""
+        done, most = len(sequence.output_token_ids), sequence.request.max_new_tokens
+        return min(self._predict(sequence).quantile(self._config.length_quantile, done), most)
+
+    def _expect_more(self, sequence: Sequence) -> None:
+        """It has outlived what was predicted, and is taken to end in the next bucket."""
+        expected = self._expected_tokens(sequence)
+        self._load.extend(sequence.seq_id, expected - sequence.expected_tokens)
+        sequence.expected_tokens = expected
+
+    def _job_length(self, sequence: Sequence) -> float:
+        """Tokens that it still takes through the model, as far as can be told."""
+        done = len(sequence.output_token_ids)
+        return sequence.num_tokens + self._predict(sequence).mean(done) - done
 
 
 def _place(sequence: Sequence) -> int:

@@ -1,11 +1,12 @@
 """The S-Part: everything of the model that has weights, on a GPU (or a CPU).  torch and transformers.
 
-Imports nothing else of this project; holds no KV and knows no requests.
+Imports nothing else of this project; knows no requests, and holds no KV but that of prompts on their way in.
 """
 
 from gpu_sworker.attention import AttentionCall
 from gpu_sworker.errors import ModelNotFound, SWorkerError, UnsupportedModel
 from gpu_sworker.model import DTYPES
+from gpu_sworker.prefill import PromptChunk
 from gpu_sworker.probe import AttentionSpec
 from gpu_sworker.reference import generate_reference
 from gpu_sworker.sampler import Penalties, Sampled, SamplingRows, TokenLogprob, derive_seed, uniforms
@@ -19,6 +20,7 @@ __all__ = [
     "ModelFacts",
     "ModelNotFound",
     "Penalties",
+    "PromptChunk",
     "SWorker",
     "SWorkerError",
     "Sampled",

@@ -1,12 +1,12 @@
 """The S-worker: the S-Part of a model on one device, a micro-batch at a time.
 
 All tokens of a micro-batch travel flat, [1, T]; decode tokens and prompts mix freely, because nothing in the
-S-Part looks from one token to another.  It holds no KV and no request.
+S-Part looks from one token to another.  It holds no request, and no KV but that of prompts still on their way in.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from gpu_sworker import staging
 from gpu_sworker.attention import AttentionCall, Forward
 from gpu_sworker.errors import UnsupportedModel
 from gpu_sworker.model import choose_device, choose_dtype, load, max_positions, read_config
-from gpu_sworker.prefill import prompt_attention
+from gpu_sworker.prefill import PromptChunk, PromptKV, prompt_attention
 from gpu_sworker.probe import (
     FLAT_LOGITS_ROWS,
     FLAT_POSITIONS,
@@ -63,6 +63,7 @@ class SWorker:
         config = read_config(directory)
         self.dtype = choose_dtype(dtype, config, self.device)
         self._model = load(directory, config, self.dtype, self.device)
+        self._prompt_kv = PromptKV()
         self.generation_config = self._model.generation_config
         text_config = config.get_text_config(decoder=True)
         layers = self._probe(config.model_type, text_config.num_hidden_layers)
@@ -96,10 +97,14 @@ class SWorker:
         assert forward.result is not None
         return forward.result
 
-    def attend_prompt(self, call: AttentionCall, first_row: int, length: int) -> torch.Tensor:
-        """Attention of one whole prompt among the rows of `call`.  # [length, num_q_heads, head_dim]"""
-        rows = slice(first_row, first_row + length)
-        return prompt_attention(call.q[rows], call.k[rows], call.v[rows], self.facts.layers[call.layer])
+    def attend_prompt(self, call: AttentionCall, chunk: PromptChunk) -> torch.Tensor:
+        """Attention of a prompt's next tokens among the rows of `call`.  # [num_tokens, num_q_heads, head_dim]"""
+        k, v = self._prompt_kv.extend(chunk, call.layer, call.k[chunk.rows], call.v[chunk.rows])
+        return prompt_attention(call.q[chunk.rows], k, v, self.facts.layers[call.layer])
+
+    def forget_prompts(self, seq_ids: Iterable[int]) -> None:
+        """Drops what is kept of prompts whose other chunks will not come."""
+        self._prompt_kv.forget(seq_ids)
 
     def to_host(self, tensor: torch.Tensor) -> np.ndarray:
         return staging.to_host(tensor)

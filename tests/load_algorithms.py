@@ -81,11 +81,11 @@ def steady(limit: int, interval: int = 1) -> Policy:
             live.remove(demand)
         new = job.demand(step)
         if earned[0] != step:
-            stream.earn(step, new)
+            stream.earn(step, stream.cost(new))
             earned[0] = step
-        if not stream.allows(new) or projection.peak(new) > limit:
+        if not stream.allows(stream.cost(new)) or projection.peak(new) > limit:
             return False
-        stream.spend(new)
+        stream.spend(stream.cost(new))
         projection.add(new)
         live.append(new)
         return True

@@ -13,6 +13,7 @@ from conftest import NEW_TOKENS, Case
 
 from cpu_attention import LISTENING
 from fastdecode import LLM, SamplingParams
+from fastdecode.step_log import read_step_log
 from models import FAMILIES
 
 ROOT = Path(__file__).parents[1]
@@ -112,6 +113,10 @@ def test_mpi(mpirun: list[str], case: Callable[[str], Case], tmp_path: Path) -> 
     [
         {"max_num_seqs": 3},
         {"max_num_batched_tokens": 1},
+        {"max_num_batched_tokens": 37, "num_r_workers": 2, "micro_batches": 2},
+        {"start_policy": "at-once", "max_num_seqs": 3},
+        {"max_kv_load": 300, "start_interval": 4},
+        {"order": "ljf", "order_window": 4, "max_num_seqs": 2, "max_num_waiting": 2},
         {"micro_batches": 5, "num_r_workers": 3},
         {"block_tokens": 16},
         {"block_tokens": 256},
@@ -123,6 +128,26 @@ def test_no_option_changes_tokens(family: str, options: dict[str, object], case:
     made = case(family)
     with LLM(made.directory, skip_tokenizer_init=True, **options) as llm:
         assert tokens(llm, made) == made.reference
+
+
+@pytest.mark.parametrize("family, token_bytes", [("llama", 768), ("gemma2", 1536), ("gpt-oss", 768)])
+def test_preemption_does_not_change_tokens(
+    family: str, token_bytes: int, case: Callable[[str], Case], tmp_path: Path
+) -> None:
+    """Greedy, with KV for a third of what the sequences become: those thrown out are computed again."""
+    made, log = case(family), tmp_path / "steps.jsonl"
+    with LLM(
+        made.directory,
+        skip_tokenizer_init=True,
+        kv_cache_memory=token_bytes * 240,
+        block_tokens=16,
+        kv_policy="greedy",
+        start_policy="eager",
+        max_num_batched_tokens=64,
+        step_log=log,
+    ) as llm:
+        assert tokens(llm, made) == made.reference
+    assert sum(record.num_preempted for record in read_step_log(log)) >= 3
 
 
 @pytest.mark.parametrize("kv_dtype", ["float16", "bfloat16"])

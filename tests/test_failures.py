@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -136,7 +137,35 @@ def test_lying_worker_is_caught(lie: object, llama: Case) -> None:
         thread.join(10)
 
 
-def test_interrupted_generate_leaves_a_working_engine(llama: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+def assert_at_rest(llm: LLM, r_workers: list[RWorker]) -> None:
+    """Nothing runs or waits, no credit is held, no prompt kept, and no R-worker has a sequence left."""
+    llm._engine._rpool.settle()  # they have heard everything that was sent
+    for worker in r_workers:
+        if worker._session:
+            worker._session.store.check_integrity()
+            assert worker._session.store.num_sequences == 0
+    llm._engine._scheduler.check_integrity()
+    assert not llm._engine.has_work and not llm._engine._scheduler.num_running
+    assert len(llm._engine._sworker._prompt_kv) == 0
+
+
+@pytest.fixture
+def r_workers(monkeypatch: pytest.MonkeyPatch) -> list[RWorker]:
+    """Those that are started as threads from now on."""
+    workers: list[RWorker] = []
+
+    class Noted(RWorker):
+        def __init__(self, **options: object) -> None:
+            super().__init__(**options)  # type: ignore[arg-type]
+            workers.append(self)
+
+    monkeypatch.setattr("fastdecode.launch.RWorker", Noted)
+    return workers
+
+
+def test_interrupted_generate_leaves_a_working_engine(
+    llama: Case, r_workers: list[RWorker], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Ctrl-C in the middle of a layer: KV comes back, and the next call gives the right tokens."""
     params = SamplingParams(temperature=0, max_tokens=32)
     with LLM(llama.directory, skip_tokenizer_init=True, num_r_workers=2) as llm:
@@ -153,27 +182,38 @@ def test_interrupted_generate_leaves_a_working_engine(llama: Case, monkeypatch: 
             llm.generate(llama.prompts, params, use_tqdm=False)
         outputs = llm.generate(llama.prompts, params, use_tqdm=False)
         assert [output.outputs[0].token_ids for output in outputs] == llama.reference
-        assert llm._engine._scheduler._reserved_blocks == [0, 0]
+        assert_at_rest(llm, r_workers)
 
 
-@pytest.mark.parametrize("where", ["after an admit", "after an attend", "after a receive", "before a commit"])
-def test_interrupts_in_the_narrow_places(where: str, llama: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+TIGHT = {
+    "kv_cache_memory": 768 * 240, "block_tokens": 16, "kv_policy": "greedy", "start_policy": "eager",
+    "max_num_batched_tokens": 48,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("options", [{}, TIGHT], ids=["ample", "preempting"])
+@pytest.mark.parametrize(
+    "where", ["after an admit", "after a release", "after an attend", "after a receive", "before a commit"]
+)
+def test_interrupts_in_the_narrow_places(
+    where: str, options: dict[str, Any], llama: Case, r_workers: list[RWorker], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Between telling a worker and noting it: the next generate is right all the same."""
     params = SamplingParams(temperature=0, max_tokens=32)
-    with LLM(llama.directory, skip_tokenizer_init=True, num_r_workers=2, micro_batches=2) as llm:
-        engine, channel = llm._engine, llm._rpool._workers[0].channel
-        kind = {"after an admit": Admit, "after an attend": Attend}.get(where)
+    with LLM(llama.directory, skip_tokenizer_init=True, num_r_workers=2, micro_batches=2, **options) as llm:
+        engine, channel = llm._engine, llm._engine._rpool._workers[0].channel
+        kind = {"after an admit": Admit, "after a release": Release, "after an attend": Attend}.get(where)
         target, name = {
             "after a receive": (channel, "recv"), "before a commit": (engine._scheduler, "commit"),
         }.get(where, (channel, "send"))  # fmt: skip
         original = getattr(target, name)
         seen: list[object] = []
 
-        def interrupt(*arguments: object, **options: object) -> object:
-            result = original(*arguments, **options)
+        def interrupt(*arguments: object, **keywords: object) -> object:
+            result = original(*arguments, **keywords)
             if kind is None or isinstance(arguments[0], kind):
                 seen.append(result)
-                if len(seen) == (1 if kind is Admit else 5):
+                if len(seen) == {Admit: 2 if options else 1, Release: 1}.get(kind, 5):
                     raise KeyboardInterrupt
             return result
 
@@ -183,14 +223,13 @@ def test_interrupts_in_the_narrow_places(where: str, llama: Case, monkeypatch: p
                 llm.generate(llama.prompts, params, use_tqdm=False)
         outputs = llm.generate(llama.prompts, params, use_tqdm=False)
         assert [output.outputs[0].token_ids for output in outputs] == llama.reference
-        assert engine._scheduler._reserved_blocks == [0, 0]
-        engine._scheduler.check_integrity()
+        assert_at_rest(llm, r_workers)
 
 
 def test_worker_lost_while_sequences_are_released(llama: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is finished is delivered; then the loss is told, as itself."""
     with LLM(llama.directory, skip_tokenizer_init=True) as llm:
-        channel = llm._rpool._workers[0].channel
+        channel = llm._engine._rpool._workers[0].channel
         send = channel.send
 
         def lose(message: object, **options: float) -> None:

@@ -22,7 +22,10 @@ ALLOWED = {
 # Of cpu_attention only the worker and the process around it look down.
 LOOKS_DOWN = {"rworker.py", "serve.py", "process.py", "__main__.py"}
 # Pure rooms of fastdecode: no torch, no clock, no sockets.
-PURE = {"plan.py", "scheduler.py", "placement.py", "request.py", "sampling_params.py", "outputs.py", "errors.py"}
+PURE = {
+    "compose.py", "errors.py", "kv_credits.py", "load.py", "load_control.py", "outputs.py", "perf_model.py", "plan.py",
+    "predictor.py", "request.py", "sampling_params.py", "scheduler.py", "waiting.py",
+}  # fmt: skip
 # The two places that import by name, so that `import fastdecode` and `--help` stay cheap; see their docstrings.
 IMPORT_BY_NAME = {"fastdecode/__init__.py", "fastdecode/cli.py"}
 

@@ -71,7 +71,8 @@ def test_leaving_an_iteration_frees_everything(llm: LLM) -> None:
     for _ in llm.generate_iter([CODE] * 5, [SamplingParams(temperature=0, max_tokens=2 + 40 * i) for i in range(5)]):
         break
     scheduler = llm._engine._scheduler
-    assert not scheduler.has_work and scheduler._reserved_blocks == [0, 0]
+    scheduler.check_integrity()
+    assert not scheduler.has_work and not scheduler.num_running
     assert len(quiet(llm, [CODE], GREEDY)) == 1
 
 

@@ -28,7 +28,10 @@ def test_projection_is_exact(live: list[Demand], new: Demand) -> None:
     for _ in range(2):
         walked = [sum(d.at(step) for d in live) + new.at(step) for step in range(20, new.end + 1)]
         assert projection.peak(new) == max(walked)
-        assert [projection.at(step) for step in range(20, 70)] == [sum(d.at(s) for d in live) for s in range(20, 70)]
+        loads = [sum(demand.at(step) for demand in live) for step in range(20, 70)]
+        assert [projection.at(step) for step in range(20, 70)] == loads
+        for begin, end in ((20, 20), (20, 69), (35, 50)):
+            assert projection.mean(begin, end) == pytest.approx(np.mean(loads[begin - 20 : end - 19]))
         for demand in live[::2]:
             projection.remove(demand)
         live = live[1::2]

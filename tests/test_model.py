@@ -16,7 +16,7 @@ from conftest import Case
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from gpu_sworker import AttentionSpec, FlatBatch, ModelNotFound, SWorker, UnsupportedModel
-from gpu_sworker.prefill import general_prompt_attention, prompt_attention
+from gpu_sworker.prefill import PromptChunk, PromptKV, general_prompt_attention, prompt_attention
 from models import VOCAB, make_model
 
 SMALL = {"hidden_size": 64, "vocab_size": VOCAB, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -235,7 +235,7 @@ def test_suspended_forwards_do_not_mix(llama: Case) -> None:
     def drive(forward: Any, call: Any, steps: int = 99) -> torch.Tensor:
         for _ in range(steps):
             try:
-                call = forward.send(sworker.attend_prompt(call, 0, len(call.q)))
+                call = forward.send(sworker.attend_prompt(call, PromptChunk(0, 0, len(call.q), 0, len(call.q))))
             except StopIteration as end:
                 return end.value
         return call
@@ -280,6 +280,30 @@ def test_prompt_attention(spec: AttentionSpec, num_tokens: int, monkeypatch: pyt
     monkeypatch.setattr("gpu_sworker.prefill._SCORES_AT_ONCE", 300)
     for attention in (prompt_attention, general_prompt_attention):
         torch.testing.assert_close(attention(q, k, v, spec).double(), expected, atol=1e-5, rtol=1e-5)
+        for begin in range(0, num_tokens, 7):  # the same in chunks, each of which sees what came before it
+            end = min(begin + 7, num_tokens)
+            chunk = attention(q[begin:end], k[:end], v[:end], spec)
+            torch.testing.assert_close(chunk.double(), expected[begin:end], atol=1e-5, rtol=1e-5)
+
+
+def test_prompts_on_their_way_are_kept_until_their_last_chunk() -> None:
+    kept, k = PromptKV(), torch.arange(10.0)[:, None, None]
+
+    def extend(seq_id: int, layer: int, start: int, end: int) -> list[float]:
+        chunk = PromptChunk(seq_id, 0, end - start, start, 10)
+        keys, values = kept.extend(chunk, layer, k[start:end], -k[start:end])
+        assert torch.equal(keys, -values)
+        return keys.flatten().tolist()
+
+    assert extend(1, 0, 0, 10) == list(range(10)) and len(kept) == 0  # whole: nothing to keep
+    for layer in (0, 1):
+        assert extend(2, layer, 0, 4) == [0, 1, 2, 3]
+    extend(3, 0, 0, 2)
+    for layer in (0, 1):
+        assert extend(2, layer, 4, 10) == list(range(10))
+    assert len(kept) == 1
+    kept.forget([3, 4])
+    assert len(kept) == 0
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float16, 5e-3), (torch.bfloat16, 4e-2)])

@@ -66,7 +66,7 @@ def test_the_published_accuracy() -> None:
 def test_learning() -> None:
     """Short prompts with long answers and long prompts with short ones are told apart; the newest count."""
     learned = Learned(window=100, least=10)
-    assert learned.predict(5, 777, None) == Prediction((777,), (1.0,))
+    assert learned.predict(5, 777, None) == Prediction((777,), (1.0,), is_informed=False)
     for _ in range(50):
         learned.observe(5, 950)
         learned.observe(500, 30)

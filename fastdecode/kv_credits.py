@@ -1,0 +1,153 @@
+"""The KV memory of every R-worker: what sequences hold, what they will hold, and whether one more fits.  Pure.
+
+    policy            a sequence starts on an R-worker if …
+    ───────────────   ───────────────────────────────────────────────────────────────────────────────────
+    greedy            what it has now fits beside what the others hold now; whoever came last is thrown out
+                      when they grow (vLLM)
+    reserve-static    its predicted end fits beside the predicted ends of all others, as if all came at once
+    reserve-dynamic   at every future step what all hold then fits: others will have ended (TetriInfer's
+                      reserve-dynamic looks at the first end only, this at all of them)
+
+KV comes in blocks.  Steps ahead are looked at in tokens, with one block less a token for each sequence beside them:
+whatever part of its last block a sequence fills, it holds no more than that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from fastdecode.load import Demand, Projection
+from fastdecode.request import Sequence as RunningSequence
+
+_LOOK_AHEAD = 32  # steps
+
+KV_POLICIES = ("greedy", "reserve-static", "reserve-dynamic")
+
+
+@dataclass
+class _Account:
+    """Of one R-worker."""
+
+    capacity: int  # blocks
+    projection: Projection
+    num_sequences: int = 0
+    reserved: int = 0  # blocks, at the predicted ends
+    held: int = 0  # blocks, in the step at hand
+    tokens: int = 0  # that the blocks held are for
+
+
+class KVCredits:
+    def __init__(self, policy: str, capacity_blocks: Sequence[int], block_tokens: int) -> None:
+        """capacity_blocks: [num_r_workers]"""
+        assert policy in KV_POLICIES
+        self._policy, self._block_tokens = policy, block_tokens
+        self._accounts = [_Account(capacity, Projection()) for capacity in capacity_blocks]
+        self._demands: dict[int, tuple[int, Demand]] = {}  # seq_id -> R-worker, what it will hold there
+
+    @property
+    def capacity_tokens(self) -> int:
+        return sum(account.capacity for account in self._accounts) * self._block_tokens
+
+    @property
+    def largest(self) -> int:
+        """Blocks of the largest R-worker."""
+        return max(account.capacity for account in self._accounts)
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """Held in the step at hand.  [num_r_workers]"""
+        return tuple(account.tokens for account in self._accounts)
+
+    def blocks(self, num_tokens: int) -> int:
+        return -(-num_tokens // self._block_tokens)
+
+    def with_slack(self, demand: Demand) -> Demand:
+        """The same in tokens that its blocks may take."""
+        return replace(demand, first=demand.first + self._block_tokens - 1)
+
+    def count(self, running: Iterable[RunningSequence]) -> None:
+        """What is held in the step at hand, prompts on their way in as if they were there."""
+        for account in self._accounts:
+            account.held = account.tokens = 0
+        for sequence in running:
+            assert sequence.r_worker is not None, "a running sequence has a place"
+            self._hold(sequence.r_worker, sequence.num_tokens)
+
+    def overdrawn(self) -> int | None:
+        """An R-worker that would have to hold more in this step than it can."""
+        return next((w for w, account in enumerate(self._accounts) if account.held > account.capacity), None)
+
+    def give_back(self, worker: int, num_tokens: int) -> None:
+        """A sequence of so many tokens leaves in the step at hand."""
+        self._accounts[worker].held -= self.blocks(num_tokens)
+        self._accounts[worker].tokens -= num_tokens
+
+    def place(self, demand: Demand, max_kv_tokens: int, is_informed: bool = True) -> int | None:
+        """The R-worker with the least KV, now and until the sequence's end, among those where it fits; or None.
+
+        By what is there now alone, loads swing: whoever has a sequence less gets all that start, which weigh little
+        as yet, and more than its share of them later.  (With equal lengths the largest of eight R-workers came to 3.4
+        times the mean, step after step.)  Where nobody knows when sequences end, what they all grow by in some steps
+        stands for the time to come.
+        """
+        fitting = [worker for worker in range(len(self._accounts)) if self._fits(worker, demand, max_kv_tokens)]
+
+        def load(worker: int) -> float:
+            account = self._accounts[worker]
+            if not is_informed:
+                return account.tokens + _LOOK_AHEAD * account.num_sequences
+            return account.tokens + account.projection.mean(demand.start, demand.end)
+
+        return min(fitting, key=load, default=None)
+
+    def start(self, seq_id: int, worker: int, demand: Demand) -> None:
+        """In the step at hand."""
+        self._hold(worker, demand.first)
+        self._reserve(seq_id, worker, demand)
+
+    def extend(self, seq_id: int, demand: Demand) -> None:
+        """It will hold more than was thought."""
+        worker, _ = self._demands[seq_id]
+        self.end(seq_id)
+        self._reserve(seq_id, worker, demand)
+
+    def end(self, seq_id: int) -> None:
+        worker, demand = self._demands.pop(seq_id)
+        account = self._accounts[worker]
+        account.projection.remove(self.with_slack(demand))
+        account.reserved -= self.blocks(demand.last)
+        account.num_sequences -= 1
+
+    def check_integrity(self, running: Iterable[RunningSequence]) -> None:
+        """Asserts that exactly the running sequences have credit, where they are, and that no R-worker is overdrawn."""
+        assert {s.seq_id: s.r_worker for s in running} == {i: worker for i, (worker, _) in self._demands.items()}
+        for worker, account in enumerate(self._accounts):
+            own = [demand for place, demand in self._demands.values() if place == worker]
+            assert account.num_sequences == len(account.projection) == len(own)
+            assert account.reserved == sum(self.blocks(demand.last) for demand in own)
+
+    def _reserve(self, seq_id: int, worker: int, demand: Demand) -> None:
+        account = self._accounts[worker]
+        self._demands[seq_id] = worker, demand
+        account.projection.add(self.with_slack(demand))
+        account.reserved += self.blocks(demand.last)
+        account.num_sequences += 1
+
+    def _hold(self, worker: int, num_tokens: int) -> None:
+        self._accounts[worker].held += self.blocks(num_tokens)
+        self._accounts[worker].tokens += num_tokens
+
+    def _fits(self, worker: int, demand: Demand, max_kv_tokens: int) -> bool:
+        account = self._accounts[worker]
+        if self.blocks(max_kv_tokens) > account.capacity:
+            return False  # it could outlive every prediction, and must be able to end where it is
+        if account.num_sequences == 0:
+            return True
+        if account.held + self.blocks(demand.first) > account.capacity:
+            return False
+        if self._policy == "reserve-static":
+            return account.reserved + self.blocks(demand.last) <= account.capacity
+        if self._policy == "reserve-dynamic":
+            return account.projection.peak(self.with_slack(demand)) <= account.capacity * self._block_tokens
+        return True

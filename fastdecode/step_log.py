@@ -1,0 +1,72 @@
+"""What every step did, in a line: for plots, and to see a scheduler at work."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TextIO
+
+from fastdecode.errors import ConfigError
+from fastdecode.plan import Step
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    number: int
+    begin_s: float  # since the first step
+    seconds: float
+    num_decodes: int
+    num_prompt_tokens: int
+    num_running: int
+    num_waiting: int
+    num_preempted: int  # in this step
+    kv_tokens: tuple[int, ...]  # [num_r_workers] of the live sequences, prompts on their way in counted whole
+
+    @property
+    def load(self) -> int:
+        """W, of all R-workers together."""
+        return sum(self.kv_tokens)
+
+
+def make_record(
+    step: Step, *, begin_s: float, seconds: float, num_running: int, num_waiting: int, kv_tokens: tuple[int, ...]
+) -> StepRecord:
+    """Of a step as it was scheduled; the numbers are those before it was committed."""
+    segments = [segment for micro_batch in step.micro_batches for segment in micro_batch.segments]
+    return StepRecord(
+        number=step.number,
+        begin_s=begin_s,
+        seconds=seconds,
+        num_decodes=sum(not segment.is_prompt for segment in segments),
+        num_prompt_tokens=sum(segment.num_tokens for segment in segments if segment.is_prompt),
+        num_running=num_running,
+        num_waiting=num_waiting,
+        num_preempted=sum(map(len, step.preempted.values())),
+        kv_tokens=kv_tokens,
+    )
+
+
+class StepLog:
+    """A file with a JSON line per step."""
+
+    def __init__(self, path: str | Path) -> None:
+        """Raises ConfigError if it cannot be written."""
+        try:
+            self._file: TextIO = open(path, "w", encoding="utf-8")  # noqa: SIM115 (closed by close)
+        except OSError as error:
+            raise ConfigError(f"cannot write the step log: {error}") from error
+
+    def write(self, record: StepRecord) -> None:
+        self._file.write(json.dumps(asdict(record)) + "\n")
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_step_log(path: str | Path) -> Iterator[StepRecord]:
+    with open(path, encoding="utf-8") as file:
+        for line in file:
+            fields = json.loads(line)
+            yield StepRecord(**fields | {"kv_tokens": tuple(fields["kv_tokens"])})
