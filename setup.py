@@ -46,6 +46,7 @@ setup(
             "pytest>=8",
             "pytest-timeout>=2.3",
             "hypothesis>=6.100",
+            "matplotlib>=3.9",
             "ruff>=0.9",
             "mypy>=1.14",
         ],

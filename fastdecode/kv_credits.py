@@ -46,8 +46,9 @@ class KVCredits:
         self._demands: dict[int, tuple[int, Demand]] = {}  # seq_id -> R-worker, what it will hold there
 
     @property
-    def capacity_tokens(self) -> int:
-        return sum(account.capacity for account in self._accounts) * self._block_tokens
+    def capacity_tokens(self) -> list[int]:
+        """[num_r_workers]"""
+        return [account.capacity * self._block_tokens for account in self._accounts]
 
     @property
     def largest(self) -> int:
@@ -83,15 +84,18 @@ class KVCredits:
         self._accounts[worker].held -= self.blocks(num_tokens)
         self._accounts[worker].tokens -= num_tokens
 
-    def place(self, demand: Demand, max_kv_tokens: int, is_informed: bool = True) -> int | None:
-        """The R-worker with the least KV, now and until the sequence's end, among those where it fits; or None.
+    def fitting(self, demand: Demand, max_kv_tokens: int) -> list[int]:
+        """The R-workers where it fits."""
+        return [worker for worker in range(len(self._accounts)) if self._fits(worker, demand, max_kv_tokens)]
+
+    def lightest(self, workers: Iterable[int], demand: Demand, *, is_informed: bool) -> int | None:
+        """Of these the R-worker with the least KV, now and until the sequence's end; None if there are none.
 
         By what is there now alone, loads swing: whoever has a sequence less gets all that start, which weigh little
         as yet, and more than its share of them later.  (With equal lengths the largest of eight R-workers came to 3.4
         times the mean, step after step.)  Where nobody knows when sequences end, what they all grow by in some steps
         stands for the time to come.
         """
-        fitting = [worker for worker in range(len(self._accounts)) if self._fits(worker, demand, max_kv_tokens)]
 
         def load(worker: int) -> float:
             account = self._accounts[worker]
@@ -99,7 +103,7 @@ class KVCredits:
                 return account.tokens + _LOOK_AHEAD * account.num_sequences
             return account.tokens + account.projection.mean(demand.start, demand.end)
 
-        return min(fitting, key=load, default=None)
+        return min(workers, key=load, default=None)
 
     def start(self, seq_id: int, worker: int, demand: Demand) -> None:
         """In the step at hand."""

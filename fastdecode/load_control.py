@@ -8,19 +8,37 @@
 
     start policy   the pace
     ────────────   ──────────────────────────────────────────────────────────────────────────────────────
-    steady         of the stream, as long as more waits than fits at once (sequence-level load stabilising)
+    steady         of the stream, while much more waits than fits at once and lengths are alike
+                   (sequence-level load stabilising); otherwise none
     eager          none: whoever fits starts
     at-once        a batch starts together, and the next one when all of it has ended (the paper's baseline)
+
+Equal lengths that start together end together, so bursts come back for ever, and with them half of the memory stands
+empty on average: in simulations a stream takes 0.6 of the time.  Lengths that differ spread by themselves, and a
+stream that keeps to the mean then only loses what its ramp takes: it takes 1.1 times as long.
 
 A sequence that finds nothing running starts in any case: what fits nowhere was refused before.
 """
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Collection
 from dataclasses import dataclass, replace
+
+import numpy as np
 
 from fastdecode.kv_credits import KVCredits
 from fastdecode.load import Demand, Projection, SteadyStream
+from fastdecode.predictor import Prediction
+
+# Fillings of the limit, at the sequences' full lengths.  Of N such fillings started at once each takes S steps; in a
+# stream they take half as long, and a ramp of S steps before: N/2 + 1 of them, which is less from two fillings on.
+_PAYS_FROM = 2
+_RECENT, _LEAST_RECENT = 128, 8  # starts that tell whether lengths are alike
+# They are if so many of them lie within a tenth of each other.  Three different lengths gain by the stream, four lose a
+# little; normally distributed ones gain up to a relative spread of 0.15, where this share is 0.26.
+_ALIKE_WITHIN, _ALIKE_SHARE = 1.1, 0.32
 
 START_POLICIES = ("steady", "eager", "at-once")
 
@@ -31,13 +49,15 @@ class Prospect:
 
     limit: Demand  # up to the end that was predicted with confidence
     mean: Demand | None  # up to the mean one; None: nothing is known but that it may take all it is allowed
+    prediction: Prediction
     max_kv_tokens: int
 
 
 @dataclass(frozen=True)
 class _Started:
+    worker: int
     demand: Demand
-    spent: float | None  # of the stream; None: it was not paced
+    spent: float | None  # of the worker's stream; None: it was not paced
 
 
 class LoadControl:
@@ -46,40 +66,48 @@ class LoadControl:
         assert start_policy in START_POLICIES
         self._credits, self._policy, self._max_kv_load = credits, start_policy, max_kv_load
         self._total = Projection()
-        capacity = credits.capacity_tokens
+        capacity = sum(credits.capacity_tokens)
         self._limit = capacity if max_kv_load is None else min(max_kv_load, capacity)
-        self._stream = SteadyStream(self._limit, start_interval)
+        # Where memory is the limit every R-worker has its own, and keeps its own pace.
+        limits = credits.capacity_tokens if self._limit == capacity else [self._limit]
+        self._streams = [SteadyStream(limit, start_interval) for limit in limits]
         self._started: dict[int, _Started] = {}
+        self._recent: deque[Prediction] = deque(maxlen=_RECENT)  # how long the latest to start will take
+        self._are_alike = True
         self._step = 0
-        self._paced = False
+        self._much_waits = self._paced = False
         self._batch_open = True
 
     def begin_step(self, step: int, max_kv_tokens: int, first: Prospect | None) -> None:
         """max_kv_tokens: that all waiting and running sequences may come to hold; first: who would start first."""
         self._step = step
-        self._paced = self._policy == "steady" and max_kv_tokens > self._limit
+        self._much_waits = max_kv_tokens / self._limit > (1 if self._much_waits else _PAYS_FROM)
+        self._paced = self._policy == "steady" and self._much_waits and self._are_alike
         self._batch_open = self._batch_open or not self._started
         if first is not None:
-            self._stream.earn(step, self._cost(first) or 0.0)
+            for stream in self._streams:
+                stream.earn(step, stream.cost(self._measured(first.mean)) if first.mean else 0.0)
 
     def place(self, prospect: Prospect) -> int | None:
         """The R-worker on which it starts; None: not in this step."""
-        worker = self._credits.place(prospect.limit, prospect.max_kv_tokens, prospect.mean is not None)
-        if not self._started:
-            return worker
-        if worker is None or not self._batch_open or not self._within_limit(prospect):
-            self._batch_open = self._policy != "at-once"
-            return None
-        cost = self._cost(prospect)
-        return worker if cost is None or self._stream.allows(cost) else None
+        workers = self._credits.fitting(prospect.limit, prospect.max_kv_tokens)
+        if self._started:
+            if not workers or not self._batch_open or not self._within_limit(prospect):
+                self._batch_open = self._policy != "at-once"
+                return None
+            workers = [worker for worker in workers if self._keeps_pace(prospect, worker)]
+        return self._credits.lightest(workers, prospect.limit, is_informed=prospect.mean is not None)
 
     def start(self, seq_id: int, worker: int, prospect: Prospect) -> None:
-        cost = self._cost(prospect)
+        cost = self._cost(prospect, worker)
         if cost is not None:
-            self._stream.spend(cost)
+            self._stream(worker).spend(cost)
+        if prospect.mean is not None:
+            self._recent.append(prospect.prediction)
+            self._are_alike = are_alike(self._recent)
         self._credits.start(seq_id, worker, prospect.limit)
         self._total.add(prospect.limit)
-        self._started[seq_id] = _Started(prospect.limit, cost)
+        self._started[seq_id] = _Started(worker, prospect.limit, cost)
 
     def extend(self, seq_id: int, steps: int) -> None:
         """A sequence has outlived its prediction by so many steps."""
@@ -97,8 +125,9 @@ class LoadControl:
         self._total.remove(started.demand)
         self._credits.end(seq_id)
         if started.spent is not None:
-            took = replace(started.demand, end=max(self._step, started.demand.start))
-            self._stream.settle(started.spent, self._stream.cost(self._measured(took)))
+            took = self._measured(replace(started.demand, end=max(self._step, started.demand.start)))
+            stream = self._stream(started.worker)
+            stream.settle(started.spent, stream.cost(took))
 
     def check_integrity(self) -> None:
         assert len(self._total) == len(self._started)
@@ -106,12 +135,31 @@ class LoadControl:
     def _within_limit(self, prospect: Prospect) -> bool:
         return self._max_kv_load is None or self._total.peak(prospect.limit) <= self._max_kv_load
 
-    def _cost(self, prospect: Prospect) -> float | None:
-        """What the stream takes for it; None if it is not asked."""
+    def _keeps_pace(self, prospect: Prospect, worker: int) -> bool:
+        cost = self._cost(prospect, worker)
+        return cost is None or self._stream(worker).allows(cost)
+
+    def _cost(self, prospect: Prospect, worker: int) -> float | None:
+        """What the R-worker's stream takes for it; None if it is not asked."""
         if not self._paced or prospect.mean is None:
             return None
-        return self._stream.cost(self._measured(prospect.mean))
+        return self._stream(worker).cost(self._measured(prospect.mean))
+
+    def _stream(self, worker: int) -> SteadyStream:
+        return self._streams[worker if len(self._streams) > 1 else 0]
 
     def _measured(self, demand: Demand) -> Demand:
         """In the units of the limit: where memory sets it, part of that goes to blocks half full."""
         return demand if self._limit == self._max_kv_load else self._credits.with_slack(demand)
+
+
+def are_alike(predictions: Collection[Prediction]) -> bool:
+    """Whether lengths that are drawn from these would lie close together.  Too few to tell count as alike."""
+    if len(predictions) < _LEAST_RECENT:
+        return True
+    lengths = np.concatenate([prediction.lengths for prediction in predictions])
+    weights = np.concatenate([prediction.weights for prediction in predictions])
+    order = np.argsort(lengths)
+    lengths, mass = lengths[order], np.append(0, np.cumsum(weights[order]))
+    within = mass[np.searchsorted(lengths, _ALIKE_WITHIN * lengths, side="right")] - mass[:-1]
+    return bool(within.max() >= _ALIKE_SHARE * len(predictions))

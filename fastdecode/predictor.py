@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 BUCKET_TOKENS = 200
+_PARTS = 4  # of a bucket, within which lengths are taken to be spread evenly
+_GRAIN_BITS = 5  # of what has ended, lengths are told apart by about a sixteenth
 PUBLISHED_ACCURACY = 0.749  # of a fine-tuned OPT-125M at buckets of 200 tokens
 
 
@@ -87,7 +89,7 @@ class Oracle:
 
 class NoisyOracle:
     """The true bucket with probability `accuracy`, otherwise the one below or above, evenly: what a trained classifier
-    of that accuracy says.  Its prediction is the upper end of the bucket it names, spread as its own errors are."""
+    of that accuracy says.  Its prediction is the bucket it names, spread as its own errors are, and evenly within."""
 
     def __init__(self, accuracy: float = PUBLISHED_ACCURACY, seed: int = 0) -> None:
         self._accuracy, self._random = accuracy, random.Random(seed)
@@ -102,8 +104,9 @@ class NoisyOracle:
         wrong = (1 - self._accuracy) / 2
         weights: dict[int, float] = {}
         for named, weight in ((bucket - 1, wrong), (bucket, self._accuracy), (bucket + 1, wrong)):
-            end = min(max(named + 1, 1) * BUCKET_TOKENS, max_tokens)
-            weights[end] = weights.get(end, 0.0) + weight
+            for part in range(1, _PARTS + 1):
+                length = min(max(named, 0) * BUCKET_TOKENS + part * BUCKET_TOKENS // _PARTS, max_tokens)
+                weights[length] = weights.get(length, 0.0) + weight / _PARTS
         lengths = tuple(sorted(weights))
         return Prediction(lengths, tuple(weights[length] for length in lengths))
 
@@ -130,8 +133,9 @@ class Learned:
             return Prediction((max_tokens,), (1.0,), is_informed=False)
         counts: dict[int, int] = {}
         for tokens in seen:
-            end = min(-(-tokens // BUCKET_TOKENS) * BUCKET_TOKENS, max_tokens)
-            counts[end] = counts.get(end, 0) + 1
+            grain = 1 << max(0, tokens.bit_length() - _GRAIN_BITS)
+            length = min(-(-tokens // grain) * grain, max_tokens)
+            counts[length] = counts.get(length, 0) + 1
         lengths = tuple(sorted(counts))
         return Prediction(lengths, tuple(counts[length] / len(seen) for length in lengths))
 

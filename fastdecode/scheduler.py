@@ -238,9 +238,10 @@ class Scheduler:
         limit = Demand(step, last_chunk + self._expected_tokens(sequence) - done - 1, sequence.num_tokens)
         prediction = self._predict(sequence)
         if not prediction.is_informed:
-            return Prospect(limit, None, sequence.max_kv_tokens)
+            return Prospect(limit, None, prediction, sequence.max_kv_tokens)
         mean = min(round(prediction.mean(done)), sequence.request.max_new_tokens) - done
-        return Prospect(limit, Demand(step, last_chunk + max(mean, 1) - 1, sequence.num_tokens), sequence.max_kv_tokens)
+        until_mean = Demand(step, last_chunk + max(mean, 1) - 1, sequence.num_tokens)
+        return Prospect(limit, until_mean, prediction, sequence.max_kv_tokens)
 
     def _predict(self, sequence: Sequence) -> Prediction:
         if sequence.prediction is None:

@@ -72,7 +72,7 @@ def published(limit: int, longest: int) -> Policy:
 
 
 def steady(limit: int, interval: int = 1) -> Policy:
-    """Ours."""
+    """Ours, for equal lengths."""
     projection, stream, live, earned = Projection(), SteadyStream(limit, interval), [], [-1]
 
     def may_start(step: int, job: Job) -> bool:

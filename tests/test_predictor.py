@@ -57,7 +57,8 @@ def test_the_published_accuracy() -> None:
     right, near, count = 0, 0, 40_000
     for tokens in generator.integers(1, 2000, count).tolist():
         prediction = oracle.predict(10, 10_000, tokens)
-        named = prediction.lengths[int(np.argmax(prediction.weights))] // BUCKET_TOKENS - 1
+        buckets = np.bincount([(n - 1) // BUCKET_TOKENS for n in prediction.lengths], prediction.weights)
+        named = int(np.argmax(buckets))
         off = abs(named - (tokens - 1) // BUCKET_TOKENS)
         right, near = right + (off == 0), near + (off <= 1)
     assert right / count == pytest.approx(PUBLISHED_ACCURACY, abs=0.005) and near == count
@@ -70,12 +71,12 @@ def test_learning() -> None:
     for _ in range(50):
         learned.observe(5, 950)
         learned.observe(500, 30)
-    assert learned.predict(5, 4000, None).quantile(0.9) == 1000
-    assert learned.predict(500, 4000, None).quantile(0.9) == 200
-    assert learned.predict(500, 100, None).lengths == (100,)
+    assert 950 <= learned.predict(5, 4000, None).quantile(0.9) <= 950 * 17 / 16
+    assert learned.predict(500, 4000, None).quantile(0.9) == 30
+    assert learned.predict(500, 20, None).lengths == (20,)
     for _ in range(100):
         learned.observe(5, 150)
-    assert learned.predict(5, 4000, None).mean() == 200
+    assert 150 <= learned.predict(5, 4000, None).mean() <= 160
 
 
 def test_oracles_need_the_truth() -> None:
