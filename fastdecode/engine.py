@@ -23,7 +23,7 @@ from fastdecode.sampling_params import SamplingParams
 from fastdecode.scheduler import Scheduler
 from fastdecode.step_log import StepRecord, make_record
 from fastdecode.text import StopFinder, Tokenizer
-from gpu_sworker import Sampled, SWorker, derive_seed
+from gpu_sworker import EmulatedSWorker, Sampled, SWorker, derive_seed
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ class Engine:
     def __init__(
         self,
         *,
-        sworker: SWorker,
+        sworker: SWorker | EmulatedSWorker,
         rpool: RPool,
         scheduler: Scheduler,
         tokenizer: Tokenizer | None,

@@ -17,7 +17,7 @@ import torch
 
 from fastdecode.plan import MicroBatch, Step
 from fastdecode.rpool import RPool, Ticket
-from gpu_sworker import AttentionCall, FlatBatch, PromptChunk, Sampled, SWorker
+from gpu_sworker import AttentionCall, EmulatedSWorker, FlatBatch, PromptChunk, Sampled, SWorker
 
 _Forward = Generator[AttentionCall, torch.Tensor, torch.Tensor]
 SampleFunction = Callable[[MicroBatch, torch.Tensor], Sampled]  # (micro-batch, logits [num_sampled, vocab])
@@ -43,7 +43,7 @@ class _Rows:
 
 
 class Pipeline:
-    def __init__(self, sworker: SWorker, rpool: RPool) -> None:
+    def __init__(self, sworker: SWorker | EmulatedSWorker, rpool: RPool) -> None:
         self._sworker = sworker
         self._rpool = rpool
 
