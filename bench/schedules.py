@@ -123,6 +123,7 @@ def run_emulated(args: argparse.Namespace, count: int, capacity_tokens: int, **o
 def run_cpu(
     args: argparse.Namespace, directory: str, count: int, capacity_tokens: int, **options: object
 ) -> list[StepRecord]:
+    """`count` sequences of a small model whose S-Part shares the cores with the R-worker."""
     log = Path(directory) / "steps.jsonl"
     token_bytes = 4 * 2 * 2 * 64 * 2  # layers, K and V, KV heads, head_dim, bytes
     with LLM(
@@ -146,15 +147,15 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=96, help="sequences that fit at full length")
     parser.add_argument("--input-len", type=int, default=8)
     parser.add_argument("--output-len", type=int, default=256)
-    parser.add_argument("--fillings", type=int, default=10, help="how many times the batch waits")
+    parser.add_argument("--fillings", type=int, default=12, help="how many times the batch waits")
     parser.add_argument("--cpu-fillings", type=int, default=5, help="the same with the model on the CPU")
     parser.add_argument("--interval", type=int, default=16, help="steps between starts, with the same batch")
-    parser.add_argument("--s-ms", type=float, default=1.5, help="of the S-Part, per layer and micro-batch")
+    parser.add_argument("--s-ms", type=float, default=4.0, help="of the S-Part, per layer and micro-batch")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--kv-heads", type=int, default=2)
     parser.add_argument("--head-dim", type=int, default=64)
     parser.add_argument("--r-workers", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--out", default="bench/results/schedules.json")
     parser.add_argument("--plot", help="of the steps in the same memory, a .png")
     args = parser.parse_args()
@@ -162,11 +163,12 @@ def main() -> None:
     batch, length = args.batch, args.input_len + args.output_len
     capacity = batch * (length + BLOCK_TOKENS)
     limit = batch * (2 * args.input_len + args.output_len + args.interval) // 2  # (6), with prompts
+    stabilised = POLICIES["stream"] | {"max_kv_load": limit, "start_interval": args.interval}
     settings = {
-        "same batch": {"at once": POLICIES["at once"], "stream": POLICIES["stream"] | {"max_kv_load": limit, "start_interval": args.interval}},
+        "same batch": {"at once": POLICIES["at once"], "stream": stabilised},
         "same memory": POLICIES,
         "plain CPU": POLICIES,
-    }  # fmt: skip
+    }
     results: dict[str, dict[str, list[Figures]]] = {}
     steps: dict[str, list[StepRecord]] = {}
     with tempfile.TemporaryDirectory() as directory:
@@ -191,12 +193,8 @@ def main() -> None:
     summary = report(results)
     machine = {"processor": cpu_name(), "cores": len(available_cores())}
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-    Path(args.out).write_text(
-        json.dumps(
-            {"fastdecode": __version__, "machine": machine, "arguments": vars(args), "results": summary}, indent=1
-        )
-        + "\n"
-    )
+    record = {"fastdecode": __version__, "machine": machine, "arguments": vars(args), "results": summary}
+    Path(args.out).write_text(json.dumps(record, indent=1) + "\n")
     if args.plot:
         plot_steps(
             {name: steps[name] for name in ("at once", "stream", "greedy")}, args.plot, by_time=True,
