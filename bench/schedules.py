@@ -6,7 +6,7 @@ Three settings, every policy in turn, the whole round repeated; medians and rati
 
     same batch     B sequences live at most; the peak load of a stream against starting them together
     same memory    KV for B sequences of full length, several times as many wait; an S-Part whose time is flat in the
-                   batch, as on a GPU below its knee: it is slept, while R-workers, wire and pipeline are real
+                   batch up to a knee, as on a GPU: it is slept, while R-workers, wire and pipeline are real
     plain CPU      the same with a small random Llama whose S-Part runs on the same cores
 """
 
@@ -104,7 +104,7 @@ def run_emulated(args: argparse.Namespace, count: int, capacity_tokens: int, **o
             capacity_blocks=tuple(welcome.num_blocks for welcome in welcomes),
         )
         engine = Engine(
-            sworker=EmulatedSWorker(facts, lambda tokens: args.s_ms / 1e3),
+            sworker=EmulatedSWorker(facts, lambda tokens: args.s_ms / 1e3 * max(1.0, tokens / args.knee)),
             rpool=rpool,
             tokenizer=None,
             scheduler=Scheduler(SchedulerConfig(**settings | options)),  # type: ignore[arg-type]
@@ -151,6 +151,7 @@ def main() -> None:
     parser.add_argument("--cpu-fillings", type=int, default=5, help="the same with the model on the CPU")
     parser.add_argument("--interval", type=int, default=16, help="steps between starts, with the same batch")
     parser.add_argument("--s-ms", type=float, default=4.0, help="of the S-Part, per layer and micro-batch")
+    parser.add_argument("--knee", type=int, default=1024, help="tokens of a micro-batch from which on it takes longer")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--kv-heads", type=int, default=2)
     parser.add_argument("--head-dim", type=int, default=64)

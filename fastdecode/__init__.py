@@ -18,6 +18,7 @@ _DOORS = {
     "Logprob": "fastdecode.outputs",
     "EngineConfig": "fastdecode.config",
     "mpi_main": "fastdecode.launch_mpi",
+    "calibrate_model": "fastdecode.calibrate",
 }
 
 __all__ = ["__version__", *_DOORS]  # noqa: PLE0604

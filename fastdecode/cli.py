@@ -12,6 +12,7 @@ from fastdecode import __version__
 COMMANDS = {
     "generate": "complete prompts with a model whose KV cache lives on R-workers",
     "rworker": "run one R-worker that S-workers on this machine can connect to",
+    "calibrate": "measure a model's S-Part and R-Part here, for the performance model",
     "simulate": "run the scheduler on a workload in virtual time: load, throughput, latency, plots",
     "doctor": "show what this machine offers: cores, memory, bandwidth, MPI, GPU, versions",
 }

@@ -103,9 +103,9 @@ class EngineConfig:
                 hint = f"did you mean {near[0]!r}? " if near else ""
                 raise ConfigError(f"there is no option {name!r}; {hint}The options are {', '.join(known)}")
         options = dict(options)
-        options["model"] = str(options["model"])
-        if options.get("tokenizer") is not None:
-            options["tokenizer"] = str(options["tokenizer"])
+        for name in ("model", "tokenizer", "calibration", "step_log"):
+            if options.get(name) is not None:
+                options[name] = str(options[name])
         addresses = options.get("r_worker_addresses") or ()
         options["r_worker_addresses"] = (addresses,) if isinstance(addresses, str) else tuple(addresses)
         try:

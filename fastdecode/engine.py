@@ -55,10 +55,9 @@ class Engine:
     def has_work(self) -> bool:
         return self._scheduler.has_work
 
-    @property
-    def is_full(self) -> bool:
-        """A request added now would be refused; after some steps it may not."""
-        return self._scheduler.is_full
+    def has_room(self, params: SamplingParams) -> bool:
+        """A request with these would find a place in the queue now."""
+        return self._scheduler.has_room(params.n)
 
     def next_request_id(self) -> str:
         """Ids count up from 0, refused requests included, so that a bad prompt does not shift the others' seeds."""
@@ -77,8 +76,8 @@ class Engine:
             self._num_sequences += 1
             continuations.append(Continuation(sequence, self._stop_finder(request)))
         live = LiveRequest(request, prompt, continuations, params.n, time.monotonic())
-        for continuation in continuations:  # they need the same KV: the first one is refused or none
-            self._scheduler.add(continuation.sequence)
+        self._scheduler.add(*(continuation.sequence for continuation in continuations))
+        for continuation in continuations:
             self._by_sequence[continuation.sequence.seq_id] = live, continuation
         self._live[request_id] = live
 

@@ -158,7 +158,7 @@ class LLM:
         waiting = deque(enumerate(requests))
         try:
             while (waiting or self._engine.has_work) and not self._closed:
-                while waiting and not self._engine.is_full:
+                while waiting and self._engine.has_room(waiting[0][1][1]):
                     place, (prompt, params) = waiting.popleft()
                     request_id, read = self._engine.next_request_id(), ReadPrompt(None, [])
                     try:

@@ -85,29 +85,35 @@ class Scheduler:
     def has_work(self) -> bool:
         return bool(self._waiting or self._running)
 
-    @property
-    def is_full(self) -> bool:
-        """No more can be added before some have started."""
-        return self._config.max_num_waiting is not None and len(self._waiting) >= self._config.max_num_waiting
+    def has_room(self, count: int) -> bool:
+        """So many sequences can be added now."""
+        limit, waiting = self._config.max_num_waiting, len(self._waiting)
+        return limit is None or not waiting or waiting + count <= limit
 
     def running(self, seq_id: int) -> Sequence:
         return self._running[seq_id]
 
-    def add(self, sequence: Sequence) -> None:
-        """Raises RequestError if no R-worker could ever hold it, or if the queue is full."""
-        needed = self._credits.blocks(sequence.max_kv_tokens)
-        if needed > self._credits.largest:
-            size = self._config.block_tokens
+    def add(self, *sequences: Sequence) -> None:
+        """All of them or none.  Raises RequestError if no R-worker could ever hold one, or if the queue is full.
+
+        An empty queue takes any number, so that a request for more samples than the queue holds is served, too.
+        """
+        for sequence in sequences:
+            needed = self._credits.blocks(sequence.max_kv_tokens)
+            if needed > self._credits.largest:
+                size = self._config.block_tokens
+                raise RequestError(
+                    "kv_budget_exceeded",
+                    f"prompt + output is {sequence.max_kv_tokens} tokens of KV = {needed} blocks of {size}; the "
+                    f"largest R-worker has {self._credits.largest}: raise kv_cache_memory or lower max_tokens",
+                )
+        if not self.has_room(len(sequences)):
             raise RequestError(
-                "kv_budget_exceeded",
-                f"prompt + output is {sequence.max_kv_tokens} tokens of KV = {needed} blocks of {size}; the largest "
-                f"R-worker has {self._credits.largest}: raise kv_cache_memory or lower max_tokens",
+                "queue_full",
+                f"{len(self._waiting)} sequences wait already, and {self._config.max_num_waiting} may; try again later",
             )
-        if self.is_full:
-            raise RequestError(
-                "queue_full", f"{len(self._waiting)} sequences wait already, the most allowed; try again later"
-            )
-        self._waiting.add(sequence)
+        for sequence in sequences:
+            self._waiting.add(sequence)
 
     def schedule(self) -> Step | None:
         """The next step; None if there is nothing to do."""

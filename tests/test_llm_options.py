@@ -10,6 +10,7 @@ from conftest import Case, quiet
 
 from fastdecode import LLM, SamplingParams
 from fastdecode.errors import ConfigError, ModelError, RWorkerUnreachable
+from fastdecode.step_log import read_step_log
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12)
 
@@ -106,3 +107,28 @@ def test_start_says_what_fits(llama: Case) -> None:
     with LLM(llama.directory, kv_cache_memory="1MiB", max_model_len=100, skip_tokenizer_init=True) as llm:
         assert len(llm.kv_places) == 1
         assert "1008.0 KiB of float32 KV = 1344 tokens = 10 sequences of 100 tokens" in llm.kv_places[0]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"length_quantile": 0.3, "start_policy": "eager"},
+        {"length_predictor": "max-tokens", "order": "sjf", "order_window": 8},
+        {"kv_policy": "greedy", "start_policy": "eager", "max_num_batched_tokens": 96},
+        {"kv_policy": "reserve-static", "start_policy": "at-once", "max_num_waiting": 5},
+    ],
+    ids=str,
+)
+def test_schedules_do_not_change_what_comes_out(options: dict[str, Any], demo_model: Path, tmp_path: Path) -> None:
+    """Lines of code of all lengths, in KV for a few of them at a time, against all of them together."""
+    texts = ["def read(self", "import os", "class Node", "    return", "for i in", "x = [", "if not", "while True"]
+    prompts = [text + " " * (i % 3) for i in range(9) for text in texts]
+    params = SamplingParams(temperature=0, max_tokens=48, stop=["\n"])
+    with LLM(demo_model) as llm:
+        expected = [output.outputs[0].text for output in llm.generate(prompts, params, use_tqdm=False)]
+    log = tmp_path / "steps.jsonl"
+    with LLM(demo_model, kv_cache_memory="4MiB", max_model_len=128, block_tokens=16, step_log=log, **options) as llm:
+        result = [output.outputs[0].text for output in llm.generate(prompts, params, use_tqdm=False)]
+    assert result == expected and len(set(expected)) > 10
+    assert max(record.num_running for record in read_step_log(log)) < len(prompts), "the KV was to be tight"

@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from load_algorithms import Job, at_once, published, run, steady
 
 from fastdecode.load import Demand, Projection
+from fastdecode.load_control import are_alike
+from fastdecode.predictor import Prediction
 
 demands = st.builds(
     lambda start, steps, first: Demand(start, start + steps - 1, first),
@@ -82,3 +84,26 @@ def mixed_jobs(seed: int, count: int) -> list[Job]:
             generator.integers(1, 1024, count), generator.choice([128, 256, 512, 1024], count), strict=True
         )
     ]
+
+
+def a_prediction(*lengths: int) -> Prediction:
+    return Prediction(tuple(sorted(set(lengths))), tuple(lengths.count(n) / len(lengths) for n in sorted(set(lengths))))
+
+
+@pytest.mark.parametrize(
+    "lengths, alike",
+    [
+        ([256] * 5 + [9, 90, 900], True),
+        (np.random.default_rng(0).normal(256, 0.1 * 256, 128).astype(int).tolist(), True),
+        (np.random.default_rng(0).normal(256, 0.3 * 256, 128).astype(int).tolist(), False),
+        (np.random.default_rng(0).choice([128, 256, 512], 128).tolist(), True),
+        (np.random.default_rng(0).integers(1, 512, 128).tolist(), False),
+        ([5, 50, 500], True),  # too few to tell
+    ],
+)
+def test_whether_lengths_are_alike(lengths: list[int], alike: bool) -> None:
+    """Known one by one, or as a distribution that all of them share."""
+    lengths = [max(1, length) for length in lengths]
+    assert are_alike([a_prediction(length) for length in lengths]) == alike
+    if len(lengths) >= 8:
+        assert are_alike([a_prediction(*lengths)] * 20) == alike

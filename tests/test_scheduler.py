@@ -302,13 +302,13 @@ def test_what_never_fits_is_refused_with_the_arithmetic() -> None:
 def test_the_queue_is_bounded() -> None:
     scheduler = create_scheduler(max_num_waiting=2)
     scheduler.add(a_sequence(0))
-    assert not scheduler.is_full
+    with pytest.raises(RequestError, match="1 sequences wait already, and 2 may") as info:
+        scheduler.add(a_sequence(1), a_sequence(2))
+    assert info.value.code == "queue_full" and scheduler.num_waiting == 1 and scheduler.has_room(1)
     scheduler.add(a_sequence(1))
-    with pytest.raises(RequestError, match="2 sequences wait already") as info:
-        scheduler.add(a_sequence(2))
-    assert info.value.code == "queue_full" and scheduler.is_full
+    assert not scheduler.has_room(1)
     scheduler.schedule()
-    scheduler.add(a_sequence(2))
+    scheduler.add(a_sequence(2), a_sequence(3), a_sequence(4))  # an empty queue takes them all
 
 
 def test_remove_waiting_and_running() -> None:

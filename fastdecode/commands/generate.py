@@ -9,25 +9,11 @@ import time
 from pathlib import Path
 
 import fastdecode
-from fastdecode.config import DTYPE_NAMES, TRANSPORTS, EngineConfig
+from fastdecode.commands.engine_flags import add_engine_flags, engine_options
+from fastdecode.config import EngineConfig
 from fastdecode.errors import ConfigError, FastDecodeError
 from fastdecode.outputs import RequestOutput
 
-_ENGINE_FLAGS = (
-    "tokenizer",
-    "dtype",
-    "device",
-    "kv_cache_dtype",
-    "kv_cache_memory",
-    "num_r_workers",
-    "r_worker_threads",
-    "transport",
-    "micro_batches",
-    "max_num_seqs",
-    "max_num_batched_tokens",
-    "max_model_len",
-    "worker_timeout_s",
-)
 _SAMPLING_FLAGS = ("n", "temperature", "top_p", "top_k", "min_p", "seed", "max_tokens")
 
 
@@ -42,33 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--json", action="store_true", help="one JSON object per prompt on standard output")
 
-    engine = parser.add_argument_group("engine")
-    types = {
-        "kv_cache_memory": str,
-        "worker_timeout_s": float,
-        "tokenizer": str,
-        "dtype": str,
-        "device": str,
-        "kv_cache_dtype": str,
-        "transport": str,
-    }
-    choices = {"dtype": DTYPE_NAMES, "kv_cache_dtype": DTYPE_NAMES, "transport": TRANSPORTS}
-    for name in _ENGINE_FLAGS:
-        engine.add_argument(
-            "--" + name.replace("_", "-").removesuffix("-s"),
-            dest=name,
-            type=types.get(name, int),
-            choices=choices.get(name),
-            default=getattr(EngineConfig, name),
-            help=_help(name),
-        )
-    engine.add_argument(
-        "--r-worker-address",
-        action="append",
-        dest="r_worker_addresses",
-        metavar="ADDRESS",
-        help="an R-worker that runs already; may be given several times",
-    )
+    add_engine_flags(parser)
 
     sampling = parser.add_argument_group("sampling")
     for name, kind, default, text in (
@@ -106,14 +66,13 @@ def _generate(args: argparse.Namespace) -> int:
     """0 if every prompt was served, 1 if one was not, 2 if nothing could start."""
     try:
         prompts = _read_prompts(args)
-        options = {name: getattr(args, name) for name in (*_ENGINE_FLAGS, "r_worker_addresses")}
         try:
             params = fastdecode.SamplingParams(
                 **{name: getattr(args, name) for name in _SAMPLING_FLAGS}, stop=args.stop, ignore_eos=args.ignore_eos
             )
         except ValueError as error:
             raise ConfigError(str(error)) from error
-        with fastdecode.LLM(args.model, **options) as llm:
+        with fastdecode.LLM(args.model, **engine_options(args)) as llm:
             for line in llm.kv_places:
                 print(line, file=sys.stderr)
             started = time.perf_counter()
@@ -174,17 +133,3 @@ def _print(output: RequestOutput, *, as_json: bool) -> None:
         for completion in output.outputs:
             print(f"--- {completion.finish_reason}, {len(completion.token_ids)} tokens")
             print(f"{output.prompt or ''}{completion.text}")
-
-
-def _help(option: str) -> str:
-    """The option's line in EngineConfig's docstring, which is the one place that describes it."""
-    lines = (EngineConfig.__doc__ or "").splitlines()
-    start = next((i for i, line in enumerate(lines) if line.strip().startswith(f"{option}:")), None)
-    if start is None:
-        return ""  # docstrings were stripped (python -OO)
-    text = [lines[start].split(":", 1)[1]]
-    for line in lines[start + 1 :]:
-        if not line.startswith(" " * 8):
-            break
-        text.append(line)
-    return " ".join(" ".join(text).replace("`", "").split()).replace("%", "%%")

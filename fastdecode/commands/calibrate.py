@@ -1,0 +1,56 @@
+"""``fastdecode calibrate MODEL``: measures T(B) and R here, keeps them, and says what they mean."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+import fastdecode
+from fastdecode.calibration import write_calibration
+from fastdecode.commands.engine_flags import add_engine_flags, engine_options
+from fastdecode.config import EngineConfig
+from fastdecode.errors import ConfigError, FastDecodeError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="Hugging Face model directory (config.json, *.safetensors)")
+    parser.add_argument("-o", "--output", default="calibration.json", metavar="FILE", help="where to keep it")
+    parser.add_argument("--largest-batch", type=int, default=256, help="tokens of a micro-batch to measure up to")
+    parser.add_argument("--length", type=int, default=1024, help="of a sequence, for the advice")
+    add_engine_flags(
+        parser,
+        ("dtype", "device", "kv_cache_dtype", "kv_cache_memory", "num_r_workers", "r_worker_threads", "transport",
+         "worker_timeout_s"),
+    )  # fmt: skip
+
+
+def run(args: argparse.Namespace) -> int:
+    try:
+        if not 1 <= args.largest_batch <= 1 << 16 or args.length < 1:
+            raise ConfigError("--largest-batch must be from 1 to 65536, and --length 1 or more")
+        config = EngineConfig.from_options({"model": args.model} | engine_options(args))
+        calibration = fastdecode.calibrate_model(
+            config, args.largest_batch, lambda line: print(line, file=sys.stderr, flush=True)
+        )
+        write_calibration(calibration, args.output)
+    except FastDecodeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: cannot write {args.output}: {error}", file=sys.stderr)
+        return 2
+    model = calibration.perf_model
+    batch, workers = model.saturating_batch(), calibration.num_r_workers
+    load = batch * args.length / 2
+    seconds = model.step_seconds([(batch, load), (batch, load)], workers)
+    print(f"{args.output}: {calibration.model} on {calibration.device}, {workers} R-workers")
+    r_ns, fixed_us = model.kv_token_seconds * 1e9, model.r_fixed_seconds * 1e6
+    print(f"R = {r_ns:.1f} ns per KV token, block and R-worker, and {fixed_us:.0f} us for the wire")
+    print(f"S-Part: {model.efficiency(batch):.0f} tokens/s through a block at B = {batch}, 0.9 of the best or more")
+    wanted = model.r_workers(batch, args.length)
+    print(f"for sequences of {args.length} tokens {wanted:.1f} such R-workers keep up with it")
+    print(
+        f"two micro-batches of {batch} at half their peak load: {seconds * 1e3:.1f} ms a step, "
+        f"{2 * batch / seconds:.0f} tokens/s"
+    )
+    return 0

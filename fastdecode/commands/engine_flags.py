@@ -1,0 +1,75 @@
+"""Engine options as flags: names, types and help come from EngineConfig, which is the one place that describes them."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any
+
+from cpu_attention import KV_DTYPES
+from fastdecode.config import DTYPE_NAMES, LENGTH_PREDICTORS, TRANSPORTS, EngineConfig
+from fastdecode.kv_credits import KV_POLICIES
+from fastdecode.load_control import START_POLICIES
+from fastdecode.waiting import ORDERS
+
+_CHOICES: dict[str, Sequence[str]] = {
+    "dtype": DTYPE_NAMES,
+    "kv_cache_dtype": ("auto", *KV_DTYPES),
+    "transport": TRANSPORTS,
+    "kv_policy": KV_POLICIES,
+    "start_policy": START_POLICIES,
+    "length_predictor": LENGTH_PREDICTORS,
+    "order": ORDERS,
+}
+_NOT_FLAGS = {"model", "seed", "skip_tokenizer_init", "r_worker_addresses"}  # given otherwise, or of the API alone
+
+
+def add_engine_flags(parser: argparse.ArgumentParser, names: Sequence[str] | None = None) -> None:
+    """Flags for these options; None: for all that can be given so."""
+    engine = parser.add_argument_group("engine")
+    known = {field.name: field for field in fields(EngineConfig) if field.name not in _NOT_FLAGS}
+    chosen = tuple(known) if names is None else tuple(names)
+    for name in chosen:
+        field = known[name]
+        engine.add_argument(
+            "--" + name.replace("_", "-").removesuffix("-s"),
+            dest=name,
+            type=_type(name, str(field.type)),
+            choices=_CHOICES.get(name),
+            default=field.default,
+            help=option_help(name),
+        )
+    engine.add_argument(
+        "--r-worker-address",
+        action="append",
+        dest="r_worker_addresses",
+        metavar="ADDRESS",
+        help="an R-worker that runs already; may be given several times",
+    )
+    parser.set_defaults(engine_flags=(*chosen, "r_worker_addresses"))
+
+
+def engine_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What those flags were set to."""
+    return {name: getattr(args, name) for name in args.engine_flags}
+
+
+def option_help(option: str) -> str:
+    """The option's lines in EngineConfig's docstring."""
+    lines = (EngineConfig.__doc__ or "").splitlines()
+    start = next((i for i, line in enumerate(lines) if line.strip().startswith(f"{option}:")), None)
+    if start is None:
+        return ""  # docstrings were stripped (python -OO)
+    text = [lines[start].split(":", 1)[1]]
+    for line in lines[start + 1 :]:
+        if not line.startswith(" " * 8):
+            break
+        text.append(line)
+    return " ".join(" ".join(text).replace("`", "").split()).replace("%", "%%")
+
+
+def _type(name: str, annotation: str) -> type:
+    if name == "kv_cache_memory":
+        return str  # "4GiB"
+    return {"int": int, "float": float}.get(annotation.split(" ")[0], str)
