@@ -9,5 +9,8 @@ if [ $# -eq 0 ]; then
     ruff check .
     ruff format --check .
     mypy
+    # Two at a time; those that hold a time, or count processes, alone.
+    python -m pytest -n 2 --dist loadfile -m "not alone"
+    exec python -m pytest -m alone
 fi
 exec python -m pytest "$@"

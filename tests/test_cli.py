@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from conftest import Case
 
+from fastdecode.cli import COMMANDS
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -24,8 +26,10 @@ def fastdecode(*arguments: object, timeout: float = 120) -> subprocess.Completed
     )
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["--version"], ["generate", "--help"], ["rworker", "--help"], ["doctor", "--help"]]
+    "arguments",
+    [["--help"], ["--version"], *([command, "--help"] for command in sorted(COMMANDS))],
 )
 def test_help_is_instant_and_needs_no_torch(arguments: list[str]) -> None:
     """The goal is a second on an idle machine; the best of three keeps a busy one from lying."""

@@ -21,6 +21,8 @@ from fastdecode import LLM, SamplingParams
 from fastdecode.errors import RWorkerFailed, RWorkerLost, RWorkerTimeout
 from transport import Admit, Attend, Attended, PeerLost, Release, connect, listen
 
+pytestmark = pytest.mark.alone
+
 ROOT = Path(__file__).parents[1]
 LONG = SamplingParams(temperature=0, max_tokens=400, ignore_eos=True)
 

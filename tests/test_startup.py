@@ -15,6 +15,8 @@ import pytest
 from cpu_attention import RWorker, available_memory_bytes, machine
 from transport import Admit, Attend, Attended, Hello, LayerSpec, Step, Welcome, connect
 
+pytestmark = pytest.mark.alone
+
 # Bounds that the README states.  Compiling takes 3 s on the machine it was tried on, loading 0.2 s.
 COLD_S, CACHED_S = 10.0, 2.0
 
