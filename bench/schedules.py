@@ -33,7 +33,7 @@ from fastdecode.launch import start_r_workers
 from fastdecode.plots import plot_steps
 from fastdecode.rpool import RPool
 from fastdecode.runtime import open_session
-from fastdecode.scheduler import Scheduler, SchedulerConfig
+from fastdecode.scheduling.scheduler import Scheduler, SchedulerConfig
 from fastdecode.step_log import StepRecord, read_step_log
 from gpu_sworker import AttentionSpec, EmulatedSWorker, ModelFacts
 

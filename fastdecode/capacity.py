@@ -9,8 +9,8 @@ from cpu_attention import KVLayout, LayerShape, available_memory_bytes, format_b
 from fastdecode.calibration import read_calibration
 from fastdecode.config import EngineConfig
 from fastdecode.errors import ConfigError
-from fastdecode.predictor import Learned, MaxTokens
-from fastdecode.scheduler import Scheduler, SchedulerConfig
+from fastdecode.scheduling.predictor import Learned, MaxTokens
+from fastdecode.scheduling.scheduler import Scheduler, SchedulerConfig
 from gpu_sworker import ModelFacts
 from transport import Welcome
 

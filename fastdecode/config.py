@@ -9,9 +9,9 @@ from typing import Any, Self
 
 from cpu_attention import KV_DTYPES, LANES, parse_bytes
 from fastdecode.errors import ConfigError
-from fastdecode.kv_credits import KV_POLICIES
-from fastdecode.load_control import START_POLICIES
-from fastdecode.waiting import ORDERS
+from fastdecode.scheduling.kv_credits import KV_POLICIES
+from fastdecode.scheduling.load_control import START_POLICIES
+from fastdecode.scheduling.waiting import ORDERS
 
 TRANSPORTS = ("inproc", "ipc", "tcp", "mpi")
 LENGTH_PREDICTORS = ("learned", "max-tokens")

@@ -20,7 +20,7 @@ from fastdecode.results import Continuation, LiveRequest, finished_output
 from fastdecode.rpool import RPool
 from fastdecode.sampling import sampling_rows
 from fastdecode.sampling_params import SamplingParams
-from fastdecode.scheduler import Scheduler
+from fastdecode.scheduling.scheduler import Scheduler
 from fastdecode.step_log import StepRecord, make_record
 from fastdecode.text import StopFinder, Tokenizer
 from gpu_sworker import EmulatedSWorker, Sampled, SWorker, derive_seed

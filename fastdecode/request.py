@@ -16,8 +16,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from fastdecode.predictor import Prediction
 from fastdecode.sampling_params import SamplingParams
+from fastdecode.scheduling.predictor import Prediction
 
 
 @dataclass(frozen=True)

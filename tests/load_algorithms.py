@@ -1,4 +1,4 @@
-"""Other ways to decide when sequences start, to compare `fastdecode.load` with, and a clock of steps to run them by."""
+"""Other ways to decide when sequences start, to compare ours with, and a clock of steps to run them by."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fastdecode.load import Demand, Projection, SteadyStream
+from fastdecode.scheduling.load import Demand, Projection, SteadyStream
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from load_algorithms import Job, at_once, published, run, steady
 
-from fastdecode.load import Demand, Projection
-from fastdecode.load_control import are_alike
-from fastdecode.predictor import Prediction
+from fastdecode.scheduling.load import Demand, Projection
+from fastdecode.scheduling.load_control import are_alike
+from fastdecode.scheduling.predictor import Prediction
 
 demands = st.builds(
     lambda start, steps, first: Demand(start, start + steps - 1, first),

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastdecode.predictor import (
+from fastdecode.scheduling.predictor import (
     BUCKET_TOKENS,
     PUBLISHED_ACCURACY,
     Learned,

@@ -10,14 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastdecode.errors import RequestError
-from fastdecode.kv_credits import KV_POLICIES
-from fastdecode.load_control import START_POLICIES
 from fastdecode.plan import Segment, Step
-from fastdecode.predictor import Learned, MaxTokens, NoisyOracle, Oracle, Predictor
 from fastdecode.request import Request, Sequence
 from fastdecode.sampling_params import SamplingParams
-from fastdecode.scheduler import Scheduler, SchedulerConfig
-from fastdecode.waiting import ORDERS
+from fastdecode.scheduling.kv_credits import KV_POLICIES
+from fastdecode.scheduling.load_control import START_POLICIES
+from fastdecode.scheduling.predictor import Learned, MaxTokens, NoisyOracle, Oracle, Predictor
+from fastdecode.scheduling.scheduler import Scheduler, SchedulerConfig
+from fastdecode.scheduling.waiting import ORDERS
 
 END, OTHER = 1, 7
 BLOCK_TOKENS = 4

@@ -13,12 +13,12 @@ from test_load import mixed_jobs
 
 from bench.paper_figures import FIGURES, load_stabilising, splitfuse
 from fastdecode.cli import main
-from fastdecode.cost import WholeCost, flat_cost
-from fastdecode.latency import keeps_rate, summary
-from fastdecode.predictor import Learned, MaxTokens, NoisyOracle, Oracle, Predictor
-from fastdecode.scheduler import Scheduler, SchedulerConfig
-from fastdecode.simulate import Served, Simulation, simulate
-from fastdecode.workload import Arrivals, Job, make_jobs
+from fastdecode.scheduling.predictor import Learned, MaxTokens, NoisyOracle, Oracle, Predictor
+from fastdecode.scheduling.scheduler import Scheduler, SchedulerConfig
+from fastdecode.simulation.cost import WholeCost, flat_cost
+from fastdecode.simulation.latency import keeps_rate, summary
+from fastdecode.simulation.simulator import Served, Simulation, simulate
+from fastdecode.simulation.workload import Arrivals, Job, make_jobs
 
 FLAT = flat_cost(0.01, 1e-9)
 

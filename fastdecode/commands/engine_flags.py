@@ -9,9 +9,9 @@ from typing import Any
 
 from cpu_attention import KV_DTYPES
 from fastdecode.config import DTYPE_NAMES, LENGTH_PREDICTORS, TRANSPORTS, EngineConfig
-from fastdecode.kv_credits import KV_POLICIES
-from fastdecode.load_control import START_POLICIES
-from fastdecode.waiting import ORDERS
+from fastdecode.scheduling.kv_credits import KV_POLICIES
+from fastdecode.scheduling.load_control import START_POLICIES
+from fastdecode.scheduling.waiting import ORDERS
 
 _CHOICES: dict[str, Sequence[str]] = {
     "dtype": DTYPE_NAMES,

@@ -13,17 +13,17 @@ import numpy as np
 from tqdm import tqdm
 
 from fastdecode.calibration import read_calibration
-from fastdecode.cost import PROFILES, Cost, SplitCost
 from fastdecode.errors import ConfigError, FastDecodeError
-from fastdecode.kv_credits import KV_POLICIES
-from fastdecode.latency import summary
-from fastdecode.load_control import START_POLICIES
 from fastdecode.plots import check_plotting, plot_steps
-from fastdecode.predictor import PUBLISHED_ACCURACY, Learned, MaxTokens, NoisyOracle, Oracle, Predictor
-from fastdecode.scheduler import Scheduler, SchedulerConfig
-from fastdecode.simulate import Simulation, simulate
-from fastdecode.waiting import ORDERS
-from fastdecode.workload import make_jobs, parse_arrivals
+from fastdecode.scheduling.kv_credits import KV_POLICIES
+from fastdecode.scheduling.load_control import START_POLICIES
+from fastdecode.scheduling.predictor import PUBLISHED_ACCURACY, Learned, MaxTokens, NoisyOracle, Oracle, Predictor
+from fastdecode.scheduling.scheduler import Scheduler, SchedulerConfig
+from fastdecode.scheduling.waiting import ORDERS
+from fastdecode.simulation.cost import PROFILES, Cost, SplitCost
+from fastdecode.simulation.latency import summary
+from fastdecode.simulation.simulator import Simulation, simulate
+from fastdecode.simulation.workload import make_jobs, parse_arrivals
 
 PREDICTORS = ("max-tokens", "oracle", "noisy", "learned")
 

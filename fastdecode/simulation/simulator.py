@@ -11,14 +11,14 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from fastdecode.cost import Cost
 from fastdecode.errors import RequestError
 from fastdecode.request import Request
 from fastdecode.request import Sequence as Running
 from fastdecode.sampling_params import SamplingParams
-from fastdecode.scheduler import Scheduler
+from fastdecode.scheduling.scheduler import Scheduler
+from fastdecode.simulation.cost import Cost
+from fastdecode.simulation.workload import Arrivals, Job
 from fastdecode.step_log import StepRecord, make_record
-from fastdecode.workload import Arrivals, Job
 
 _END, _OTHER = 1, 2  # token ids
 

@@ -14,15 +14,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from fastdecode.compose import micro_batches
 from fastdecode.errors import RequestError
-from fastdecode.kv_credits import KVCredits
-from fastdecode.load import Demand
-from fastdecode.load_control import LoadControl, Prospect
 from fastdecode.plan import Admission, Segment, Step
-from fastdecode.predictor import Learned, Prediction, Predictor
 from fastdecode.request import Sequence
-from fastdecode.waiting import WaitingQueue
+from fastdecode.scheduling.compose import micro_batches
+from fastdecode.scheduling.kv_credits import KVCredits
+from fastdecode.scheduling.load import Demand
+from fastdecode.scheduling.load_control import LoadControl, Prospect
+from fastdecode.scheduling.predictor import Learned, Prediction, Predictor
+from fastdecode.scheduling.waiting import WaitingQueue
 
 
 @dataclass(frozen=True, kw_only=True)

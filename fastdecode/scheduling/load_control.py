@@ -28,9 +28,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from fastdecode.kv_credits import KVCredits
-from fastdecode.load import Demand, Projection, SteadyStream
-from fastdecode.predictor import Prediction
+from fastdecode.scheduling.kv_credits import KVCredits
+from fastdecode.scheduling.load import Demand, Projection, SteadyStream
+from fastdecode.scheduling.predictor import Prediction
 
 # Fillings of the limit, at the sequences' full lengths.  Of N such fillings started at once each takes S steps; in a
 # stream they take half as long, and a ramp of S steps before: N/2 + 1 of them, which is less from two fillings on.

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from fastdecode.simulate import Served, Simulation
+from fastdecode.simulation.simulator import Served, Simulation
 
 _EMA_SPAN = 16  # of FastGen's benchmark: alpha = 2 / (span + 1), adjusted at the beginning
 _PROMPT_TOKENS_PER_S = 512  # of FastGen's: the first token is due after prompt_tokens / this

@@ -17,8 +17,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from fastdecode.load import Demand, Projection
 from fastdecode.request import Sequence as RunningSequence
+from fastdecode.scheduling.load import Demand, Projection
 
 _LOOK_AHEAD = 32  # steps
 
@@ -124,7 +124,7 @@ class KVCredits:
         account.num_sequences -= 1
 
     def check_integrity(self, running: Iterable[RunningSequence]) -> None:
-        """Asserts that exactly the running sequences have credit, where they are, and that no R-worker is overdrawn."""
+        """Asserts that exactly the running sequences have credit, where they are."""
         assert {s.seq_id: s.r_worker for s in running} == {i: worker for i, (worker, _) in self._demands.items()}
         for worker, account in enumerate(self._accounts):
             own = [demand for place, demand in self._demands.values() if place == worker]
