@@ -6,10 +6,11 @@ import argparse
 import sys
 
 import fastdecode
-from fastdecode.calibration import write_calibration
+from fastdecode.calibration import Calibration, write_calibration
 from fastdecode.commands.engine_flags import add_engine_flags, engine_options
 from fastdecode.config import EngineConfig
 from fastdecode.errors import ConfigError, FastDecodeError
+from fastdecode.perf_model import sls_peak
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,18 +40,22 @@ def run(args: argparse.Namespace) -> int:
     except OSError as error:
         print(f"error: cannot write {args.output}: {error}", file=sys.stderr)
         return 2
-    model = calibration.perf_model
-    batch, workers = model.saturating_batch(), calibration.num_r_workers
-    load = batch * args.length / 2
-    seconds = model.step_seconds([(batch, load), (batch, load)], workers)
-    print(f"{args.output}: {calibration.model} on {calibration.device}, {workers} R-workers")
+    _print_advice(calibration, args.output, args.length)
+    return 0
+
+
+def _print_advice(calibration: Calibration, output: str, length: int) -> None:
+    """What the performance model makes of it, for sequences of so many tokens."""
+    model, workers = calibration.perf_model, calibration.num_r_workers
+    batch, interval = model.saturating_batch(), max(1, length // 16)
+    peak = sls_peak(2 * batch, length, interval)
+    seconds = model.step_seconds([(batch, peak / 2)] * 2, workers)
     r_ns, fixed_us = model.kv_token_seconds * 1e9, model.r_fixed_seconds * 1e6
+    print(f"{output}: {calibration.model} on {calibration.device}, {workers} R-workers")
     print(f"R = {r_ns:.1f} ns per KV token, block and R-worker, and {fixed_us:.0f} us for the wire")
     print(f"S-Part: {model.efficiency(batch):.0f} tokens/s through a block at B = {batch}, 0.9 of the best or more")
-    wanted = model.r_workers(batch, args.length)
-    print(f"for sequences of {args.length} tokens {wanted:.1f} such R-workers keep up with it")
+    print(f"for sequences of {length} tokens {model.r_workers(batch, length):.1f} such R-workers keep up with it")
     print(
-        f"two micro-batches of {batch} at half their peak load: {seconds * 1e3:.1f} ms a step, "
-        f"{2 * batch / seconds:.0f} tokens/s"
+        f"two micro-batches of {batch}, of which {2 * batch * interval / length:.1f} start every {interval} steps: the "
+        f"load comes to {peak:.0f} KV tokens, a step to {seconds * 1e3:.1f} ms, {2 * batch / seconds:.0f} tokens/s"
     )
-    return 0
