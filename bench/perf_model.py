@@ -14,6 +14,7 @@ import json
 import statistics
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -21,7 +22,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from bench.end_to_end import make_model
 from cpu_attention import available_cores, cpu_name
 from fastdecode import LLM, EngineConfig, SamplingParams, __version__, calibrate_model
-from fastdecode.calibration import write_calibration
 from fastdecode.step_log import read_step_log
 
 WINDOW = 32  # steps whose median is compared
@@ -38,10 +38,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         make_model(argparse.Namespace(hidden=512, mlp=1408, layers=4, q_heads=8, kv_heads=2, vocab=8000), directory)
         options = {"model": directory, "kv_cache_dtype": "float16", "kv_cache_memory": "256MiB"}
-        calibration = calibrate_model(
-            EngineConfig.from_options(options), 128, lambda line: print(line, file=sys.stderr)
-        )
-        write_calibration(calibration, Path(directory) / "calibration.json")
+        calibration = calibrate_model(EngineConfig.from_options(options), 128, partial(print, file=sys.stderr))
         model, log = calibration.perf_model, Path(directory) / "steps.jsonl"
         print(f"{'sequences':>10}{'KV tokens':>11}{'measured ms':>13}{'told ms':>10}{'told/measured':>15}")
         for batch in args.batches:
