@@ -83,3 +83,11 @@ def test_oracles_need_the_truth() -> None:
     for oracle in (Oracle(), NoisyOracle()):
         with pytest.raises(ValueError, match="simulation"):
             oracle.predict(1, 10, None)
+
+
+def test_outputs_that_were_cut() -> None:
+    """They say nothing of how far they would have gone."""
+    learned = Learned(least=10)
+    for _ in range(40):
+        learned.observe(5, 4, was_cut=True)
+    assert learned.predict(5, 4, None).quantile(0.5) == 4 and learned.predict(5, 1000, None).quantile(0.0) == 1000

@@ -357,3 +357,41 @@ def test_a_preempted_sequence_goes_where_there_is_room() -> None:
         for admission in step.admissions:
             places[admission.seq_id].append(admission.r_worker)
     assert set(places[2]) == {0, 1} and [len(places[i]) for i in (0, 1)] == [1, 1]
+
+
+def batches(world: World) -> list[list[int]]:
+    return [[a.seq_id for a in step.admissions] for step in world.steps if step.admissions]
+
+
+def test_a_batch_that_starts_at_once() -> None:
+    """All that fit, over as many steps as their prompts take, whoever has ended by then; the next when all have."""
+    world = World(
+        create_scheduler(max_num_batched_tokens=16, capacity_blocks=(200,), start_policy="at-once"), 16, (200,)
+    )
+    for i in range(8):
+        world.add(a_sequence(i, prompt=12, output=1 if i == 0 else 30))
+    world.run()
+    joined = [step.number for step in world.steps if step.admissions]
+    assert [i for batch in batches(world) for i in batch] == list(range(8)) and joined[-1] < 12
+
+
+def test_nobody_joins_a_batch_that_started_at_once() -> None:
+    world = World(create_scheduler(start_policy="at-once"), 64, (50, 50))
+    world.add(a_sequence(0, output=20))
+    for _ in range(10):
+        world.step()
+    world.add(a_sequence(1))
+    world.run()
+    assert [step.number for step in world.steps if step.admissions] == [1, 21]
+
+
+@pytest.mark.parametrize("output", [99, 150, 190, 199, 200, 250])
+def test_one_that_is_larger_than_the_limit_costs_the_others_little(output: int) -> None:
+    """It runs because nothing else does; what it costs beyond the limit is not owed by those after it."""
+    scheduler = create_scheduler(max_num_seqs=50, capacity_blocks=(400,), max_kv_load=100)
+    world = World(scheduler, 64, (400,))
+    world.add(a_sequence(0, prompt=1, output=output))
+    for i in range(1, 200):
+        world.add(a_sequence(i, prompt=1, output=10))
+    world.run()
+    assert len(world.steps) < output + 250

@@ -214,6 +214,11 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["--prompt-tokens", "normal:5"], "lengths"),
         (["--arrivals", "poisson:-1"], "arrivals"),
         (["--requests", "0"], "--requests must be 1 or more"),
+        (["--max-kv-load", "0"], "--max-kv-load must be 1 or more"),
+        (["--kv-tokens", "10"], "--kv-tokens must be 16 or more"),
+        (["--max-tokens", "-3"], "--max-tokens must be 1 or more"),
+        (["--output-tokens", "normal:nan:1:200"], "lengths"),
+        (["--arrivals", "poisson:1e-320"], "arrivals"),
         (["--kv-tokens", "64"], "no request fits"),
         (["--calibration", "nothing.json"], "no calibration"),
         (["--accuracy", "2"], "shares"),
@@ -222,3 +227,21 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_mistakes_are_told(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["simulate", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_nothing_to_measure_is_no_number(capsys: pytest.CaptureFixture[str]) -> None:
+    """One token each: there is no time between tokens, and JSON has no NaN."""
+    assert main(["simulate", "--requests", "4", "--output-tokens", "1", "--json", "-"]) == 0
+    content = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert content["runs"]["steady"]["summary"]["itl_s"]["mean"] is None
+
+
+def test_the_scheduler_is_not_told_the_truth() -> None:
+    """Outputs that their requests cut short are no more known than others, and learned as what they are."""
+    jobs = make_jobs(2000, "10", "lognormal:50:1.0:400", 100, np.random.default_rng(0))
+    assert not any(job.is_known for job in jobs)
+    learned = Learned()
+    simulate_offline(jobs, learned, 1, max_num_seqs=64)
+    mean = learned.predict(10, 100, None).mean()
+    assert mean == pytest.approx(np.mean([job.output_tokens for job in jobs]), rel=0.15)
+    assert learned.predict(10, 1000, None).mean() > 2 * mean

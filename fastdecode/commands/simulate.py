@@ -109,10 +109,13 @@ def _cost(args: argparse.Namespace) -> Cost:
 
 
 def _simulate(args: argparse.Namespace, start_policy: str, cost: Cost) -> Simulation:
-    for name in ("requests", "r_workers", "kv_tokens", "start_interval", "max_num_seqs", "max_num_batched_tokens",
-                 "micro_batches", "block_tokens", "order_window"):  # fmt: skip
-        if getattr(args, name) < 1:
-            raise ConfigError(f"--{name.replace('_', '-')} must be 1 or more, got {getattr(args, name)}")
+    least = {name: 1 for name in (
+        "requests", "r_workers", "start_interval", "max_num_seqs", "max_num_batched_tokens", "micro_batches",
+        "block_tokens", "order_window", "max_tokens", "max_kv_load",
+    )} | {"kv_tokens": args.block_tokens}  # fmt: skip
+    for name, low in least.items():
+        if getattr(args, name) is not None and getattr(args, name) < low:
+            raise ConfigError(f"--{name.replace('_', '-')} must be {low} or more, got {getattr(args, name)}")
     if not 0 <= args.accuracy <= 1 or not 0 <= args.length_quantile <= 1:
         raise ConfigError("--accuracy and --length-quantile are shares from 0 to 1")
     generator = np.random.default_rng(args.seed)
@@ -167,7 +170,8 @@ def _print_table(figures: dict[str, dict[str, object]]) -> None:
         for name, value in figure.items():
             if isinstance(value, dict):
                 for part in ("mean", "p50", "p95", "p99"):
-                    rows.setdefault(f"{name.removesuffix('_s')} {part}, ms", []).append(f"{value[part] * 1e3:.1f}")
+                    cell = "-" if value[part] is None else f"{value[part] * 1e3:.1f}"
+                    rows.setdefault(f"{name.removesuffix('_s')} {part}, ms", []).append(cell)
             else:
                 rows.setdefault(name.replace("_", " "), []).append(
                     f"{value:.2f}" if isinstance(value, float) else str(value)
@@ -187,7 +191,7 @@ def _write_json(
             for name in results
         },
     }
-    text = json.dumps(content)
+    text = json.dumps(content, allow_nan=False)
     if args.json == "-":
         print(text)
     else:

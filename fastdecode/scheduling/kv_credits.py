@@ -88,8 +88,8 @@ class KVCredits:
         """The R-workers where it fits."""
         return [worker for worker in range(len(self._accounts)) if self._fits(worker, demand, max_kv_tokens)]
 
-    def lightest(self, workers: Iterable[int], demand: Demand, *, is_informed: bool) -> int | None:
-        """Of these the R-worker with the least KV, now and until the sequence's end; None if there are none.
+    def lightest(self, workers: Iterable[int], until_mean: Demand | None) -> int | None:
+        """Of these the R-worker with the least KV, now and until the sequence's mean end; None if there are none.
 
         By what is there now alone, loads swing: whoever has a sequence less gets all that start, which weigh little
         as yet, and more than its share of them later.  (With equal lengths the largest of eight R-workers came to 3.4
@@ -99,9 +99,9 @@ class KVCredits:
 
         def load(worker: int) -> float:
             account = self._accounts[worker]
-            if not is_informed:
+            if until_mean is None:
                 return account.tokens + _LOOK_AHEAD * account.num_sequences
-            return account.tokens + account.projection.mean(demand.start, demand.end)
+            return account.tokens + account.projection.mean(until_mean.start, until_mean.end)
 
         return min(workers, key=load, default=None)
 

@@ -107,12 +107,13 @@ class SteadyStream:
         """interval: F, the steps from one start to the next."""
         self._limit, self._interval = limit, interval
         self._credit = 0.0
+        self._earned = -1  # the step in which it earned last
 
     def cost(self, demand: Demand) -> float:
         """In tokens times steps.  Where one costs more than an interval earns, starts are further apart than that."""
         steps = demand.end - demand.start + 1
         cost = demand.area + steps * (self._interval - 1) / 2
-        if cost > self._limit * self._interval and steps < 2 * self._limit:
+        if cost > self._limit * self._interval and steps <= self._limit:
             cost = (demand.area - steps / 2) / (1 - steps / (2 * self._limit))  # cost = area + steps (cost/limit - 1)/2
         return cost
 
@@ -122,7 +123,8 @@ class SteadyStream:
         What is not spent is kept for one start only: starts that make up for others would make a burst, and another
         when they end.
         """
-        if step % self._interval == 0:
+        if step % self._interval == 0 and step != self._earned:
+            self._earned = step
             earned = float(self._limit * self._interval)
             self._credit = min(self._credit + earned, earned + next_cost)
 
@@ -131,6 +133,10 @@ class SteadyStream:
 
     def spend(self, cost: float) -> None:
         self._credit -= cost
+
+    def forgive(self) -> None:
+        """Nothing runs: what a sequence that started in any case has cost too much is not owed by the next."""
+        self._credit = max(self._credit, 0.0)
 
     def settle(self, spent: float, cost: float) -> None:
         """One that was started for `spent` turned out to cost `cost`: it ended early, or outlived its prediction."""

@@ -83,7 +83,10 @@ class LoadControl:
         self._step = step
         self._much_waits = max_kv_tokens / self._limit > (1 if self._much_waits else _PAYS_FROM)
         self._paced = self._policy == "steady" and self._much_waits and self._are_alike
-        self._batch_open = self._batch_open or not self._started
+        if not self._started:
+            self._batch_open = True
+            for stream in self._streams:
+                stream.forgive()
         if first is not None:
             for stream in self._streams:
                 stream.earn(step, stream.cost(self._measured(first.mean)) if first.mean else 0.0)
@@ -92,11 +95,10 @@ class LoadControl:
         """The R-worker on which it starts; None: not in this step."""
         workers = self._credits.fitting(prospect.limit, prospect.max_kv_tokens)
         if self._started:
-            if not workers or not self._batch_open or not self._within_limit(prospect):
-                self._batch_open = self._policy != "at-once"
+            if not self._batch_open or not self._within_limit(prospect):
                 return None
             workers = [worker for worker in workers if self._keeps_pace(prospect, worker)]
-        return self._credits.lightest(workers, prospect.limit, is_informed=prospect.mean is not None)
+        return self._credits.lightest(workers, prospect.mean)
 
     def start(self, seq_id: int, worker: int, prospect: Prospect) -> None:
         cost = self._cost(prospect, worker)
@@ -108,6 +110,10 @@ class LoadControl:
         self._credits.start(seq_id, worker, prospect.limit)
         self._total.add(prospect.limit)
         self._started[seq_id] = _Started(worker, prospect.limit, cost)
+
+    def close_batch(self) -> None:
+        """Nobody else could start though there was budget left: a batch that starts at once is complete."""
+        self._batch_open = self._policy != "at-once"
 
     def extend(self, seq_id: int, steps: int) -> None:
         """A sequence has outlived its prediction by so many steps."""
@@ -121,7 +127,6 @@ class LoadControl:
     def end(self, seq_id: int) -> None:
         """It has ended, by itself or not; the step at hand was its last, or the one before."""
         started = self._started.pop(seq_id)
-        self._batch_open = self._policy != "at-once"
         self._total.remove(started.demand)
         self._credits.end(seq_id)
         if started.spent is not None:

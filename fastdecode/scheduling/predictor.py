@@ -62,8 +62,8 @@ class Predictor(Protocol):
     def predict(self, prompt_tokens: int, max_tokens: int, true_tokens: int | None) -> Prediction:
         """`true_tokens`: known in simulations only.  No length is above `max_tokens`."""
 
-    def observe(self, prompt_tokens: int, output_tokens: int) -> None:
-        """A sequence ended by itself after so many tokens."""
+    def observe(self, prompt_tokens: int, output_tokens: int, *, was_cut: bool = False) -> None:
+        """A sequence ended after so many tokens: by itself, or because its request allowed no more."""
 
 
 class MaxTokens:
@@ -72,7 +72,7 @@ class MaxTokens:
     def predict(self, prompt_tokens: int, max_tokens: int, true_tokens: int | None) -> Prediction:
         return Prediction((max_tokens,), (1.0,), is_informed=False)
 
-    def observe(self, prompt_tokens: int, output_tokens: int) -> None:
+    def observe(self, prompt_tokens: int, output_tokens: int, *, was_cut: bool = False) -> None:
         pass
 
 
@@ -83,7 +83,7 @@ class Oracle:
             raise ValueError("an oracle needs the true length, which only a simulation has")
         return Prediction((min(true_tokens, max_tokens),), (1.0,))
 
-    def observe(self, prompt_tokens: int, output_tokens: int) -> None:
+    def observe(self, prompt_tokens: int, output_tokens: int, *, was_cut: bool = False) -> None:
         pass
 
 
@@ -110,20 +110,21 @@ class NoisyOracle:
         lengths = tuple(sorted(weights))
         return Prediction(lengths, tuple(weights[length] for length in lengths))
 
-    def observe(self, prompt_tokens: int, output_tokens: int) -> None:
+    def observe(self, prompt_tokens: int, output_tokens: int, *, was_cut: bool = False) -> None:
         pass
 
 
 class Learned:
     """Lengths of the last requests that finished, in classes of prompt length that double.
 
-    Until a class has seen `least` of them it says what all of them together say, and before that `max_tokens`.
+    Until a class has seen `least` of them it says what all of them together say, and before that `max_tokens`.  One
+    that was cut would have gone on, nobody knows how far: it counts as all that a request allows.
     """
 
     def __init__(self, window: int = 512, least: int = 32) -> None:
         self._window, self._least = window, least
-        self._all: deque[int] = deque(maxlen=window)
-        self._by_class: dict[int, deque[int]] = {}
+        self._all: deque[tuple[int, bool]] = deque(maxlen=window)  # output tokens, whether it was cut
+        self._by_class: dict[int, deque[tuple[int, bool]]] = {}
 
     def predict(self, prompt_tokens: int, max_tokens: int, true_tokens: int | None) -> Prediction:
         seen = self._by_class.get(prompt_tokens.bit_length(), self._all)
@@ -132,14 +133,14 @@ class Learned:
         if len(seen) < self._least:
             return Prediction((max_tokens,), (1.0,), is_informed=False)
         counts: dict[int, int] = {}
-        for tokens in seen:
+        for tokens, was_cut in seen:
             grain = 1 << max(0, tokens.bit_length() - _GRAIN_BITS)
-            length = min(-(-tokens // grain) * grain, max_tokens)
+            length = max_tokens if was_cut else min(-(-tokens // grain) * grain, max_tokens)
             counts[length] = counts.get(length, 0) + 1
         lengths = tuple(sorted(counts))
         return Prediction(lengths, tuple(counts[length] / len(seen) for length in lengths))
 
-    def observe(self, prompt_tokens: int, output_tokens: int) -> None:
+    def observe(self, prompt_tokens: int, output_tokens: int, *, was_cut: bool = False) -> None:
         own = self._by_class.setdefault(prompt_tokens.bit_length(), deque(maxlen=self._window))
         for lengths in (own, self._all):
-            lengths.append(output_tokens)
+            lengths.append((output_tokens, was_cut))

@@ -164,7 +164,11 @@ class Scheduler:
             released.setdefault(_place(sequence), []).append(sequence.seq_id)
             sequence.r_worker = None
             if sequence.finish_reason and not sequence.request.length_is_known:
-                self._predictor.observe(len(sequence.request.prompt_token_ids), len(sequence.output_token_ids))
+                self._predictor.observe(
+                    len(sequence.request.prompt_token_ids),
+                    len(sequence.output_token_ids),
+                    was_cut=sequence.finish_reason == "length",
+                )
         return released
 
     def check_integrity(self) -> None:
@@ -217,6 +221,8 @@ class Scheduler:
             admissions.append(Admission(first.seq_id, worker, first.max_kv_tokens))
             prompts.append(self._chunk(first, left))
             left -= prompts[-1].num_tokens
+        if left > 0 or len(self._running) >= config.num_seats:
+            self._load.close_batch()
         return admissions, prompts
 
     def _chunk(self, sequence: Sequence, most: int) -> Segment:

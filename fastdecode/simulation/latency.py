@@ -21,16 +21,18 @@ _PROMPT_TOKENS_PER_S = 512  # of FastGen's: the first token is due after prompt_
 
 @dataclass(frozen=True)
 class Spread:
-    mean: float
-    p50: float
-    p90: float
-    p95: float
-    p99: float
+    """None throughout if there was nothing to measure."""
+
+    mean: float | None
+    p50: float | None
+    p90: float | None
+    p95: float | None
+    p99: float | None
 
     @classmethod
     def of(cls, values: Sequence[float] | np.ndarray) -> Spread:
         if not len(values):
-            return cls(*[float("nan")] * 5)
+            return cls(None, None, None, None, None)
         return cls(float(np.mean(values)), *(float(q) for q in np.percentile(values, [50, 90, 95, 99])))
 
 
@@ -54,12 +56,15 @@ def keeps_rate(one: Served, tokens_per_s: float) -> bool:
 
 def effective_throughput(simulation: Simulation, tokens_per_s: float) -> float:
     """Requests per second that keep the service level."""
-    return sum(keeps_rate(one, tokens_per_s) for one in simulation.served) / simulation.seconds
+    kept = sum(keeps_rate(one, tokens_per_s) for one in simulation.served)
+    return kept / simulation.seconds if kept else 0.0
 
 
 def summary(simulation: Simulation, max_kv_load: int | None = None) -> dict[str, object]:
-    """Plain numbers for JSON."""
+    """Plain numbers for JSON.  Raises ValueError if no job was served."""
     done = [one for one in simulation.served if not one.refused]
+    if not done:
+        raise ValueError("no job was served")
     steps = simulation.steps
     seconds = np.array([record.seconds for record in steps])
     loads = np.array([record.load for record in steps])

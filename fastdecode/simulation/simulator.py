@@ -89,7 +89,8 @@ def simulate(
             for segment in micro_batch.sampled:
                 sequence, one = live[segment.seq_id]
                 one.tokens.append(now)
-                tokens[segment.seq_id] = _END if len(one.tokens) == one.job.output_tokens else _OTHER
+                is_end = one.job.output_tokens == len(one.tokens) < one.job.max_tokens
+                tokens[segment.seq_id] = _END if is_end else _OTHER
         finished = scheduler.commit(step, tokens)
         scheduler.remove(finished)
         for sequence in finished:
@@ -116,14 +117,13 @@ def _next_client(waiting: deque[Job], coming: deque[Served], now: float) -> None
 
 
 def _sequence(seq_id: int, job: Job) -> Running:
-    known = job.output_tokens >= job.max_tokens  # nothing but the limit ends it
     request = Request(
         request_id=str(seq_id),
         prompt_token_ids=(_OTHER,) * job.prompt_tokens,
         params=SamplingParams(max_tokens=job.max_tokens),
         max_new_tokens=job.max_tokens,
         stop_token_ids=frozenset(),
-        eos_token_ids=frozenset() if known else frozenset({_END}),
+        eos_token_ids=frozenset() if job.is_known else frozenset({_END}),
         true_output_tokens=job.output_tokens,
     )
     return Running(seq_id, request, 0, 0)

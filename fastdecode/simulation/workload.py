@@ -8,11 +8,14 @@ arrivals   "offline"  "poisson:4.0"  "closed:16"
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 
 from fastdecode.errors import ConfigError
+
+_MOST, _LEAST_RATE = 1e9, 1e-9
 
 
 @dataclass(frozen=True)
@@ -20,6 +23,7 @@ class Job:
     prompt_tokens: int
     output_tokens: int
     max_tokens: int  # what its request allows
+    is_known: bool = True  # nothing but max_tokens ends it, and the scheduler knows; else an end of sequence may
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,8 @@ def parse_lengths(text: str, generator: np.random.Generator, count: int) -> np.n
     name, *fields = text.split(":")
     try:
         numbers = [float(field) for field in fields]
+        if not all(map(math.isfinite, numbers)) or any(number > _MOST for number in numbers):
+            raise ValueError("out of range")
         if name == "uniform":
             low, high = numbers
             drawn = generator.integers(int(low), int(high) + 1, count)
@@ -60,7 +66,7 @@ def parse_arrivals(text: str, generator: np.random.Generator, count: int) -> Arr
     try:
         if name == "offline" and not field:
             return Arrivals((0.0,) * count)
-        if name == "poisson" and float(field) > 0:
+        if name == "poisson" and _LEAST_RATE <= float(field) <= _MOST:
             return Arrivals(tuple(np.cumsum(generator.exponential(1 / float(field), count)).tolist()))
         if name == "closed" and int(field) > 0:
             return Arrivals(None, int(field))
@@ -76,6 +82,6 @@ def make_jobs(
     prompt_tokens = parse_lengths(prompts, generator, count).tolist()
     output_tokens = parse_lengths(outputs, generator, count).tolist()
     return [
-        Job(prompt, min(output, max_tokens or output), max_tokens or output)
+        Job(prompt, output, output) if max_tokens is None else Job(prompt, min(output, max_tokens), max_tokens, False)
         for prompt, output in zip(prompt_tokens, output_tokens, strict=True)
     ]
