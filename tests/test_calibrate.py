@@ -45,6 +45,7 @@ def test_times_that_cannot_be(tmp_path: Path) -> None:
         read_calibration(tmp_path / "c.json")
 
 
+@pytest.mark.alone
 def test_measured_and_used(demo_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The command measures on real workers; its file bounds the load of a run by a step's time."""
     path = tmp_path / "c.json"
