@@ -45,9 +45,10 @@ class EngineConfig:
     kv_policy: when a sequence fits an R-worker. ``reserve-dynamic``: if it does at every step to come, as far as
         lengths are known; ``reserve-static``: if the ends of all do at once; ``greedy``: if what it has now does.
         Where a guess was wrong, the last to come waits again and is computed again, with the same tokens.
-    start_policy: ``steady`` starts sequences in a stream while more wait than twice what fits at once, so that the load
-        stays near half of what starting them together would make it (the paper's load stabilising); ``eager`` starts
-        whoever fits; ``at-once`` starts the next batch when the last one has ended.
+    start_policy: ``steady`` starts sequences in a stream while lengths are alike and more wait than twice what fits
+        at once, so that the load stays near half of what starting them together would make it (the paper's load
+        stabilising); otherwise, and always under ``eager``, whoever fits starts; ``at-once`` starts the next batch
+        when the last one has ended.
     start_interval: steps from one start to the next, under steady.
     max_kv_load: KV tokens of all R-workers that a step may read, at most; None: what they hold.
     max_step_s: the same as a time: what R-workers read in that many seconds, by the calibration.
