@@ -16,6 +16,7 @@ from fastdecode.scheduling.waiting import ORDERS
 TRANSPORTS = ("inproc", "ipc", "tcp", "mpi")
 LENGTH_PREDICTORS = ("learned", "max-tokens")
 DTYPE_NAMES = ("auto", "float32", "float16", "bfloat16")
+LINEAR_KERNELS = ("auto", "plain", "onednn")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +26,8 @@ class EngineConfig:
     tokenizer: another directory to take the tokenizer from; default: the model's.
     dtype: of the S-Part. ``auto``: the checkpoint's on CUDA, float32 on a CPU.
     device: ``auto`` (CUDA if there is one), ``cpu``, ``cuda``, ``cuda:N``.
+    linear_kernel: how a CPU multiplies with weights: ``plain`` (torch's own way), ``onednn`` (weights rearranged once,
+        at load) or ``auto``, whichever is measured to be faster.
     kv_cache_dtype: how R-workers store K and V: float32, float16, bfloat16, int8, int4 or k8v4
         (K in int8, V in int4). ``auto``: like dtype.
     kv_cache_memory: bytes of KV per R-worker, like ``"4GiB"``; None: a share of what is free, or what the
@@ -67,6 +70,7 @@ class EngineConfig:
     tokenizer: str | None = None
     dtype: str = "auto"
     device: str = "auto"
+    linear_kernel: str = "auto"
     kv_cache_dtype: str = "auto"
     kv_cache_memory: int | None = None
     num_r_workers: int = 1
@@ -118,6 +122,7 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         _one_of("dtype", self.dtype, DTYPE_NAMES)
+        _one_of("linear_kernel", self.linear_kernel, LINEAR_KERNELS)
         _one_of("kv_cache_dtype", self.kv_cache_dtype, ("auto", *KV_DTYPES))
         _one_of("transport", self.transport, TRANSPORTS)
         _one_of("kv_policy", self.kv_policy, KV_POLICIES)

@@ -36,7 +36,9 @@ def open_runtime(config: EngineConfig) -> Runtime:
     with ExitStack() as cleanup:
         addresses = mpi_addresses() if config.transport == "mpi" else list(config.r_worker_addresses)
         try:
-            sworker = SWorker(config.model, dtype=config.dtype, device=config.device)
+            sworker = SWorker(
+                config.model, dtype=config.dtype, device=config.device, linear_kernel=config.linear_kernel
+            )
         except SWorkerError as error:
             raise ModelError(str(error)) from error
         layout = kv_layout(config, sworker.facts)

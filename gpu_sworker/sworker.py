@@ -17,6 +17,7 @@ import torch
 from gpu_sworker import staging
 from gpu_sworker.attention import AttentionCall, Forward
 from gpu_sworker.errors import UnsupportedModel
+from gpu_sworker.linear import pack_linears
 from gpu_sworker.model import choose_device, choose_dtype, load, max_positions, read_config
 from gpu_sworker.prefill import PromptChunk, PromptKV, prompt_attention
 from gpu_sworker.probe import (
@@ -53,11 +54,17 @@ class ModelFacts:
     num_parameters: int
     dtype: str
     device: str
+    linear_kernel: str  # that of `linear.py` in use
 
 
 class SWorker:
-    def __init__(self, model_directory: str | Path, *, dtype: str = "auto", device: str = "auto") -> None:
-        """Loads and vets a Hugging Face directory.  Raises ModelNotFound, UnsupportedModel."""
+    def __init__(
+        self, model_directory: str | Path, *, dtype: str = "auto", device: str = "auto", linear_kernel: str = "auto"
+    ) -> None:
+        """Loads and vets a Hugging Face directory.  Raises ModelNotFound, UnsupportedModel.
+
+        linear_kernel: see `pack_linears`.
+        """
         directory = Path(model_directory)
         self.device = choose_device(device)
         config = read_config(directory)
@@ -66,6 +73,9 @@ class SWorker:
         self._prompt_kv = PromptKV()
         self.generation_config = self._model.generation_config
         text_config = config.get_text_config(decoder=True)
+        num_parameters = sum(p.numel() for p in self._model.parameters())
+        with self.inference():
+            linear_kernel = pack_linears(self._model, linear_kernel)
         layers = self._probe(config.model_type, text_config.num_hidden_layers)
         self.facts = ModelFacts(
             model_type=config.model_type,
@@ -73,9 +83,10 @@ class SWorker:
             vocab_size=text_config.vocab_size,
             max_positions=max_positions(config),
             eos_token_ids=_eos_token_ids(self._model),
-            num_parameters=sum(p.numel() for p in self._model.parameters()),
+            num_parameters=num_parameters,
             dtype=str(self.dtype).removeprefix("torch."),
             device=str(self.device),
+            linear_kernel=linear_kernel,
         )
 
     @contextmanager

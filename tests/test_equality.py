@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from itertools import cycle
 from pathlib import Path
 
 import pytest
@@ -66,9 +67,16 @@ def tokens(llm: LLM, case: Case) -> list[list[int]]:
 def test_threads(family: str, case: Callable[[str], Case]) -> None:
     made = case(family)
     assert len({token for line in made.reference for token in line}) > 8, "a model that says one thing proves nothing"
-    for workers, micro_batches in SPLITS:
-        with LLM(made.directory, num_r_workers=workers, micro_batches=micro_batches, skip_tokenizer_init=True) as llm:
-            assert tokens(llm, made) == made.reference, (workers, micro_batches)
+    kernels = cycle(("onednn", "onednn", "plain"))  # so that each meets every number of micro-batches
+    for (workers, micro_batches), linear_kernel in zip([*SPLITS, (2, 3), (1, 3), (3, 3)], kernels, strict=False):
+        with LLM(
+            made.directory,
+            num_r_workers=workers,
+            micro_batches=micro_batches,
+            linear_kernel=linear_kernel,
+            skip_tokenizer_init=True,
+        ) as llm:
+            assert tokens(llm, made) == made.reference, (workers, micro_batches, linear_kernel)
 
 
 @pytest.mark.parametrize("scheme", ["ipc", "tcp"])

@@ -8,13 +8,14 @@ from dataclasses import fields
 from typing import Any
 
 from cpu_attention import KV_DTYPES
-from fastdecode.config import DTYPE_NAMES, LENGTH_PREDICTORS, TRANSPORTS, EngineConfig
+from fastdecode.config import DTYPE_NAMES, LENGTH_PREDICTORS, LINEAR_KERNELS, TRANSPORTS, EngineConfig
 from fastdecode.scheduling.kv_credits import KV_POLICIES
 from fastdecode.scheduling.load_control import START_POLICIES
 from fastdecode.scheduling.waiting import ORDERS
 
 _CHOICES: dict[str, Sequence[str]] = {
     "dtype": DTYPE_NAMES,
+    "linear_kernel": LINEAR_KERNELS,
     "kv_cache_dtype": ("auto", *KV_DTYPES),
     "transport": TRANSPORTS,
     "kv_policy": KV_POLICIES,

@@ -1,0 +1,85 @@
+"""Packed weights: the same numbers, for every kind of linear layer and batch, and only where they may be."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import Case
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from gpu_sworker import SWorker
+from gpu_sworker import linear as room
+from gpu_sworker.linear import PackedLinear, pack_linears
+
+
+class Model(nn.Module):
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(50, 24)
+        self.up, self.down = nn.Linear(24, 40), Conv1D(24, 40)
+        self.head = nn.Linear(24, 50, bias=False)
+        self.head.weight = self.embedding.weight
+        nn.init.normal_(self.down.bias)
+        self.to(dtype)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.head(self.down(torch.relu(self.up(self.embedding(ids)))))
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 7), (3, 64), (1, 500)])
+@torch.inference_mode()
+def test_same_numbers(shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    model, ids = Model(), torch.randint(50, shape)
+    expected = model(ids)
+    assert pack_linears(model, "onednn") == "onednn"
+    kinds = (type(model.up), type(model.down), type(model.head))
+    assert kinds == (PackedLinear,) * 3
+    torch.testing.assert_close(model(ids), expected, rtol=1e-5, atol=1e-5)
+
+
+@torch.inference_mode()
+def test_a_tied_weight_stays_where_it_is_shared() -> None:
+    model = Model()
+    before = model.embedding.weight.clone()
+    pack_linears(model, "onednn")
+    assert torch.equal(model.embedding.weight, before)
+    assert [name for name, _ in model.named_parameters()] == ["embedding.weight"], "no weight is kept twice"
+    assert (model.up.weight.shape, model.up.weight.dtype) == ((40, 24), torch.float32)
+
+
+@pytest.mark.parametrize("plain_s, packed_s, chosen", [(1.0, 0.5, "onednn"), (1.0, 0.95, "plain"), (0.5, 1.0, "plain")])
+def test_auto_takes_what_is_measured_to_be_faster(
+    plain_s: float, packed_s: float, chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(room, "_medians", lambda calls: [plain_s, packed_s])
+    with torch.inference_mode():
+        assert pack_linears(Model(), "auto") == chosen
+
+
+@pytest.mark.parametrize("kernel", ["auto", "onednn"])
+def test_what_cannot_be_packed_stays_plain(kernel: str) -> None:
+    with torch.inference_mode():
+        double = Model(torch.float64)
+        assert pack_linears(double, kernel) == "plain"
+        assert double(torch.zeros(1, 2, dtype=torch.long)).dtype == torch.float64
+        assert pack_linears(nn.LayerNorm(4), kernel) == "plain"
+
+
+def test_subclasses_are_left_alone() -> None:
+    class Doubled(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(x)
+
+    model = nn.Sequential(Doubled(8, 8), nn.Linear(8, 8))
+    with torch.inference_mode():
+        pack_linears(model, "onednn")
+    assert [type(layer) for layer in model] == [Doubled, PackedLinear]
+
+
+def test_facts_tell_the_kernel(llama: Case) -> None:
+    for kernel in ("plain", "onednn"):
+        facts = SWorker(llama.directory, linear_kernel=kernel).facts
+        assert facts.linear_kernel == kernel
+    assert facts.num_parameters == SWorker(llama.directory, linear_kernel="plain").facts.num_parameters
