@@ -210,8 +210,10 @@ def test_wrong_shapes_cannot_even_be_said(make: object) -> None:
 
 
 def test_big_endian_arrays_do_not_travel() -> None:
+    with pytest.raises(ValueError, match=">f4"):
+        Attended(0, 0, 0, np.zeros((1, 1, 4), ">f4"))
     with pytest.raises(TypeError, match="little-endian"):
-        Codec().encode(0, Attended(0, 0, 0, np.zeros((1, 1, 4), ">f4")))
+        Codec().encode(0, Release(np.zeros(3, ">i8")))
 
 
 def test_oversized_header_is_refused() -> None:

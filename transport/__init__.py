@@ -4,7 +4,7 @@ Knows no model, no kernel and no scheduler; imports nothing else of this project
 """
 
 from transport.channel import BadDelivery, Channel, Delivery, Listener
-from transport.codec import DTYPES, LIMITS, Codec, Envelope, Limits
+from transport.codec import LIMITS, Codec, Envelope, Limits
 from transport.errors import (
     AddressError,
     ChannelClosed,
@@ -15,6 +15,7 @@ from transport.errors import (
     TransportError,
 )
 from transport.messages import (
+    DTYPES,
     FLOAT_DTYPES,
     PROTOCOL_VERSION,
     Admit,

@@ -15,25 +15,16 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import ml_dtypes
 import msgspec
 import numpy as np
 
 from transport.errors import MessageTooLarge, ProtocolError
-from transport.messages import ANY_MESSAGE, PROTOCOL_VERSION, Message
+from transport.messages import ANY_MESSAGE, DTYPE_NAMES, DTYPES, PROTOCOL_VERSION, Message
 
 Buffer = bytes | bytearray | memoryview
 
 _PREFIX = struct.Struct("<4sHHQ")
 _MAGIC = b"FDEC"
-
-DTYPES: dict[str, np.dtype] = {
-    "float32": np.dtype("<f4"),
-    "float16": np.dtype("<f2"),
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
-    "int32": np.dtype("<i4"),
-    "int64": np.dtype("<i8"),
-}
 
 
 @dataclass(frozen=True)
@@ -117,12 +108,13 @@ class Codec:
         return Envelope(session, message)
 
     def _describe_array(self, value: object) -> tuple[int, str, tuple[int, ...]]:
-        if not isinstance(value, np.ndarray) or value.dtype != DTYPES.get(value.dtype.name):
+        name = DTYPE_NAMES.get(value.dtype) if isinstance(value, np.ndarray) else None
+        if not isinstance(value, np.ndarray) or name is None:
             kind = getattr(value, "dtype", type(value).__name__)
             raise TypeError(f"{kind} cannot travel; little-endian arrays of {', '.join(DTYPES)} can")
         # A byte view, because bfloat16 has no buffer format of its own.
         self._arrays_out.append(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
-        return len(self._arrays_out), value.dtype.name, value.shape
+        return len(self._arrays_out), name, value.shape
 
     def _view_array(self, wanted: type, description: object) -> np.ndarray:
         # Raises ValueError, which msgspec turns into its ValidationError with the path of the field.

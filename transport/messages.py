@@ -27,13 +27,23 @@ from __future__ import annotations
 
 from typing import Annotated
 
+import ml_dtypes
 import msgspec
 import numpy as np
 from msgspec import Meta
 
 PROTOCOL_VERSION = 1
 
-FLOAT_DTYPES = ("float32", "float16", "bfloat16")  # on the wire
+# What may travel, little-endian; looked up by value, because a dtype's `name` is computed anew at every use.
+DTYPES: dict[str, np.dtype] = {
+    "float32": np.dtype("<f4"),
+    "float16": np.dtype("<f2"),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "int32": np.dtype("<i4"),
+    "int64": np.dtype("<i8"),
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+FLOAT_DTYPES = ("float32", "float16", "bfloat16")
 KV_DTYPES = (*FLOAT_DTYPES, "int8", "k8v4", "int4")  # in an R-worker's store
 
 Count = Annotated[int, Meta(ge=0, le=2**31 - 1)]
@@ -126,9 +136,11 @@ class Attend(Message, frozen=True):
     v: np.ndarray  # [T, Hkv, D] float
 
     def __post_init__(self) -> None:
-        for name in ("q", "k", "v"):
-            _require_floats(name, getattr(self, name))
-        _require(self.k.shape == self.v.shape, f"k is {self.k.shape}, v is {self.v.shape}")
+        _require_floats("q", self.q)
+        _require_floats("k", self.k)
+        _require_floats("v", self.v)
+        if self.k.shape != self.v.shape:
+            raise ValueError(f"k is {self.k.shape}, v is {self.v.shape}")
         _require(self.q.shape[0] <= self.k.shape[0], "more queries than tokens")
         _require(self.q.shape[2] == self.k.shape[2], "q and k differ in head_dim")
 
@@ -191,8 +203,11 @@ def _require_columns(**columns: tuple[np.ndarray, str]) -> None:
 
 
 def _require_floats(name: str, array: np.ndarray) -> None:
+    # Once per array and layer: the text is made only where it is needed.
     _require(isinstance(array, np.ndarray), f"{name} is no array")
-    _require(
-        array.ndim == 3 and array.dtype.name in FLOAT_DTYPES,
-        f"{name} must be [rows, heads, head_dim] of {', '.join(FLOAT_DTYPES)}, not {array.shape} {array.dtype.name}",
-    )
+    if array.ndim != 3 or array.dtype not in _FLOATS:
+        wanted = f"[rows, heads, head_dim] of {', '.join(FLOAT_DTYPES)}"
+        raise ValueError(f"{name} must be {wanted}, not {array.shape} {array.dtype.str}")
+
+
+_FLOATS = frozenset(DTYPES[name] for name in FLOAT_DTYPES)

@@ -11,9 +11,9 @@ from collections.abc import Callable
 import numpy as np
 
 from transport.channel import BadDelivery, Channel, Listener
-from transport.codec import DTYPES, LIMITS, Buffer
+from transport.codec import LIMITS, Buffer
 from transport.errors import ChannelClosed, MessageTooLarge, PeerTimeout
-from transport.messages import Attend, Attended, Failure, Goodbye, Ping, Pong, Release
+from transport.messages import DTYPES, Attend, Attended, Failure, Goodbye, Ping, Pong, Release
 
 STALE_TOKEN = 2**40  # a Ping with this token is answered twice: first for another session
 TIMEOUT_S = 20.0
