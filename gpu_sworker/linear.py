@@ -24,6 +24,8 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from gpu_sworker.memory import use_huge_pages
+
 logger = logging.getLogger(__name__)
 
 _NUM_ROWS = 64  # of the batch that weights are packed and measured for; others work as well
@@ -40,6 +42,7 @@ class PackedLinear(nn.Module):
         self.out_features, self.in_features = weight.shape
         self.weight = torch.empty_like(weight, device="meta")  # some models ask for its dtype
         self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), _NUM_ROWS)
+        use_huge_pages(torch.ops.mkldnn.data_ptr(self._packed), torch.ops.mkldnn._nbytes(self._packed))
         self._bias = None if bias is None else bias.detach()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
