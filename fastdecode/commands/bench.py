@@ -1,0 +1,147 @@
+"""``fastdecode bench WHAT``: throughput beside other engines."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import fastdecode
+from fastdecode.benchmark.engines import BACKENDS, PeerPlaces, close_engines, open_engines
+from fastdecode.benchmark.llamacpp import WEIGHT_TYPES
+from fastdecode.benchmark.throughput import format_table, measure_throughput
+from fastdecode.benchmark.workload import (
+    DATASETS,
+    BenchRequest,
+    Encode,
+    custom_requests,
+    random_requests,
+    sharegpt_requests,
+)
+from fastdecode.commands.engine_flags import add_engine_flags, engine_options
+from fastdecode.errors import ConfigError, FastDecodeError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    whats = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
+    throughput = whats.add_parser(
+        "throughput",
+        help="tokens/s of an offline batch, beside transformers, vLLM and llama.cpp",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add_throughput_arguments(throughput)
+    throughput.set_defaults(do=run_throughput)
+
+
+def run(args: argparse.Namespace) -> int:
+    try:
+        return int(args.do(args))
+    except FastDecodeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def add_throughput_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="Hugging Face model directory (config.json, *.safetensors)")
+    work = parser.add_argument_group("workload")
+    work.add_argument("--dataset-name", choices=DATASETS, default="random", help="random tokens, or read from a file")
+    work.add_argument("--dataset-path", metavar="FILE", help="of sharegpt (JSON) or custom (JSON lines)")
+    work.add_argument("--num-prompts", type=_positive, default=64, help="requests")
+    work.add_argument("--input-len", type=_positive, default=128, help="prompt tokens of a random request")
+    work.add_argument("--output-len", type=_positive, default=64, help="new tokens; sharegpt: those of its answers")
+    work.add_argument("--random-range-ratio", type=float, default=0.0, help="lengths vary by this share, both ways")
+    work.add_argument("--bench-seed", type=int, default=0, help="of the workload")
+    peers = parser.add_argument_group("engines")
+    peers.add_argument(
+        "--backend", nargs="+", choices=BACKENDS, default=["fastdecode"], help="in turns, round by round"
+    )
+    peers.add_argument("--repeats", type=_positive, default=3, help="rounds, after one that warms up")
+    peers.add_argument("--hf-python", default=sys.executable, help="interpreter with transformers")
+    peers.add_argument("--vllm-python", help="interpreter with vLLM")
+    peers.add_argument("--llamacpp-binary", help="llama-batched-bench")
+    peers.add_argument(
+        "--llamacpp-weights", nargs="+", choices=WEIGHT_TYPES, default=["f32", "f16"], help="one run each"
+    )
+    parser.add_argument("--output-json", metavar="FILE", help="appends a JSON line per engine")
+    add_engine_flags(parser)
+
+
+def run_throughput(args: argparse.Namespace) -> int:
+    options = {"model": args.model} | engine_options(args)
+    requests, workload = _requests(args)
+    options["max_num_seqs"] = min(options["max_num_seqs"], len(requests))
+    places = PeerPlaces(args.hf_python, args.vllm_python, args.llamacpp_binary, args.llamacpp_weights)
+    engines = open_engines(args.backend, options, requests, places)
+    try:
+        records = measure_throughput(
+            engines,
+            requests,
+            repeats=args.repeats,
+            workload=workload,
+            on_progress=lambda line: print(line, file=sys.stderr, flush=True),
+        )
+    finally:
+        close_engines(engines)
+    print(format_table(records))
+    _append(args.output_json, records)
+    return 0
+
+
+def _requests(args: argparse.Namespace) -> tuple[list[BenchRequest], dict[str, Any]]:
+    """The requests, and what to say of them in a record."""
+    if (args.dataset_path is None) != (args.dataset_name == "random"):
+        raise ConfigError("sharegpt and custom read --dataset-path FILE; random reads none")
+    workload: dict[str, Any] = {"dataset": args.dataset_name, "num_prompts": args.num_prompts}
+    match args.dataset_name:
+        case "random":
+            if not 0 <= args.random_range_ratio < 1:
+                raise ConfigError("--random-range-ratio is a share from 0 to below 1")
+            workload |= {"input_len": args.input_len, "output_len": args.output_len, "seed": args.bench_seed}
+            workload["range_ratio"] = args.random_range_ratio
+            requests = random_requests(
+                args.num_prompts,
+                args.input_len,
+                args.output_len,
+                vocab_size=_vocab_size(args.model),
+                range_ratio=args.random_range_ratio,
+                seed=args.bench_seed,
+            )
+        case "sharegpt":
+            workload |= {"path": args.dataset_path, "seed": args.bench_seed}
+            requests = sharegpt_requests(
+                args.dataset_path, args.num_prompts, _encode(args), output_len=None, seed=args.bench_seed
+            )
+        case _:
+            workload |= {"path": args.dataset_path, "output_len": args.output_len}
+            requests = custom_requests(args.dataset_path, args.num_prompts, _encode(args), output_len=args.output_len)
+    return requests, workload
+
+
+def _encode(args: argparse.Namespace) -> Encode:
+    return fastdecode.Tokenizer(args.tokenizer or args.model).encode
+
+
+def _vocab_size(model: str) -> int:
+    try:
+        config = json.loads((Path(model) / "config.json").read_text())
+        return int((config.get("text_config") or config)["vocab_size"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{model} has no config.json that tells vocab_size: {error!r}") from error
+
+
+def _append(path: str | None, records: list[dict[str, Any]]) -> None:
+    if path is None:
+        return
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.writelines(json.dumps(record) + "\n" for record in records)
+    except OSError as error:
+        raise ConfigError(f"cannot write {path}: {error}") from error
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
+    return int(text)
