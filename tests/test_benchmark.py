@@ -179,9 +179,7 @@ def test_command(llama: Case, tmp_path: Path, capsys: pytest.CaptureFixture[str]
         (["--output-json", "/no/such/dir/x", "--num-prompts", "1", "--repeats", "1"], "cannot write"),
     ],
 )
-def test_command_refuses_what_cannot_work(
-    arguments: list[str], why: str, llama: Case, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_command_refuses(arguments: list[str], why: str, llama: Case, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "throughput", str(llama.directory), *arguments]) == 2
     assert why in capsys.readouterr().err
 
