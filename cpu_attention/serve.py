@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Hashable
+
+from msgspec import structs
 
 from cpu_attention.rworker import RWorker
 from transport import (
+    Attended,
     BadDelivery,
     ChannelClosed,
     Failure,
@@ -51,7 +55,10 @@ def serve(listener: Listener, worker: RWorker, *, dismissable: bool = False) -> 
         elif isinstance(message, Goodbye) and message.dismiss and not dismissable:
             reply = Failure("BadRequest", "this R-worker was not started for one job and cannot be dismissed")
         else:
+            began_ns = time.monotonic_ns()
             reply = worker.handle(session, message)
+            if isinstance(reply, Attended):
+                reply = structs.replace(reply, began_ns=began_ns, ended_ns=time.monotonic_ns())
             if isinstance(reply, Welcome):
                 owner = peer
         if reply is not None:

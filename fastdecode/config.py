@@ -63,6 +63,8 @@ class EngineConfig:
     order_window: how many of them sjf and ljf sort at a time.
     max_num_waiting: sequences that the engine queues; None: any number.
     step_log: a file to write a JSON line to for every step: its time, its tokens, the KV of every R-worker.
+    trace: a file to write a timeline to when the engine closes, for ui.perfetto.dev or chrome://tracing: what S- and
+        R-workers did and waited for, the last 262,144 spans.
     worker_timeout_s: longest wait for an answer of an R-worker.
     """
 
@@ -96,6 +98,7 @@ class EngineConfig:
     order_window: int = 64
     max_num_waiting: int | None = None
     step_log: str | None = None
+    trace: str | None = None
     worker_timeout_s: float = 60.0
 
     @classmethod
@@ -108,7 +111,7 @@ class EngineConfig:
                 hint = f"did you mean {near[0]!r}? " if near else ""
                 raise ConfigError(f"there is no option {name!r}; {hint}The options are {', '.join(known)}")
         options = dict(options)
-        for name in ("model", "tokenizer", "calibration", "step_log"):
+        for name in ("model", "tokenizer", "calibration", "step_log", "trace"):
             if options.get(name) is not None:
                 options[name] = str(options[name])
         addresses = options.get("r_worker_addresses") or ()

@@ -23,6 +23,7 @@ from fastdecode.sampling_params import SamplingParams
 from fastdecode.scheduling.scheduler import Scheduler
 from fastdecode.step_log import StepRecord, make_record
 from fastdecode.text import StopFinder, Tokenizer
+from fastdecode.timeline import NoTimeline, Timeline
 from gpu_sworker import EmulatedSWorker, Sampled, SWorker, derive_seed
 
 logger = logging.getLogger(__name__)
@@ -39,10 +40,12 @@ class Engine:
         max_model_len: int,
         seed: int,
         on_step: Callable[[StepRecord], None] | None = None,
+        timeline: Timeline | None = None,
     ) -> None:
-        """on_step: told of every step that was run."""
+        """on_step: told of every step that was run; timeline: what the rpool was given, too."""
         self._sworker, self._rpool, self._scheduler, self._tokenizer = sworker, rpool, scheduler, tokenizer
-        self._pipeline = Pipeline(sworker, rpool)
+        self._timeline = timeline or NoTimeline()
+        self._pipeline = Pipeline(sworker, rpool, self._timeline)
         self._max_model_len, self._seed = max_model_len, seed
         self._live: dict[str, LiveRequest] = {}
         self._by_sequence: dict[int, tuple[LiveRequest, Continuation]] = {}
@@ -88,13 +91,15 @@ class Engine:
         """
         if self._broken:
             raise self._broken
-        step = self._scheduler.schedule()
+        with self._timeline.span("schedule"):
+            step = self._scheduler.schedule()
         if step is None:
             return []
         started = time.monotonic()
         sampled = self._run(step)
         self._tell(step, started)
-        return self._commit(step, sampled, started)
+        with self._timeline.span("commit"):
+            return self._commit(step, sampled, started)
 
     def abort(self, request_ids: Iterable[str]) -> None:
         """Forgets requests, waiting or running, and frees their KV.  Unknown ids are ignored.
@@ -147,6 +152,7 @@ class Engine:
             raise
 
     def _tell(self, step: Step, started: float) -> None:
+        self._timeline.count("live KV tokens", sum(self._scheduler.kv_tokens))
         if self._on_step is None:
             return
         self._first_step = started if self._first_step is None else self._first_step

@@ -27,6 +27,7 @@ from fastdecode.runtime import open_runtime
 from fastdecode.sampling_params import SamplingParams
 from fastdecode.step_log import StepLog
 from fastdecode.text import Tokenizer
+from fastdecode.timeline import Timeline
 from gpu_sworker import ModelFacts, SWorker
 
 logger = logging.getLogger(__name__)
@@ -52,7 +53,11 @@ class LLM:
             step_log = StepLog(config.step_log) if config.step_log else None
             if step_log:
                 cleanup.callback(step_log.close)
-            runtime = open_runtime(config)
+            timeline = Timeline() if config.trace else None
+            if timeline and config.trace:
+                timeline.write(config.trace)  # now, so that a path that cannot be written costs nobody a run
+                cleanup.callback(timeline.write, config.trace)
+            runtime = open_runtime(config, timeline)
             cleanup.callback(runtime.close)
             self._tokenizer = None if config.skip_tokenizer_init else Tokenizer(config.tokenizer or config.model)
             self.facts: ModelFacts = runtime.sworker.facts
@@ -66,6 +71,7 @@ class LLM:
                 seed=config.seed,
                 scheduler=make_scheduler(config, self.facts, [welcome.num_blocks for welcome in runtime.welcomes]),
                 on_step=step_log.write if step_log else None,
+                timeline=timeline,
             )
             self.kv_places = describe_places(
                 runtime.rpool.names, runtime.welcomes, runtime.layout, config.kv_cache_memory, self.max_model_len

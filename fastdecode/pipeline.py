@@ -17,6 +17,7 @@ import torch
 
 from fastdecode.plan import MicroBatch, Step
 from fastdecode.rpool import RPool, Ticket
+from fastdecode.timeline import Timeline
 from gpu_sworker import AttentionCall, EmulatedSWorker, FlatBatch, PromptChunk, Sampled, SWorker
 
 _Forward = Generator[AttentionCall, torch.Tensor, torch.Tensor]
@@ -43,9 +44,8 @@ class _Rows:
 
 
 class Pipeline:
-    def __init__(self, sworker: SWorker | EmulatedSWorker, rpool: RPool) -> None:
-        self._sworker = sworker
-        self._rpool = rpool
+    def __init__(self, sworker: SWorker | EmulatedSWorker, rpool: RPool, timeline: Timeline) -> None:
+        self._sworker, self._rpool, self._timeline = sworker, rpool, timeline
 
     def run(self, step: Step, sample: SampleFunction) -> list[Sampled]:
         """A token for every segment that wants one, per micro-batch.
@@ -63,10 +63,13 @@ class Pipeline:
                     flying.append(self._launch(step.number, micro_batch, forward))
                 while flying:
                     flight = flying.popleft()
+                    o = self._collect(flight)
                     try:
-                        flight.call = flight.forward.send(self._collect(flight))
+                        with self._timeline.span("S-block", flight.micro_batch.index, flight.call.layer + 1):
+                            flight.call = flight.forward.send(o)
                     except StopIteration as end:
-                        results[flight.micro_batch.index] = sample(flight.micro_batch, end.value)
+                        with self._timeline.span("sample", flight.micro_batch.index):
+                            results[flight.micro_batch.index] = sample(flight.micro_batch, end.value)
                     else:
                         self._submit(flight)
                         flying.append(flight)
@@ -94,27 +97,35 @@ class Pipeline:
     def _launch(self, step: int, micro_batch: MicroBatch, forward: _Forward) -> _InFlight:
         """Begins a micro-batch and submits its first layer."""
         ticket = self._rpool.begin(step, micro_batch)
-        flight = _InFlight(micro_batch, forward, ticket, _rows(micro_batch), next(forward))
+        with self._timeline.span("S-block", micro_batch.index, 0):
+            call = next(forward)
+        flight = _InFlight(micro_batch, forward, ticket, _rows(micro_batch), call)
         self._submit(flight)
         return flight
 
     def _submit(self, flight: _InFlight) -> None:
         call, queries = flight.call, flight.rows.queries
-        q = call.q if queries is None else call.q[torch.from_numpy(queries)]
-        to_host = self._sworker.to_host
-        self._rpool.submit(flight.ticket, to_host(q), to_host(call.k), to_host(call.v))
+        with self._timeline.span("stage", flight.micro_batch.index, call.layer):
+            q = call.q if queries is None else call.q[torch.from_numpy(queries)]
+            on_host = [self._sworker.to_host(tensor) for tensor in (q, call.k, call.v)]
+        with self._timeline.span("send", flight.micro_batch.index, call.layer):
+            self._rpool.submit(flight.ticket, *on_host)
 
     def _collect(self, flight: _InFlight) -> torch.Tensor:
         """o of all rows: prompts are attended here while the R-workers are busy.  # [T, num_q_heads, head_dim]"""
-        call, rows = flight.call, flight.rows
-        prompts = [self._sworker.attend_prompt(call, chunk) for chunk in rows.prompts]
-        o_queries = self._sworker.to_device(self._rpool.collect(flight.ticket))
+        call, rows, where = flight.call, flight.rows, (flight.micro_batch.index, flight.call.layer)
         if rows.queries is None:
-            return o_queries
-        o = torch.empty_like(call.q)
-        o[torch.from_numpy(rows.queries)] = o_queries
-        for chunk, o_prompt in zip(rows.prompts, prompts, strict=True):
-            o[chunk.rows] = o_prompt
+            on_host = self._rpool.collect(flight.ticket)
+            with self._timeline.span("stage", *where):
+                return self._sworker.to_device(on_host)
+        with self._timeline.span("prompt attention", *where):
+            prompts = [self._sworker.attend_prompt(call, chunk) for chunk in rows.prompts]
+        on_host = self._rpool.collect(flight.ticket)
+        with self._timeline.span("stage", *where):
+            o = torch.empty_like(call.q)
+            o[torch.from_numpy(rows.queries)] = self._sworker.to_device(on_host)
+            for chunk, o_prompt in zip(rows.prompts, prompts, strict=True):
+                o[chunk.rows] = o_prompt
         return o
 
 

@@ -9,6 +9,7 @@ because an R-worker answers in the order it was asked.  Errors name the R-worker
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,6 +19,7 @@ import numpy as np
 
 from fastdecode.errors import RWorkerFailed, RWorkerLost, RWorkerTimeout, RWorkerUnreachable
 from fastdecode.plan import Admission, MicroBatch
+from fastdecode.timeline import S_WORKER, NoTimeline, Timeline
 from transport import (
     Admit,
     Attend,
@@ -42,6 +44,7 @@ from transport import (
 logger = logging.getLogger(__name__)
 
 _Result = TypeVar("_Result")
+_NO_TIMELINE = NoTimeline()
 
 
 @dataclass(frozen=True)
@@ -70,11 +73,13 @@ class Ticket:
     shares: tuple[_Share, ...]
     num_queries: int
     layer: int = -1  # the one submitted last
+    submitted_ns: int = 0  # when
 
 
 class RPool:
-    def __init__(self, workers: Sequence[RWorkerHandle], timeout_s: float) -> None:
+    def __init__(self, workers: Sequence[RWorkerHandle], timeout_s: float, timeline: Timeline = _NO_TIMELINE) -> None:
         self._workers = tuple(workers)
+        self._timeline = timeline
         self._timeout_s = timeout_s
         self._last_ping = 0
 
@@ -143,6 +148,7 @@ class RPool:
     ) -> None:
         """Sends the next layer.  The arrays are not copied: leave them alone until `collect`."""
         ticket.layer += 1
+        ticket.submitted_ns = time.monotonic_ns()
         for share in ticket.shares:
             self._send(
                 share.worker,
@@ -160,11 +166,13 @@ class RPool:
         """Waits for the layer submitted last.  # [num_queries, num_q_heads, head_dim]"""
         parts = []
         for share in ticket.shares:
+            waited_ns = time.monotonic_ns()
             reply = self._expect(share.worker, self._recv(share.worker), Attended)
             asked = (ticket.step, ticket.micro_batch, ticket.layer, share.queries.stop - share.queries.start)
             if (reply.step, reply.micro_batch, reply.layer, len(reply.o)) != asked:
                 raise RWorkerFailed(f"{self._workers[share.worker].name} answered something else than it was asked")
             parts.append(reply.o)
+            self._draw(ticket, share, reply, waited_ns)
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def settle(self) -> None:
@@ -191,6 +199,17 @@ class RPool:
                 worker.channel.close()
             except TransportError as error:
                 logger.debug("%s: %s", worker.name, error)
+
+    def _draw(self, ticket: Ticket, share: _Share, reply: Attended, waited_ns: int) -> None:
+        """What the R-worker did, and what waiting for it was."""
+        now_ns, where = time.monotonic_ns(), (ticket.micro_batch, ticket.layer)
+        began_ns, ended_ns = reply.began_ns, reply.ended_ns
+        if not ticket.submitted_ns <= began_ns <= ended_ns <= now_ns:  # another machine's clock
+            began_ns, ended_ns = now_ns - (ended_ns - began_ns), now_ns
+        ready_ns = max(waited_ns, ended_ns)
+        self._timeline.add(f"R-worker {share.worker}", "attention", began_ns, ended_ns, *where)
+        self._timeline.add(S_WORKER, "wait", waited_ns, ready_ns, *where)
+        self._timeline.add(S_WORKER, "receive", ready_ns, now_ns, *where)
 
     def _send(self, worker: int, message: Message) -> None:
         channel = self._workers[worker].channel

@@ -12,6 +12,7 @@ from fastdecode.errors import ConfigError, ModelError, RWorkerFailed
 from fastdecode.launch import find_r_workers, start_r_workers
 from fastdecode.launch_mpi import mpi_addresses
 from fastdecode.rpool import RPool
+from fastdecode.timeline import NoTimeline, Timeline
 from gpu_sworker import ModelFacts, SWorker, SWorkerError
 from transport import Hello, LayerSpec, Welcome
 
@@ -31,7 +32,7 @@ class Runtime:
         self.cleanup.close()
 
 
-def open_runtime(config: EngineConfig) -> Runtime:
+def open_runtime(config: EngineConfig, timeline: Timeline | None = None) -> Runtime:
     """Raises ConfigError (options), ModelError (the model directory), RWorkerError (a worker)."""
     with ExitStack() as cleanup:
         addresses = mpi_addresses() if config.transport == "mpi" else list(config.r_worker_addresses)
@@ -52,7 +53,7 @@ def open_runtime(config: EngineConfig) -> Runtime:
                 kv_cache_bytes_each=local_kv_bytes(config, sworker.facts, layout),
             )
         cleanup.callback(workers.close)
-        rpool = RPool(workers.handles, config.worker_timeout_s)
+        rpool = RPool(workers.handles, config.worker_timeout_s, timeline or NoTimeline())
         cleanup.callback(rpool.close)
         welcomes = open_session(
             rpool,

@@ -32,7 +32,7 @@ import msgspec
 import numpy as np
 from msgspec import Meta
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 # What may travel, little-endian; looked up by value, because a dtype's `name` is computed anew at every use.
 DTYPES: dict[str, np.dtype] = {
@@ -150,6 +150,8 @@ class Attended(Message, frozen=True):
     micro_batch: Count
     layer: Count
     o: np.ndarray  # [A, Hq, D] float, of q's dtype
+    began_ns: Token = 0  # on the R-worker's monotonic clock: when it took the Attend up
+    ended_ns: Token = 0  # and when o was there
 
     def __post_init__(self) -> None:
         _require_floats("o", self.o)
