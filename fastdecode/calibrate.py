@@ -23,7 +23,7 @@ from fastdecode.errors import ConfigError
 from fastdecode.perf_model import PerfModel
 from fastdecode.plan import Admission, MicroBatch, Segment
 from fastdecode.runtime import Runtime, open_runtime
-from gpu_sworker import FlatBatch, SWorker
+from gpu_sworker import EmulatedSWorker, FlatBatch, SWorker
 
 _REPEATS = 5
 _ROUNDS = 4  # lengths at which the R-Part is measured
@@ -66,7 +66,7 @@ def _calibrate(runtime: Runtime, largest_batch: int, on_progress: Callable[[str]
     )
 
 
-def s_seconds(sworker: SWorker, batch: int) -> float:
+def s_seconds(sworker: SWorker | EmulatedSWorker, batch: int) -> float:
     """T(batch), the median of some forwards."""
     flat = FlatBatch(np.full(batch, 1, np.int64), np.zeros(batch, np.int64), np.arange(batch, dtype=np.int64))
     taken = []

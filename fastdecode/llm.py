@@ -28,7 +28,7 @@ from fastdecode.sampling_params import SamplingParams
 from fastdecode.step_log import StepLog
 from fastdecode.text import Tokenizer
 from fastdecode.timeline import Timeline
-from gpu_sworker import ModelFacts, SWorker
+from gpu_sworker import EmulatedSWorker, ModelFacts, SWorker
 
 logger = logging.getLogger(__name__)
 
@@ -182,7 +182,7 @@ class LLM:
             self._engine.abort(places)
 
 
-def _default_params(sworker: SWorker) -> SamplingParams:
+def _default_params(sworker: SWorker | EmulatedSWorker) -> SamplingParams:
     """What ``transformers.generate`` would take from generation_config.json; greedy if it does not ask for sampling."""
     wishes = sworker.generation_config
     sampling = ("temperature", "top_p", "top_k", "min_p") if getattr(wishes, "do_sample", False) else ()

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from cpu_attention import KVBudgetExceeded, KVLayout
 from fastdecode.capacity import kv_layout, local_kv_bytes
 from fastdecode.config import EngineConfig
+from fastdecode.emulation import PREFIX, emulated_sworker
 from fastdecode.errors import ConfigError, ModelError, RWorkerFailed
 from fastdecode.launch import find_r_workers, start_r_workers
 from fastdecode.launch_mpi import mpi_addresses
 from fastdecode.rpool import RPool
 from fastdecode.timeline import NoTimeline, Timeline
-from gpu_sworker import ModelFacts, SWorker, SWorkerError
+from gpu_sworker import EmulatedSWorker, ModelFacts, SWorker, SWorkerError
 from transport import Hello, LayerSpec, Welcome
 
 _OPEN_TIMEOUT_S = 120.0  # an R-worker compiles its kernels when a session opens
@@ -21,7 +22,7 @@ _OPEN_TIMEOUT_S = 120.0  # an R-worker compiles its kernels when a session opens
 
 @dataclass(frozen=True)
 class Runtime:
-    sworker: SWorker
+    sworker: SWorker | EmulatedSWorker
     rpool: RPool
     layout: KVLayout
     welcomes: list[Welcome]  # of each R-worker
@@ -37,9 +38,7 @@ def open_runtime(config: EngineConfig, timeline: Timeline | None = None) -> Runt
     with ExitStack() as cleanup:
         addresses = mpi_addresses() if config.transport == "mpi" else list(config.r_worker_addresses)
         try:
-            sworker = SWorker(
-                config.model, dtype=config.dtype, device=config.device, linear_kernel=config.linear_kernel
-            )
+            sworker = _load_sworker(config)
         except SWorkerError as error:
             raise ModelError(str(error)) from error
         layout = kv_layout(config, sworker.facts)
@@ -63,6 +62,13 @@ def open_runtime(config: EngineConfig, timeline: Timeline | None = None) -> Runt
             timeout_s=min(_OPEN_TIMEOUT_S, config.worker_timeout_s) if config.r_worker_addresses else _OPEN_TIMEOUT_S,
         )
         return Runtime(sworker, rpool, layout, welcomes, cleanup.pop_all())
+
+
+def _load_sworker(config: EngineConfig) -> SWorker | EmulatedSWorker:
+    """Raises SWorkerError, ConfigError (an emulated device that is not known)."""
+    if config.device.startswith(PREFIX):
+        return emulated_sworker(config.model, config.device.removeprefix(PREFIX))
+    return SWorker(config.model, dtype=config.dtype, device=config.device, linear_kernel=config.linear_kernel)
 
 
 def open_session(

@@ -4,7 +4,7 @@ Imports nothing else of this project; knows no requests, and holds no KV but tha
 """
 
 from gpu_sworker.attention import AttentionCall
-from gpu_sworker.emulated import EmulatedSWorker
+from gpu_sworker.emulated import EmulatedSWorker, describe_model
 from gpu_sworker.errors import ModelNotFound, SWorkerError, UnsupportedModel
 from gpu_sworker.model import DTYPES
 from gpu_sworker.prefill import PromptChunk
@@ -30,6 +30,7 @@ __all__ = [
     "TokenLogprob",
     "UnsupportedModel",
     "derive_seed",
+    "describe_model",
     "generate_reference",
     "uniforms",
 ]

@@ -1,26 +1,62 @@
 """An S-worker that computes nothing and takes the time another device would: for measuring everything around it.
 
 R-workers, wire, pipeline and scheduler are real; tokens, q, k and v are made up.  Its time is slept, so the cores it
-runs on stay free for R-workers, as they are beside a GPU.
+runs on stay free for R-workers, as they are beside a GPU; but for the last microseconds, which a sleep would overrun.
 """
 
 from __future__ import annotations
 
+import ctypes
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import torch
+from transformers import AutoModelForCausalLM
 
 from gpu_sworker import staging
 from gpu_sworker.attention import AttentionCall
+from gpu_sworker.model import max_positions, read_config
 from gpu_sworker.prefill import PromptChunk
+from gpu_sworker.probe import AttentionSpec
 from gpu_sworker.sampler import Sampled, SamplingRows
 from gpu_sworker.sworker import FlatBatch, ModelFacts
 
 _TOKEN_ID = 3
 _POOL_TOKENS = 4096  # of made-up q, k, v; longer micro-batches repeat them
+_OVERRUN_S = 60e-6  # of a sleep, where the timer has no slack; watched instead
+_PR_SET_TIMERSLACK = 29  # <linux/prctl.h>; 50 us by default
+
+
+def describe_model(directory: str | Path, device: str) -> tuple[ModelFacts, int]:
+    """Facts of a model from its config.json alone, attention in every layer over all keys, and a block's weights.
+
+    Raises ModelNotFound, UnsupportedModel.
+    """
+    config = read_config(Path(directory))
+    text = config.get_text_config(decoder=True)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    heads, layers = text.num_attention_heads, text.num_hidden_layers
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+    kv_heads = getattr(text, "num_key_value_heads", None) or heads
+    spec = AttentionSpec(heads, kv_heads, head_dim, head_dim**-0.5, None, None, None)
+    num_parameters = sum(p.numel() for p in model.parameters())
+    ends = {p for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m for p in m.parameters()}
+    facts = ModelFacts(
+        model_type=config.model_type,
+        layers=(spec,) * layers,
+        vocab_size=text.vocab_size,
+        max_positions=max_positions(config),
+        eos_token_ids=(),
+        num_parameters=num_parameters,
+        dtype="float16",
+        device=device,
+        linear_kernel="none",
+    )
+    return facts, (num_parameters - sum(p.numel() for p in ends)) // layers
 
 
 class EmulatedSWorker:
@@ -29,6 +65,7 @@ class EmulatedSWorker:
     def __init__(self, facts: ModelFacts, block_seconds: Callable[[int], float]) -> None:
         """block_seconds: of one block for a micro-batch of so many tokens, T(B)."""
         self.facts, self._block_seconds = facts, block_seconds
+        self.generation_config = None
         generator = torch.Generator().manual_seed(0)
         self._pools: dict[tuple[int, int], torch.Tensor] = {}
         for spec in facts.layers:
@@ -43,8 +80,9 @@ class EmulatedSWorker:
 
     def forward(self, batch: FlatBatch) -> Generator[AttentionCall, torch.Tensor, torch.Tensor]:
         num_tokens = len(batch.token_ids)
+        _no_timer_slack()
         for layer, spec in enumerate(self.facts.layers):
-            time.sleep(self._block_seconds(num_tokens))
+            _sleep_until(time.perf_counter() + self._block_seconds(num_tokens))
             q = self._rows(spec.num_q_heads, spec.head_dim, num_tokens)
             kv = self._rows(spec.num_kv_heads, spec.head_dim, num_tokens)
             yield AttentionCall(layer, q, kv, kv, spec.scale, spec.softcap, None, spec.window, None, True, ())
@@ -68,3 +106,16 @@ class EmulatedSWorker:
     def _rows(self, heads: int, head_dim: int, count: int) -> torch.Tensor:
         pool = self._pools[heads, head_dim]
         return pool[:count] if count <= _POOL_TOKENS else pool[torch.arange(count) % _POOL_TOKENS]
+
+
+def _no_timer_slack() -> None:
+    """For this thread: without it every sleep takes 80 us longer than asked for, with it 30."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "prctl"):
+        libc.prctl(_PR_SET_TIMERSLACK, 1, 0, 0, 0)
+
+
+def _sleep_until(deadline: float) -> None:
+    time.sleep(max(0.0, deadline - time.perf_counter() - _OVERRUN_S))
+    while time.perf_counter() < deadline:
+        pass
