@@ -242,6 +242,19 @@ def test_every_step_is_full_while_prompts_wait() -> None:
         assert max(sizes) - min(sizes) < 32  # no prompt is cut for less than 16
 
 
+@pytest.mark.parametrize("policy", KV_POLICIES)
+def test_memory_for_so_many_sequences_runs_so_many(policy: str) -> None:
+    """Each holds 5 + 4 - 1 = 8 tokens at its end, two blocks to the last place."""
+    scheduler = create_scheduler(kv_policy=policy, capacity_blocks=(16,), start_policy="at-once")
+    world = World(scheduler, 64, (16,))
+    for i in range(9):
+        world.add(a_sequence(i))
+    world.step()
+    assert scheduler.num_running == 8
+    world.run()
+    assert world.num_preempted == 0
+
+
 def test_decodes_cannot_starve_prompts() -> None:
     """An eighth of the budget is for prompts, however many sequences may run."""
     scheduler = create_scheduler(max_num_seqs=1000, max_num_batched_tokens=64, capacity_blocks=(4000,))

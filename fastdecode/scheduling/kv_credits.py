@@ -9,7 +9,8 @@
                       reserve-dynamic looks at the first end only, this at all of them)
 
 KV comes in blocks.  Steps ahead are looked at in tokens, with one block less a token for each sequence beside them:
-whatever part of its last block a sequence fills, it holds no more than that.
+whatever part of its last block a sequence fills, it holds no more than that.  What fits by reserve-static, which counts
+blocks, fits by reserve-dynamic, too.
 """
 
 from __future__ import annotations
@@ -150,8 +151,8 @@ class KVCredits:
             return True
         if account.held + self.blocks(demand.first) > account.capacity:
             return False
-        if self._policy == "reserve-static":
-            return account.reserved + self.blocks(demand.last) <= account.capacity
+        if self._policy == "greedy" or account.reserved + self.blocks(demand.last) <= account.capacity:
+            return True
         if self._policy == "reserve-dynamic":
             return account.projection.peak(self.with_slack(demand)) <= account.capacity * self._block_tokens
-        return True
+        return False
