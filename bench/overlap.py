@@ -20,7 +20,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import fastdecode  # first: it tells torch's threads not to spin
+import fastdecode  # before torch, see there
+
+# isort: split
 from bench.schedules import emulated_facts
 from cpu_attention import KVLayout, LayerShape, cpu_name
 from fastdecode import SamplingParams

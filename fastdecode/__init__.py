@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import sys
 from typing import Any
 
 __version__ = "0.1.0"
@@ -14,6 +15,7 @@ __version__ = "0.1.0"
 # After each of torch's parallel regions libgomp's threads spin for milliseconds, on the cores that attention wants
 # next: a step of both Parts on two cores took 77-83 ms so, 67 ms where they spin for 50 us, 79 ms where they do not.
 # Read when torch is loaded, so it does nothing for who imported torch before.
+TORCH_THREADS_SPIN = "torch" in sys.modules and not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys()
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 _DOORS = {

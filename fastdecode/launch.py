@@ -25,6 +25,7 @@ from cpu_attention import (
     pin_thread,
     serve,
 )
+from fastdecode import TORCH_THREADS_SPIN
 from fastdecode.errors import ConfigError, RWorkerUnreachable
 from fastdecode.rpool import RWorkerHandle
 from transport import AddressError, connect, listen
@@ -60,6 +61,11 @@ def start_r_workers(
     *, transport: str, num_workers: int, threads_each: int | None, kv_cache_bytes_each: int
 ) -> RWorkers:
     """`num_workers` on this machine.  transport: inproc, ipc or tcp.  Raises RWorkerUnreachable."""
+    if TORCH_THREADS_SPIN:
+        logger.warning(
+            "torch was imported before fastdecode, so its threads spin on the cores that R-workers here want: import "
+            "fastdecode first, or set GOMP_SPINCOUNT=3000"
+        )
     num_threads = threads_each or max(1, len(available_cores()) // num_workers)
     workers = RWorkers()
     try:
