@@ -27,7 +27,7 @@ from cpu_attention.machine import (
 )
 from cpu_attention.rworker import RWorker
 from cpu_attention.serve import serve
-from transport import AddressError, listen
+from transport import AddressError, keep_freed_memory, listen
 
 LISTENING = "listening on "
 KERNELS = {"numba": kernel, "reference": reference}
@@ -81,6 +81,7 @@ def run(args: argparse.Namespace) -> int:
         except OSError:
             print(f"error: --cores: this process may use {format_cores(available_cores())} only", file=sys.stderr)
             return 2
+    keep_freed_memory()
     kv_cache_bytes = args.kv_cache_memory if args.kv_cache_memory is not None else default_kv_cache_bytes()
     num_threads = args.threads or len(available_cores())
     try:

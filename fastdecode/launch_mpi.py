@@ -20,7 +20,7 @@ import numpy as np
 
 from cpu_attention import RWorker, available_cores, available_memory_bytes, default_kv_cache_bytes, format_bytes, serve
 from fastdecode.errors import ConfigError
-from transport import AddressError, Goodbye, TransportError, connect, import_mpi, listen
+from transport import AddressError, Goodbye, TransportError, connect, import_mpi, keep_freed_memory, listen
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +62,7 @@ def mpi_main(main: Callable[[], int], *, kv_cache_bytes: int | None = None, num_
             finally:
                 _dismiss(range(1, comm.Get_size()))
         num_sharing = max(1, _ranks_on_this_host(comm) - 1)
+        keep_freed_memory()
         worker = RWorker(
             kv_cache_bytes=kv_cache_bytes or default_kv_cache_bytes() // num_sharing,
             num_threads=num_threads or max(1, len(available_cores()) // num_sharing),

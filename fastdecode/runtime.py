@@ -15,7 +15,7 @@ from fastdecode.launch_mpi import mpi_addresses
 from fastdecode.rpool import RPool
 from fastdecode.timeline import NoTimeline, Timeline
 from gpu_sworker import EmulatedSWorker, ModelFacts, SWorker, SWorkerError
-from transport import Hello, LayerSpec, Welcome
+from transport import Hello, LayerSpec, Welcome, keep_freed_memory
 
 _OPEN_TIMEOUT_S = 120.0  # an R-worker compiles its kernels when a session opens
 
@@ -35,6 +35,7 @@ class Runtime:
 
 def open_runtime(config: EngineConfig, timeline: Timeline | None = None) -> Runtime:
     """Raises ConfigError (options), ModelError (the model directory), RWorkerError (a worker)."""
+    keep_freed_memory()
     with ExitStack() as cleanup:
         addresses = mpi_addresses() if config.transport == "mpi" else list(config.r_worker_addresses)
         try:

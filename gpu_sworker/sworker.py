@@ -18,7 +18,6 @@ from gpu_sworker import staging
 from gpu_sworker.attention import AttentionCall, Forward
 from gpu_sworker.errors import UnsupportedModel
 from gpu_sworker.linear import pack_linears
-from gpu_sworker.memory import keep_freed_memory
 from gpu_sworker.model import choose_device, choose_dtype, load, max_positions, read_config
 from gpu_sworker.prefill import PromptChunk, PromptKV, prompt_attention
 from gpu_sworker.probe import (
@@ -68,8 +67,6 @@ class SWorker:
         """
         directory = Path(model_directory)
         self.device = choose_device(device)
-        if self.device.type == "cpu":
-            keep_freed_memory()
         config = read_config(directory)
         self.dtype = choose_dtype(dtype, config, self.device)
         self._model = load(directory, config, self.dtype, self.device)

@@ -187,3 +187,24 @@ def test_command_refuses(arguments: list[str], why: str, llama: Case, capsys: py
 def test_command_refuses_a_model_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "throughput", str(tmp_path / "none")]) == 2
     assert "config.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("scheme", ["inproc", "ipc", "tcp"])
+def test_transport_table(scheme: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "wire.jsonl"
+    arguments = ["--scheme", scheme, "--tokens", "1", "100", "--kv-heads", "2", "--dtype", "float16"]
+    assert main(["bench", "transport", *arguments, "--output-json", str(path)]) == 0
+    assert [line.split()[:2] for line in capsys.readouterr().out.splitlines()[1:]] == [[scheme, "1"], [scheme, "100"]]
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [record["num_bytes"] for record in records] == [(2 * 8 + 2 * 2) * 128 * 2 * tokens for tokens in (1, 100)]
+    assert all(0 < record["median_s"] <= record["p99_s"] for record in records)
+
+
+def test_latency(llama: Case, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "latency.jsonl"
+    arguments = ["--batch-size", "3", "--input-len", "9", "--output-len", "5", "--num-iters", "4"]
+    assert main(["bench", "latency", str(llama.directory), *arguments, "--output-json", str(path)]) == 0
+    record = json.loads(path.read_text())
+    assert "mean latency" in capsys.readouterr().out and record["workload"]["batch_size"] == 3
+    percentiles = list(record["percentiles_s"].values())
+    assert percentiles == sorted(percentiles) and percentiles[0] <= record["mean_s"] <= percentiles[-1]

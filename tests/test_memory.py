@@ -15,7 +15,7 @@ from gpu_sworker.memory import use_huge_pages
 
 _FAULTS = """
 import resource, torch
-from gpu_sworker.memory import keep_freed_memory
+from transport import keep_freed_memory
 torch.set_num_threads(1)
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -14,6 +14,7 @@ from transport.errors import (
     ProtocolError,
     TransportError,
 )
+from transport.memory import keep_freed_memory
 from transport.messages import (
     DTYPES,
     FLOAT_DTYPES,
@@ -70,5 +71,6 @@ __all__ = [
     "Welcome",
     "connect",
     "import_mpi",
+    "keep_freed_memory",
     "listen",
 ]

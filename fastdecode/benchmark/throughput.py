@@ -86,6 +86,34 @@ def format_table(records: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def latency_record(
+    engine: BenchEngine, runs: Sequence[Run], output_len: int, workload: dict[str, Any]
+) -> dict[str, Any]:
+    """Of one batch, served again and again: seconds to its end, and what a token takes after the first."""
+    seconds = sorted(run.seconds for run in runs)
+    per_token = [(run.seconds - run.prefill_seconds) / max(1, output_len - 1) for run in runs]
+    percentiles = {str(p): seconds[min(len(seconds) - 1, len(seconds) * p // 100)] for p in (10, 50, 90, 99)}
+    return {
+        "kind": "latency",
+        "backend": engine.name,
+        "settings": engine.settings,
+        "workload": workload,
+        "mean_s": statistics.mean(seconds),
+        "percentiles_s": percentiles,
+        "first_token_s": statistics.median(run.prefill_seconds for run in runs),
+        "per_token_s": statistics.median(per_token),
+        "machine": machine(),
+    }
+
+
+def format_latency(record: dict[str, Any]) -> str:
+    lines = [f"mean latency {record['mean_s']:.4f} s"]
+    lines += [f"{percentile:>3} % of batches within {s:.4f} s" for percentile, s in record["percentiles_s"].items()]
+    first_ms, next_ms = record["first_token_s"] * 1e3, record["per_token_s"] * 1e3
+    lines.append(f"first token {first_ms:.1f} ms, then {next_ms:.2f} ms a token")
+    return "\n".join(lines)
+
+
 def _same_tokens(runs: Sequence[Run]) -> str:
     told = [run.token_ids for run in runs if run.token_ids is not None]
     if len(told) < 2:

@@ -1,17 +1,25 @@
-"""``fastdecode bench WHAT``: throughput beside other engines."""
+"""``fastdecode bench WHAT``: throughput beside other engines, latency of a batch, the wire."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import fastdecode
-from fastdecode.benchmark.engines import BACKENDS, PeerPlaces, close_engines, open_engines
+from fastdecode.benchmark.engines import BACKENDS, FastDecodeEngine, PeerPlaces, close_engines, open_engines
 from fastdecode.benchmark.llamacpp import WEIGHT_TYPES
-from fastdecode.benchmark.throughput import format_table, measure_throughput
+from fastdecode.benchmark.throughput import (
+    format_latency,
+    format_table,
+    latency_record,
+    machine,
+    measure_throughput,
+)
+from fastdecode.benchmark.wire import SCHEMES, measure_wire
 from fastdecode.benchmark.workload import (
     DATASETS,
     BenchRequest,
@@ -22,6 +30,7 @@ from fastdecode.benchmark.workload import (
 )
 from fastdecode.commands.engine_flags import add_engine_flags, engine_options
 from fastdecode.errors import ConfigError, FastDecodeError
+from transport import FLOAT_DTYPES
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,6 +42,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_throughput_arguments(throughput)
     throughput.set_defaults(do=run_throughput)
+    latency = whats.add_parser(
+        "latency",
+        help="seconds of one batch from prompts to last tokens",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add_latency_arguments(latency)
+    latency.set_defaults(do=run_latency)
+    wire = whats.add_parser(
+        "transport",
+        help="round trips of one layer's q, k, v and o through every transport",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add_transport_arguments(wire)
+    wire.set_defaults(do=run_transport)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -85,6 +108,60 @@ def run_throughput(args: argparse.Namespace) -> int:
     finally:
         close_engines(engines)
     print(format_table(records))
+    _append(args.output_json, records)
+    return 0
+
+
+def add_latency_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="Hugging Face model directory (config.json, *.safetensors)")
+    parser.add_argument("--batch-size", type=_positive, default=1, help="sequences")
+    parser.add_argument("--input-len", type=_positive, default=128, help="prompt tokens of each")
+    parser.add_argument("--output-len", type=_positive, default=64, help="new tokens of each")
+    parser.add_argument("--num-iters", type=_positive, default=10, help="batches, after one that warms up")
+    parser.add_argument("--seed", type=int, default=0, help="of the prompts")
+    parser.add_argument("--output-json", metavar="FILE", help="appends a JSON line")
+    add_engine_flags(parser)
+
+
+def run_latency(args: argparse.Namespace) -> int:
+    options = {"model": args.model} | engine_options(args)
+    options["max_num_seqs"] = max(options["max_num_seqs"], args.batch_size)
+    requests = random_requests(
+        args.batch_size, args.input_len, args.output_len, vocab_size=_vocab_size(args.model), seed=args.seed
+    )
+    engine = FastDecodeEngine(options)
+    try:
+        runs = [engine.run(requests) for _ in range(args.num_iters + 1)][1:]
+    finally:
+        engine.close()
+    workload = {name: getattr(args, name) for name in ("batch_size", "input_len", "output_len", "seed")}
+    record = latency_record(engine, runs, args.output_len, workload)
+    print(format_latency(record))
+    _append(args.output_json, [record])
+    return 0
+
+
+def add_transport_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--scheme", nargs="+", choices=SCHEMES, default=list(SCHEMES), help="one after another")
+    parser.add_argument("--tokens", nargs="+", type=_positive, default=[1, 16, 64, 256, 1024, 4096], help="each")
+    for name, default in (("q-heads", 8), ("kv-heads", 8), ("head-dim", 128)):
+        parser.add_argument(f"--{name}", type=_positive, default=default, help="of the layer")
+    parser.add_argument("--dtype", choices=FLOAT_DTYPES, default="float32", help="on the wire")
+    parser.add_argument("--output-json", metavar="FILE", help="appends a JSON line per row")
+
+
+def run_transport(args: argparse.Namespace) -> int:
+    print(f"{'scheme':8} {'tokens':>7} {'KiB':>9} {'median us':>10} {'p99 us':>10} {'GB/s':>7}")
+    records = []
+    for scheme in args.scheme:
+        shape = {"q_heads": args.q_heads, "kv_heads": args.kv_heads, "head_dim": args.head_dim, "dtype": args.dtype}
+        for trip in measure_wire(scheme, args.tokens, **shape):
+            print(
+                f"{scheme:8} {trip.num_tokens:7} {trip.num_bytes / 1024:9.0f} {trip.median_s * 1e6:10.0f} "
+                f"{trip.p99_s * 1e6:10.0f} {trip.bytes_per_s / 1e9:7.2f}",
+                flush=True,
+            )
+            records.append({"kind": "transport", **shape, **asdict(trip), "machine": machine()})
     _append(args.output_json, records)
     return 0
 
