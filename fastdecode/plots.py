@@ -1,4 +1,4 @@
-"""Plots of steps: the load, what a step takes, who runs and who waits."""
+"""Plots: of steps (the load, what one takes, who runs and who waits), of rates over the batch."""
 
 from __future__ import annotations
 
@@ -55,5 +55,41 @@ def plot_steps(
         panel.grid(alpha=0.3)
     if title:
         figure.suptitle(title)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def plot_rates(records: Sequence[Mapping[str, Any]], path: str | Path) -> None:
+    """Of throughput records: decode tokens/s and milliseconds per token over the batch, and one over the other.
+
+    A line per engine and setting.  Raises ConfigError if there is no such record.
+    """
+    lines: dict[str, list[tuple[int, float]]] = {}
+    for record in records:
+        if record.get("kind") == "throughput" and record.get("decode_tokens_per_s"):
+            others = {k: v for k, v in record.get("point", {}).items() if k != "num-prompts"}
+            name = ", ".join([record["backend"], *(f"{key} {value}" for key, value in others.items())])
+            lines.setdefault(name, []).append((record["workload"]["num_prompts"], record["decode_tokens_per_s"]))
+    if not lines:
+        raise ConfigError("there is no throughput record with a decode rate")
+    pyplot = check_plotting()
+    figure, panels = pyplot.subplots(1, 3, figsize=(15, 5), constrained_layout=True)
+    for name, points in lines.items():
+        batches, rates = zip(*sorted(points), strict=True)
+        token_ms = [1e3 * batch / rate for batch, rate in zip(batches, rates, strict=True)]
+        panels[0].plot(batches, rates, marker="o", label=name)
+        panels[1].plot(batches, token_ms, marker="o")
+        panels[2].plot(token_ms, rates, marker="o")
+    for panel, x, y in zip(
+        panels,
+        ("sequences", "sequences", "ms from token to token"),
+        ("decode tokens/s", "ms from token to token", "decode tokens/s"),
+        strict=True,
+    ):
+        panel.set_xlabel(x)
+        panel.set_ylabel(y)
+        panel.set_ylim(bottom=0)
+        panel.grid(alpha=0.3)
+    panels[0].legend(fontsize="small")
     figure.savefig(path, dpi=110)
     pyplot.close(figure)

@@ -1,4 +1,4 @@
-"""``fastdecode bench WHAT``: throughput beside other engines, latency of a batch, the wire."""
+"""``fastdecode bench WHAT``: throughput beside other engines, latency of a batch, the wire, grids of these, plots."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 import fastdecode
 from fastdecode.benchmark.engines import BACKENDS, FastDecodeEngine, PeerPlaces, close_engines, open_engines
 from fastdecode.benchmark.llamacpp import WEIGHT_TYPES
+from fastdecode.benchmark.sweep import Sweep, read_records, run_process, run_sweep
 from fastdecode.benchmark.throughput import (
     format_latency,
     format_table,
@@ -30,6 +31,8 @@ from fastdecode.benchmark.workload import (
 )
 from fastdecode.commands.engine_flags import add_engine_flags, engine_options
 from fastdecode.errors import ConfigError, FastDecodeError
+from fastdecode.plots import plot_rates, plot_steps
+from fastdecode.step_log import read_step_log
 from transport import FLOAT_DTYPES
 
 
@@ -56,6 +59,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_transport_arguments(wire)
     wire.set_defaults(do=run_transport)
+    sweep = whats.add_parser("sweep", help="a grid of runs from a YAML file, which can be resumed")
+    sweep.add_argument("grid", metavar="GRID.yaml", help="see fastdecode/benchmark/sweep.py and scripts/*.yaml")
+    sweep.add_argument("-o", "--output", required=True, metavar="FILE.jsonl", help="a line per engine and point")
+    sweep.add_argument("--resume", action="store_true", help="go on with a file that is there: leave out what it has")
+    sweep.set_defaults(do=run_sweep_command)
+    plot = whats.add_parser("plot", help="draw records, or the load over a run's steps")
+    source = plot.add_mutually_exclusive_group(required=True)
+    source.add_argument("--records", metavar="FILE.jsonl", help="of throughput or sweep: rates over the batch")
+    source.add_argument(
+        "--step-log", metavar="FILE.jsonl", nargs="+", help="load and time of every step, a line a file"
+    )
+    plot.add_argument("-o", "--output", required=True, metavar="FILE.png")
+    plot.set_defaults(do=run_plot)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -163,6 +179,29 @@ def run_transport(args: argparse.Namespace) -> int:
             )
             records.append({"kind": "transport", **shape, **asdict(trip), "machine": machine()})
     _append(args.output_json, records)
+    return 0
+
+
+def run_sweep_command(args: argparse.Namespace) -> int:
+    """1 if a point failed."""
+    num_failed = run_sweep(
+        Sweep.read(args.grid),
+        args.output,
+        resume=args.resume,
+        run=run_process,
+        on_progress=lambda line: print(line, file=sys.stderr, flush=True),
+    )
+    return 1 if num_failed else 0
+
+
+def run_plot(args: argparse.Namespace) -> int:
+    try:
+        if args.records:
+            plot_rates(read_records(args.records), args.output)
+        else:
+            plot_steps({Path(path).stem: list(read_step_log(path)) for path in args.step_log}, args.output)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"nothing to draw: {type(error).__name__}: {error}") from error
     return 0
 
 
