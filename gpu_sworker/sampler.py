@@ -80,12 +80,20 @@ def sample(logits: torch.Tensor, rows: SamplingRows) -> Sampled:
             _apply_penalties(logits[penalties.row], penalties)
         for row, banned in rows.banned:
             logits[row, torch.tensor(banned, device=logits.device)] = -torch.inf
-    token_ids = logits.argmax(dim=1)
+    token_ids = _likeliest(logits)
     random = np.flatnonzero(rows.temperature > 0)
     if len(random):
         where = torch.from_numpy(random).to(logits.device)
         token_ids[where] = _draw(logits[where], rows, random)
     return Sampled(token_ids.cpu().numpy(), _logprobs(raw, token_ids, rows.num_logprobs))
+
+
+def _likeliest(logits: torch.Tensor) -> torch.Tensor:
+    """The first largest of each row.  [n, vocab] -> [n] int64"""
+    if logits.device.type != "cpu":
+        return logits.argmax(dim=1)
+    # numpy's is vectorised: 0.1 ms for 64 rows of 32,000, torch's 0.6.
+    return torch.from_numpy(logits.detach().numpy().argmax(axis=1))
 
 
 def _draw(logits: torch.Tensor, rows: SamplingRows, random: np.ndarray) -> torch.Tensor:

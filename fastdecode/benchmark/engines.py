@@ -61,7 +61,11 @@ class FastDecodeEngine:
         self.name = "fastdecode"
         defaults = EngineConfig.from_options({"model": options["model"]})
         shown = {k: v for k, v in options.items() if v != getattr(defaults, k) and k != "model"}
-        self.settings: dict[str, Any] = {"version": fastdecode.__version__, **shown}
+        self.settings: dict[str, Any] = {
+            "model": Path(options["model"]).name,
+            "version": fastdecode.__version__,
+            **shown,
+        }
         self._llm = fastdecode.LLM(**options, skip_tokenizer_init=True)
 
     def run(self, requests: Sequence[BenchRequest]) -> Run:
@@ -100,7 +104,8 @@ class PeerEngine:
             os.unlink(self._log.name)
             raise ConfigError(f"{name}: cannot run {python}: {error}") from error
         try:
-            self.settings = {**settings, "version": self._ask(settings)["version"]}
+            told = {"model": Path(settings["model"]).name, "version": self._ask(settings)["version"]}
+            self.settings = settings | told
         except BaseException:
             self.close()
             raise
@@ -160,7 +165,7 @@ class LlamaCppEngine:
 
     def __post_init__(self) -> None:
         self.name = f"llamacpp-{self.weights}"
-        self.settings = {"binary": self.binary, "weights": self.weights, "kv_cache_dtype": "f16"}
+        self.settings = {"model": self.model.name, "weights": self.weights, "kv_cache_dtype": "f16"}
         self._directory = tempfile.TemporaryDirectory(prefix="fastdecode-gguf-")
         self._path = Path(self._directory.name) / f"{self.weights}.gguf"
         self._flash_attention: bool | None = None

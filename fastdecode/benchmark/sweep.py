@@ -25,6 +25,8 @@ from fastdecode.errors import ConfigError
 
 COMMANDS = ("throughput", "latency")
 
+_TIMEOUT_S = 4 * 3600.0  # of a run
+
 Flags = dict[str, Any]  # without dashes in front; a list gives several values, true a flag without any
 Runner = Callable[[list[str]], list[dict[str, Any]]]  # arguments -> records; raises ConfigError
 
@@ -111,7 +113,10 @@ def run_process(arguments: list[str]) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory(prefix="fastdecode-") as directory:
         path = Path(directory) / "records.jsonl"
         command = [sys.executable, "-m", "fastdecode", "bench", *arguments, "--output-json", str(path)]
-        done = subprocess.run(command, capture_output=True, text=True)
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            raise ConfigError(f"it did not end within {_TIMEOUT_S:g} s") from None
         if done.returncode or not path.exists():
             last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
             raise ConfigError(f"exit code {done.returncode}: {last}")

@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# The README's throughput table: one Llama shape with 8 and with 2 KV heads, 64 sequences, all engines in turns.
+#
+#     VLLM_PYTHON=vllm-env/bin/python LLAMACPP=.llamacpp/build/bin/llama-batched-bench \
+#         bash scripts/throughput_figures.sh throughput.jsonl
+#
+# Whichever of the two is not set is left out.  About 15 minutes on two cores; nothing else should run meanwhile.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+output=$(realpath "${1:?the file to append records to}")
+models=$(mktemp -d)
+trap 'rm -rf "$models"' EXIT
+engines=(fastdecode hf)
+places=()
+[ -n "${VLLM_PYTHON:-}" ] && engines+=(vllm) && places+=(--vllm-python "$VLLM_PYTHON")
+[ -n "${LLAMACPP:-}" ] && engines+=(llamacpp) && places+=(--llamacpp-binary "$LLAMACPP" --llamacpp-weights f32 f16 bf16)
+for kv_heads in 8 2; do
+    python - "$models/llama-8-layers-$kv_heads-kv-heads" "$kv_heads" <<'PY'
+import sys
+from argparse import Namespace
+
+sys.path.insert(0, ".")
+from bench.end_to_end import make_model
+
+shape = Namespace(hidden=1024, mlp=2816, layers=8, q_heads=8, kv_heads=int(sys.argv[2]), vocab=32000)
+make_model(shape, sys.argv[1])
+PY
+    fastdecode bench throughput "$models/llama-8-layers-$kv_heads-kv-heads" --backend "${engines[@]}" "${places[@]}" \
+        --num-prompts 64 --input-len 128 --output-len 64 --repeats 3 \
+        --kv-cache-dtype float16 --kv-cache-memory 4GiB --output-json "$output"
+done
