@@ -165,7 +165,7 @@ def measure(args: argparse.Namespace, kv_heads: int) -> dict[str, float]:
     if not steps:
         raise SystemExit("no step has all sequences decoding: raise --output-len")
     step, gemm_s, attend_s = map(statistics.median, (steps, gemm, attend))
-    rate, read = max(rates), max(reads)
+    rate, read = max(rates), statistics.median(reads)
     floor = products.flop / rate + kv_bytes / read
     return {
         "kv_heads": kv_heads,
