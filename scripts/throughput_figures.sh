@@ -4,16 +4,21 @@
 #     VLLM_PYTHON=vllm-env/bin/python LLAMACPP=.llamacpp/build/bin/llama-batched-bench \
 #         bash scripts/throughput_figures.sh throughput.jsonl
 #
-# Whichever of the two is not set is left out.  About 12 minutes on two cores; nothing else should run meanwhile.
+# Whichever of the two is not set is left out.  DTYPE=bfloat16 measures bf16 weights instead, without transformers.  About 12 minutes on two cores; nothing else should run meanwhile.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 output=$(realpath "${1:?the file to append records to}")
 models=$(mktemp -d)
 trap 'rm -rf "$models"' EXIT
-engines=(fastdecode hf)
+dtype=${DTYPE:-float32}
+case $dtype in
+    float32) engines=(fastdecode hf) weights=(f32 f16 bf16) kv_dtype=float16 ;;
+    bfloat16) engines=(fastdecode) weights=(bf16) kv_dtype=bfloat16 ;;
+    *) echo "DTYPE is float32 or bfloat16, not $dtype" >&2 && exit 2 ;;
+esac
 places=()
 [ -n "${VLLM_PYTHON:-}" ] && engines+=(vllm) && places+=(--vllm-python "$VLLM_PYTHON")
-[ -n "${LLAMACPP:-}" ] && engines+=(llamacpp) && places+=(--llamacpp-binary "$LLAMACPP" --llamacpp-weights f32 f16 bf16)
+[ -n "${LLAMACPP:-}" ] && engines+=(llamacpp) && places+=(--llamacpp-binary "$LLAMACPP" --llamacpp-weights "${weights[@]}")
 for kv_heads in 8 2; do
     python - "$models/llama-8-layers-$kv_heads-kv-heads" "$kv_heads" <<'PY'
 import sys
@@ -27,5 +32,5 @@ make_model(shape, sys.argv[1])
 PY
     fastdecode bench throughput "$models/llama-8-layers-$kv_heads-kv-heads" --backend "${engines[@]}" "${places[@]}" \
         --num-prompts 64 --input-len 128 --output-len 64 --repeats 2 \
-        --kv-cache-dtype float16 --kv-cache-memory 4GiB --output-json "$output"
+        --dtype "$dtype" --kv-cache-dtype "$kv_dtype" --kv-cache-memory 4GiB --output-json "$output"
 done
