@@ -38,40 +38,16 @@ from transport import FLOAT_DTYPES
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     whats = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
-    throughput = whats.add_parser(
-        "throughput",
-        help="tokens/s of an offline batch, beside transformers, vLLM and llama.cpp",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    add_throughput_arguments(throughput)
-    throughput.set_defaults(do=run_throughput)
-    latency = whats.add_parser(
-        "latency",
-        help="seconds of one batch from prompts to last tokens",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    add_latency_arguments(latency)
-    latency.set_defaults(do=run_latency)
-    wire = whats.add_parser(
-        "transport",
-        help="round trips of one layer's q, k, v and o through every transport",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    add_transport_arguments(wire)
-    wire.set_defaults(do=run_transport)
-    sweep = whats.add_parser("sweep", help="a grid of runs from a YAML file, which can be resumed")
-    sweep.add_argument("grid", metavar="GRID.yaml", help="see fastdecode/benchmark/sweep.py and scripts/*.yaml")
-    sweep.add_argument("-o", "--output", required=True, metavar="FILE.jsonl", help="a line per engine and point")
-    sweep.add_argument("--resume", action="store_true", help="go on with a file that is there: leave out what it has")
-    sweep.set_defaults(do=run_sweep_command)
-    plot = whats.add_parser("plot", help="draw records, or the load over a run's steps")
-    source = plot.add_mutually_exclusive_group(required=True)
-    source.add_argument("--records", metavar="FILE.jsonl", help="of throughput or sweep: rates over the batch")
-    source.add_argument(
-        "--step-log", metavar="FILE.jsonl", nargs="+", help="load and time of every step, a line a file"
-    )
-    plot.add_argument("-o", "--output", required=True, metavar="FILE.png")
-    plot.set_defaults(do=run_plot)
+    for name, text, add, do in (
+        ("throughput", "tokens/s of a batch, beside other engines", add_throughput_arguments, run_throughput),
+        ("latency", "seconds of one batch from prompts to last tokens", add_latency_arguments, run_latency),
+        ("transport", "round trips of a layer's q, k, v and o", add_transport_arguments, run_transport),
+        ("sweep", "a grid of runs from a YAML file, which can be resumed", add_sweep_arguments, run_grid),
+        ("plot", "draw records, or the load over a run's steps", add_plot_arguments, run_plot),
+    ):
+        one = whats.add_parser(name, help=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        add(one)
+        one.set_defaults(do=do)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -182,7 +158,13 @@ def run_transport(args: argparse.Namespace) -> int:
     return 0
 
 
-def run_sweep_command(args: argparse.Namespace) -> int:
+def add_sweep_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("grid", metavar="GRID.yaml", help="see fastdecode/benchmark/sweep.py and scripts/*.yaml")
+    parser.add_argument("-o", "--output", required=True, metavar="FILE.jsonl", help="a line per engine and point")
+    parser.add_argument("--resume", action="store_true", help="go on with a file that is there: leave out what it has")
+
+
+def run_grid(args: argparse.Namespace) -> int:
     """1 if a point failed."""
     num_failed = run_sweep(
         Sweep.read(args.grid),
@@ -192,6 +174,13 @@ def run_sweep_command(args: argparse.Namespace) -> int:
         on_progress=lambda line: print(line, file=sys.stderr, flush=True),
     )
     return 1 if num_failed else 0
+
+
+def add_plot_arguments(parser: argparse.ArgumentParser) -> None:
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--records", metavar="FILE.jsonl", help="of throughput or sweep: rates over the batch")
+    source.add_argument("--step-log", metavar="FILE.jsonl", nargs="+", help="load and time of each step")
+    parser.add_argument("-o", "--output", required=True, metavar="FILE.png", help="the picture")
 
 
 def run_plot(args: argparse.Namespace) -> int:
