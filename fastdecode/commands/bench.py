@@ -67,7 +67,7 @@ def add_throughput_arguments(parser: argparse.ArgumentParser) -> None:
     work.add_argument("--input-len", type=_positive, default=128, help="prompt tokens of a random request")
     work.add_argument("--output-len", type=_positive, default=64, help="new tokens; sharegpt: those of its answers")
     work.add_argument("--random-range-ratio", type=float, default=0.0, help="lengths vary by this share, both ways")
-    work.add_argument("--bench-seed", type=int, default=0, help="of the workload")
+    work.add_argument("--seed", type=int, default=0, help="of the workload")
     peers = parser.add_argument_group("engines")
     peers.add_argument(
         "--backend", nargs="+", choices=BACKENDS, default=["fastdecode"], help="in turns, round by round"
@@ -203,7 +203,7 @@ def _requests(args: argparse.Namespace) -> tuple[list[BenchRequest], dict[str, A
         case "random":
             if not 0 <= args.random_range_ratio < 1:
                 raise ConfigError("--random-range-ratio is a share from 0 to below 1")
-            workload |= {"input_len": args.input_len, "output_len": args.output_len, "seed": args.bench_seed}
+            workload |= {"input_len": args.input_len, "output_len": args.output_len, "seed": args.seed}
             workload["range_ratio"] = args.random_range_ratio
             requests = random_requests(
                 args.num_prompts,
@@ -211,12 +211,12 @@ def _requests(args: argparse.Namespace) -> tuple[list[BenchRequest], dict[str, A
                 args.output_len,
                 vocab_size=_vocab_size(args.model),
                 range_ratio=args.random_range_ratio,
-                seed=args.bench_seed,
+                seed=args.seed,
             )
         case "sharegpt":
-            workload |= {"path": args.dataset_path, "seed": args.bench_seed}
+            workload |= {"path": args.dataset_path, "seed": args.seed}
             requests = sharegpt_requests(
-                args.dataset_path, args.num_prompts, _encode(args), output_len=None, seed=args.bench_seed
+                args.dataset_path, args.num_prompts, _encode(args), output_len=None, seed=args.seed
             )
         case _:
             workload |= {"path": args.dataset_path, "output_len": args.output_len}
