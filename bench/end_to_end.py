@@ -32,7 +32,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from cpu_attention import available_cores, cpu_name
 from fastdecode import LLM, SamplingParams, __version__
 
-VARIANTS = [("inproc", 1, 1), ("inproc", 1, 2), ("inproc", 2, 2), ("ipc", 1, 1), ("ipc", 1, 2), ("ipc", 2, 2)]
+VARIANTS = [("inproc", 1, 1), ("inproc", 1, 2), ("inproc", 2, 2), ("shm", 1, 1), ("shm", 1, 2), ("shm", 2, 2)]
 
 
 @dataclass

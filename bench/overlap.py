@@ -1,6 +1,6 @@
 """How well S- and R-Part overlap: an S-worker emulated so that it takes as long as the R-worker, which is real.
 
-    python bench/overlap.py [--transport ipc] [--sequences 64] [--context 1024] [--json FILE]
+    python bench/overlap.py [--transport shm] [--sequences 64] [--context 1024] [--json FILE]
 
 First R: the R-worker's attention for a micro-batch, beside an S-worker that takes no time.  Then S-blocks that take
 exactly that long, with 1, 2 and 3 micro-batches in turns.  With one, a step is S + R and the wire; with two it should
@@ -125,7 +125,7 @@ def main() -> None:
     ):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--kv-dtype", default="float16")
-    parser.add_argument("--transport", default="ipc", choices=("inproc", "ipc", "tcp"))
+    parser.add_argument("--transport", default="shm", choices=("inproc", "shm", "ipc", "tcp"))
     parser.add_argument("--json", metavar="FILE", help="also write the figures there")
     args = parser.parse_args()
 

@@ -79,7 +79,7 @@ def emulated_facts(num_layers: int, kv_heads: int, group: int, head_dim: int) ->
 
 
 def run_emulated(args: argparse.Namespace, count: int, capacity_tokens: int, **options: object) -> list[StepRecord]:
-    """`count` sequences through real R-workers (processes, ipc) beside an S-worker that takes a constant time."""
+    """`count` sequences through real R-workers (processes) beside an S-worker that takes a constant time."""
     facts = emulated_facts(args.layers, args.kv_heads, 4, args.head_dim)
     shapes = tuple(LayerShape(spec.num_kv_heads, spec.head_dim) for spec in facts.layers)
     layout = KVLayout(shapes, "float16", BLOCK_TOKENS)
@@ -87,7 +87,7 @@ def run_emulated(args: argparse.Namespace, count: int, capacity_tokens: int, **o
     records: list[StepRecord] = []
     with ExitStack() as cleanup:
         workers = start_r_workers(
-            transport="ipc",
+            transport="shm",
             num_workers=args.r_workers,
             threads_each=1,
             kv_cache_bytes_each=blocks_each * layout.block_bytes,

@@ -37,7 +37,10 @@ _REPEAT_S = 0.05
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--bind", required=True, metavar="ADDRESS", help="ipc://PATH, tcp://127.0.0.1:PORT (port 0: a free one)"
+        "--bind",
+        required=True,
+        metavar="ADDRESS",
+        help="shm://PATH (shared memory: the fastest), ipc://PATH, tcp://127.0.0.1:PORT (port 0: a free one)",
     )
     parser.add_argument(
         "--kv-cache-memory",

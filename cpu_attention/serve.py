@@ -65,6 +65,7 @@ def serve(listener: Listener, worker: RWorker, *, dismissable: bool = False) -> 
             _answer(listener, peer, session, reply, _ANSWER_TIMEOUT_S if peer == owner else 0.0)
         if isinstance(message, Goodbye) and message.dismiss and dismissable:
             return
+        del delivery, message, reply  # and with them what they hold of the transport's memory
 
 
 def _answer(listener: Listener, peer: Hashable, session: int, reply: Message, timeout_s: float) -> None:

@@ -13,7 +13,7 @@ from fastdecode.scheduling.kv_credits import KV_POLICIES
 from fastdecode.scheduling.load_control import START_POLICIES
 from fastdecode.scheduling.waiting import ORDERS
 
-TRANSPORTS = ("inproc", "ipc", "tcp", "mpi")
+TRANSPORTS = ("inproc", "shm", "ipc", "tcp", "mpi")
 LENGTH_PREDICTORS = ("learned", "max-tokens")
 DTYPE_NAMES = ("auto", "float32", "float16", "bfloat16")
 LINEAR_KERNELS = ("auto", "plain", "onednn")

@@ -60,7 +60,7 @@ class RWorkers:
 def start_r_workers(
     *, transport: str, num_workers: int, threads_each: int | None, kv_cache_bytes_each: int
 ) -> RWorkers:
-    """`num_workers` on this machine.  transport: inproc, ipc or tcp.  Raises RWorkerUnreachable."""
+    """`num_workers` on this machine.  transport: inproc, shm, ipc or tcp.  Raises RWorkerUnreachable."""
     if TORCH_THREADS_SPIN:
         logger.warning(
             "torch was imported before fastdecode, so its threads spin on the cores that R-workers here want: import "
@@ -131,7 +131,7 @@ def _start_processes(
     for index in range(num_workers):
         cores = _cores(index, num_workers, num_threads)
         placement = ["--cores", format_cores(cores)] if cores else []
-        bind = f"ipc://{directory}/{index}" if transport == "ipc" else "tcp://127.0.0.1:0"
+        bind = "tcp://127.0.0.1:0" if transport == "tcp" else f"{transport}://{directory}/{index}"
         processes.append(
             subprocess.Popen(
                 [

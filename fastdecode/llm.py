@@ -1,6 +1,6 @@
 """The public API for offline batches: ``LLM``, with vLLM's names.
 
-with LLM("path/to/model", num_r_workers=2, transport="ipc") as llm:
+with LLM("path/to/model", num_r_workers=2, transport="shm") as llm:
     for output in llm.generate(["def fib(n):"], SamplingParams(temperature=0, max_tokens=64)):
         print(output.outputs[0].text)
 """

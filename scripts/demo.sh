@@ -6,7 +6,7 @@ source "$(dirname "$0")/environment.sh"
 use_environment
 export HF_HUB_OFFLINE=1
 exec fastdecode generate scripts/demo_model \
-    --transport ipc --num-r-workers 2 --kv-cache-dtype float16 --max-tokens 64 \
+    --transport shm --num-r-workers 2 --kv-cache-dtype float16 --max-tokens 64 \
     --prompt $'def read_lines(path):\n    """Return the lines of a file."""\n    with open(' \
     --prompt $'class Stack:\n    def __init__(self):\n        self.items = []\n\n    def push(self, item):' \
     --prompt $'def main():\n    parser = argparse.ArgumentParser(' \

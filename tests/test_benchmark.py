@@ -189,7 +189,7 @@ def test_command_refuses_a_model_that_is_not_there(tmp_path: Path, capsys: pytes
     assert "config.json" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("scheme", ["inproc", "ipc", "tcp"])
+@pytest.mark.parametrize("scheme", ["inproc", "shm", "ipc", "tcp"])
 def test_transport_table(scheme: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "wire.jsonl"
     arguments = ["--scheme", scheme, "--tokens", "1", "100", "--kv-heads", "2", "--dtype", "float16"]

@@ -65,7 +65,7 @@ def test_a_block_takes_its_time_and_no_less(llama: Case) -> None:
         assert end.value.value.shape[0] == 1
 
 
-@pytest.mark.parametrize("options", [{}, {"transport": "ipc", "num_r_workers": 2}])
+@pytest.mark.parametrize("options", [{}, {"transport": "shm", "num_r_workers": 2}])
 def test_whole_runs(options: dict[str, object], llama: Case, tmp_path: Path) -> None:
     log = tmp_path / "steps.jsonl"
     with LLM(llama.directory, device="emulated:h100", skip_tokenizer_init=True, step_log=log, **options) as llm:

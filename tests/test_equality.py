@@ -24,10 +24,11 @@ SPLITS = [(workers, micro_batches) for workers in (1, 2, 3) for micro_batches in
 
 @pytest.fixture(scope="module")
 def addresses(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, list[str]]]:
-    """Three R-worker processes per ZeroMQ scheme, started by hand as a user would; sessions come and go."""
+    """Three R-worker processes per scheme, started by hand as a user would; sessions come and go."""
     directory = tmp_path_factory.mktemp("sockets")
     processes = []
-    for bind in [f"ipc://{directory}/{i}" for i in range(3)] + ["tcp://127.0.0.1:0"] * 3:
+    files = [f"{scheme}://{directory}/{scheme}{i}" for scheme in ("shm", "ipc") for i in range(3)]
+    for bind in [*files, *["tcp://127.0.0.1:0"] * 3]:
         processes.append(
             subprocess.Popen(
                 [
@@ -51,7 +52,7 @@ def addresses(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, li
             )
         )
     found = [process.stdout.readline().strip().removeprefix(LISTENING) for process in processes]  # type: ignore[union-attr]
-    yield {"ipc": found[:3], "tcp": found[3:]}
+    yield {"shm": found[:3], "ipc": found[3:6], "tcp": found[6:]}
     for process in processes:
         process.stdin.close()  # type: ignore[union-attr]
         assert process.wait(10) == 0
@@ -79,7 +80,7 @@ def test_threads(family: str, case: Callable[[str], Case]) -> None:
             assert tokens(llm, made) == made.reference, (workers, micro_batches, linear_kernel)
 
 
-@pytest.mark.parametrize("scheme", ["ipc", "tcp"])
+@pytest.mark.parametrize("scheme", ["shm", "ipc", "tcp"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_processes(family: str, scheme: str, addresses: dict[str, list[str]], case: Callable[[str], Case]) -> None:
     made = case(family)

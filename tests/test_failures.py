@@ -38,7 +38,7 @@ def wait_until(condition: object, timeout_s: float = 10) -> bool:
     return bool(condition())  # type: ignore[operator]
 
 
-@pytest.mark.parametrize("transport", ["ipc", "tcp"])
+@pytest.mark.parametrize("transport", ["shm", "ipc", "tcp"])
 @pytest.mark.parametrize("harm", [signal.SIGKILL, signal.SIGSTOP], ids=str)
 def test_worker_lost_in_the_middle(transport: str, harm: signal.Signals, llama: Case) -> None:
     """A typed error that names the worker, within 5 s; then close() still ends everything."""
@@ -246,7 +246,7 @@ def test_worker_lost_while_sequences_are_released(llama: Case, monkeypatch: pyte
             next(iteration)
 
 
-@pytest.mark.parametrize("transport", ["inproc", "ipc", "tcp"])
+@pytest.mark.parametrize("transport", ["inproc", "shm", "ipc", "tcp"])
 def test_close_leaves_nothing(transport: str, llama: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No process, thread, socket, file or file descriptor, after ten lives."""
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))

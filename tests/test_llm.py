@@ -196,7 +196,7 @@ def random_tokens(llm: LLM) -> list[list[list[int]]]:
         {},
         {"num_r_workers": 3},
         {"micro_batches": 1},
-        {"transport": "ipc", "num_r_workers": 2},
+        {"transport": "shm", "num_r_workers": 2},
         {"seed": 5},
     ],
     ids=str,

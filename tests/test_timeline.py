@@ -75,7 +75,7 @@ def test_spans_of_another_clock_end_with_the_answer() -> None:
     assert wait.begin_ns <= wait.end_ns == receive.begin_ns <= receive.end_ns
 
 
-@pytest.mark.parametrize("options", [{}, {"num_r_workers": 2, "micro_batches": 2}, {"transport": "ipc"}])
+@pytest.mark.parametrize("options", [{}, {"num_r_workers": 2, "micro_batches": 2}, {"transport": "shm"}])
 def test_trace_of_a_run(options: dict[str, object], llama: Case, tmp_path: Path) -> None:
     path = tmp_path / "trace.json"
     with LLM(llama.directory, skip_tokenizer_init=True, trace=path, **options) as llm:

@@ -34,11 +34,13 @@ from transport import (
 from transport.testing import CHECKS, check_close, serve_echo
 
 ROOT = Path(__file__).parents[1]
-SCHEMES = ("inproc", "ipc", "tcp")
+SCHEMES = ("inproc", "shm", "ipc", "tcp")
 
 
 def an_address(scheme: str, tmp_path: Path) -> str:
-    return {"inproc": f"inproc://{tmp_path}", "ipc": f"ipc://{tmp_path}/socket", "tcp": "tcp://127.0.0.1:0"}[scheme]
+    if scheme == "tcp":
+        return "tcp://127.0.0.1:0"
+    return f"{scheme}://{tmp_path}/socket"
 
 
 @pytest.fixture(params=SCHEMES)
@@ -136,9 +138,9 @@ def test_probing_does_not_disturb(listener: Listener) -> None:
     channel.close()
 
 
-@pytest.mark.parametrize("scheme", ["ipc", "tcp"])
+@pytest.mark.parametrize("scheme", ["shm", "ipc", "tcp"])
 def test_nobody_there(scheme: str, tmp_path: Path) -> None:
-    address = {"ipc": f"ipc://{tmp_path}/nobody", "tcp": "tcp://127.0.0.1:9"}[scheme]
+    address = "tcp://127.0.0.1:9" if scheme == "tcp" else f"{scheme}://{tmp_path}/nobody"
     with connect(address) as channel, pytest.raises(PeerTimeout, match="is it running"):
         channel.send(Ping(1), timeout_s=0.2)
 
@@ -146,11 +148,12 @@ def test_nobody_there(scheme: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "address, hint",
     [
-        ("shm://x", "known: inproc://, ipc://, tcp://, mpi://"),
+        ("rdma://x", "known: inproc://, shm://, ipc://, tcp://, mpi://"),
         ("nonsense", "known"),
         ("tcp://127.0.0.1", "tcp://HOST:PORT"),
         ("tcp://127.0.0.1:99999", "65535"),
         ("ipc://" + "x" * 200, "100 bytes"),
+        ("shm://", "100 bytes"),
         ("inproc://nobody", "start it first"),
     ],
 )
@@ -170,8 +173,9 @@ def test_address_in_use(listener: Listener) -> None:
         listen(listener.address)
 
 
-def test_ipc_file_of_a_killed_worker_is_reused(tmp_path: Path) -> None:
-    address = f"ipc://{tmp_path}/socket"
+@pytest.mark.parametrize("scheme", ["shm", "ipc"])
+def test_file_of_a_killed_worker_is_reused(scheme: str, tmp_path: Path) -> None:
+    address = f"{scheme}://{tmp_path}/socket"
     code = f"import os, signal, transport; transport.listen({address!r}); os.kill(os.getpid(), signal.SIGKILL)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=30)
     assert (tmp_path / "socket").exists()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from transport import inproc, mpi, zeromq
+from transport import inproc, mpi, shm, zeromq
 from transport.channel import Channel, Link, Listener, Port
 from transport.errors import AddressError
 
@@ -15,7 +15,7 @@ class Backend(Protocol):
     def listen(self, address: str) -> Port: ...
 
 
-BACKENDS: dict[str, Backend] = {"inproc": inproc, "ipc": zeromq, "tcp": zeromq, "mpi": mpi}
+BACKENDS: dict[str, Backend] = {"inproc": inproc, "shm": shm, "ipc": zeromq, "tcp": zeromq, "mpi": mpi}
 
 
 def connect(address: str) -> Channel:

@@ -41,6 +41,7 @@ def serve_echo(listener: Listener, timeout_s: float = 120.0) -> None:
                 listener.send(peer, session, Pong(token), timeout_s=TIMEOUT_S)
             case Goodbye():
                 return
+        del delivery
 
 
 def check_round_trip(channel: Channel) -> None:

@@ -9,7 +9,6 @@ seconds.
 from __future__ import annotations
 
 import ipaddress
-import socket
 import time
 from collections.abc import Hashable, Sequence
 from typing import cast
@@ -21,6 +20,7 @@ from zmq.utils.monitor import recv_monitor_message
 from transport.channel import Arrival
 from transport.codec import LIMITS, Buffer
 from transport.errors import AddressError, ChannelClosed, PeerLost, PeerTimeout, ProtocolError
+from transport.paths import check_not_taken, check_path
 
 HEARTBEAT_INTERVAL_MS = 400
 # A heartbeat waits behind the frame that is being sent, so a frame has to cross within this time.
@@ -156,7 +156,7 @@ def listen(address: str) -> ZeroMQPort:
     if address.startswith("tcp://"):
         _check_loopback(address)
     else:
-        _check_not_taken(address.removeprefix("ipc://"))
+        check_not_taken(address.removeprefix("ipc://"), address)
     return ZeroMQPort(address)
 
 
@@ -207,10 +207,8 @@ def _recv(over: zmq.Socket) -> list[memoryview]:
 
 
 def _check_address(address: str) -> None:
-    scheme, _, rest = address.partition("://")
-    if scheme == "ipc":
-        if not rest or len(rest.encode()) > 100:  # sockaddr_un holds 107 bytes
-            raise AddressError(f"{address!r}: an ipc address is ipc://PATH with a path of at most 100 bytes")
+    if address.startswith("ipc://"):
+        check_path(address)
         return
     try:
         parts = urlsplit(address)
@@ -233,13 +231,3 @@ def _check_loopback(address: str) -> None:
             f"{address}: R-workers listen on loopback only (tcp://127.0.0.1:PORT), because their traffic is neither "
             "encrypted nor authenticated; reach other machines through an SSH tunnel, or use mpi://"
         )
-
-
-def _check_not_taken(path: str) -> None:
-    """libzmq would take a living listener's socket file away from it without a word."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        try:
-            probe.connect(path)
-        except OSError:
-            return  # no file, or one left behind by a process that was killed
-    raise AddressError(f"ipc://{path} is taken: somebody listens there already")

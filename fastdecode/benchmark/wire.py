@@ -32,7 +32,7 @@ from transport import (
     listen,
 )
 
-SCHEMES = ("inproc", "ipc", "tcp")
+SCHEMES = ("inproc", "shm", "ipc", "tcp")
 
 _TIMEOUT_S = 30.0
 _SECONDS_EACH = 0.5  # of measuring a size
@@ -93,7 +93,7 @@ def _echo(scheme: str) -> Iterator[Channel]:
             thread.start()
             address, end = listener.address, listener.close
         else:
-            bind = f"ipc://{directory}/echo" if scheme == "ipc" else "tcp://127.0.0.1:0"
+            bind = "tcp://127.0.0.1:0" if scheme == "tcp" else f"{scheme}://{directory}/echo"
             process = subprocess.Popen([sys.executable, "-m", __name__, bind], stdout=subprocess.PIPE, text=True)
             assert process.stdout is not None
             address, end = process.stdout.readline().strip().removeprefix(_LISTENING), process.kill
