@@ -1,10 +1,11 @@
 """How well S- and R-Part overlap: an S-worker emulated so that it takes as long as the R-worker, which is real.
 
-    python bench/overlap.py [--transport shm] [--sequences 64] [--context 1024] [--json FILE]
+    python bench/overlap.py [--transport shm] [--sequences 64] [--context 512] [--json FILE]
 
 First R: the R-worker's attention for a micro-batch, beside an S-worker that takes no time.  Then S-blocks that take
 exactly that long, with 1, 2 and 3 micro-batches in turns.  With one, a step is S + R and the wire; with two it should
-be max(S, R) and nothing else.  What the S-worker's thread did instead of S-blocks is printed, in shares of 100 %.
+be max(S, R) and nothing else; but a step ends when its last micro-batch does, so about one block of a step's L x
+micro-batches has nothing beside it.  What the S-worker did while its device was idle is printed, in shares of 100 %.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from fastdecode.launch import start_r_workers
 from fastdecode.rpool import RPool
 from fastdecode.runtime import open_session
 from fastdecode.scheduling.scheduler import Scheduler, SchedulerConfig
-from fastdecode.timeline import S_WORKER, Timeline
+from fastdecode.timeline import S_DEVICE, Timeline
 from gpu_sworker import EmulatedSWorker
 
 BLOCK_TOKENS = 64
@@ -44,7 +45,7 @@ class Steps:
     s_ms: float  # of all S-blocks of a step
     r_ms: float  # of all attention of a step, of the busiest R-worker
     step_ms: float
-    shares: dict[str, float]  # of the S-worker's thread
+    shares: dict[str, float]  # of the S-worker's time
 
     @property
     def over_floor(self) -> float:
@@ -110,7 +111,7 @@ def decode_steps(timeline: Timeline) -> Steps:
     timeline.spans.clear()
     timeline.spans.extend(kept)
     return Steps(
-        s_ms=per_step(S_WORKER, "S-block"),
+        s_ms=per_step(S_DEVICE, "S-block"),
         r_ms=max(per_step(track, "attention") for track in r_tracks),
         step_ms=statistics.median(end - begin for begin, end in steps) / 1e6,
         shares=timeline.shares(),
@@ -120,7 +121,7 @@ def decode_steps(timeline: Timeline) -> Steps:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (
-        ("sequences", 64), ("context", 1024), ("layers", 8), ("kv-heads", 8), ("group", 1), ("head-dim", 128),
+        ("sequences", 64), ("context", 512), ("layers", 32), ("kv-heads", 8), ("group", 1), ("head-dim", 128),
         ("steps", 24), ("r-workers", 1), ("threads", 1), ("repeats", 3),
     ):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=default)
@@ -136,7 +137,9 @@ def main() -> None:
     for _ in range(args.repeats):
         for micro_batches, runs in found.items():
             runs.append(run(args, micro_batches, block_seconds * 2 / micro_batches))
-    print("micro-batches       S ms     R ms  step ms  step / max(S, R)   the S-worker's thread, %")
+    print(
+        "micro-batches       S ms     R ms  step ms  step / max(S, R)   the device, then the thread while it idled, %"
+    )
     for micro_batches, runs in found.items():
         middle = sorted(runs, key=lambda steps: steps.over_floor)[len(runs) // 2]
         shares = ", ".join(f"{name} {100 * share:.1f}" for name, share in middle.shares.items())

@@ -3,11 +3,14 @@
     S-worker   A0 │ B0 │ A1 │ B1 │ A2 │ …           Xl: micro-batch X from attention l-1 to attention l
     R-workers       A0 │ B0 │ A1 │ B1 │ …           (He & Zhai 2024, section 4.1)
 
-With one micro-batch the same loop is the serial definition; the tokens are the same.
+A device that works by itself is given the next S-block as soon as its o is there, be it still busy with another
+micro-batch's; what it has finished is sent on meanwhile.  Where a S-block is computed in its call, on the CPU, the same
+loop sends it on at once.  With one micro-batch it is the serial definition; the tokens are the same.
 """
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,22 +20,36 @@ import torch
 
 from fastdecode.plan import MicroBatch, Step
 from fastdecode.rpool import RPool, Ticket
-from fastdecode.timeline import Timeline
-from gpu_sworker import AttentionCall, EmulatedSWorker, FlatBatch, PromptChunk, Sampled, SWorker
+from fastdecode.timeline import S_DEVICE, Timeline
+from gpu_sworker import AttentionCall, EmulatedSWorker, FlatBatch, PromptChunk, Sampled, SWorker, Transfer
+
+_GLANCE_S = 10e-6  # between looks at two things that may come, a device's and the R-workers'
 
 _Forward = Generator[AttentionCall, torch.Tensor, torch.Tensor]
 SampleFunction = Callable[[MicroBatch, torch.Tensor], Sampled]  # (micro-batch, logits [num_sampled, vocab])
 
 
 @dataclass
-class _InFlight:
-    """A micro-batch between submit and collect."""
+class _Computing:
+    """A micro-batch whose q, k, v the device works on, or has on their way to the host."""
 
-    micro_batch: MicroBatch
     forward: _Forward
     ticket: Ticket
     rows: _Rows
     call: AttentionCall
+    transfer: Transfer
+
+
+@dataclass
+class _Attending:
+    """A micro-batch whose q, k, v the R-workers have."""
+
+    forward: _Forward
+    ticket: Ticket
+    rows: _Rows
+    call: AttentionCall
+    in_use: list[np.ndarray]  # what was sent, until it is answered
+    prompts: list[torch.Tensor] | None  # o of its prompts; None: not begun
 
 
 @dataclass(frozen=True)
@@ -52,27 +69,34 @@ class Pipeline:
 
         Raises RWorkerError; then the step did not happen.
         """
-        results: dict[int, Sampled] = {}
         self.release(step.preempted)
         self._rpool.admit(step.admissions)
+        results: dict[int, Sampled] = {}
+        micro_batches = {micro_batch.index: micro_batch for micro_batch in step.micro_batches}
         forwards = [self._sworker.forward(flatten(micro_batch)) for micro_batch in step.micro_batches]
-        flying: deque[_InFlight] = deque()
+        fresh = deque(zip(step.micro_batches, forwards, strict=True))
+        computing: deque[_Computing] = deque()  # both in the order in which they will be done
+        attending: deque[_Attending] = deque()
         with self._sworker.inference():
             try:
-                for micro_batch, forward in zip(step.micro_batches, forwards, strict=True):
-                    flying.append(self._launch(step.number, micro_batch, forward))
-                while flying:
-                    flight = flying.popleft()
-                    o = self._collect(flight)
-                    try:
-                        with self._timeline.span("S-block", flight.micro_batch.index, flight.call.layer + 1):
-                            flight.call = flight.forward.send(o)
-                    except StopIteration as end:
-                        with self._timeline.span("sample", flight.micro_batch.index):
-                            results[flight.micro_batch.index] = sample(flight.micro_batch, end.value)
+                while fresh or computing or attending:
+                    if computing and computing[0].transfer.is_done():
+                        attending.append(self._send(computing.popleft()))
+                    elif fresh:
+                        computing.append(self._begin(step.number, *fresh.popleft()))
+                    elif attending and attending[0].prompts is None:
+                        attending[0].prompts = self._attend_prompts(attending[0])
+                    elif attending and (not computing or self._rpool.is_answered(attending[0].ticket)):
+                        flight = attending.popleft()
+                        after = self._resume(flight, self._collect(flight))
+                        if isinstance(after, _Computing):
+                            computing.append(after)
+                        else:
+                            index = flight.ticket.micro_batch
+                            with self._timeline.span("sample", index):
+                                results[index] = sample(micro_batches[index], after)
                     else:
-                        self._submit(flight)
-                        flying.append(flight)
+                        self._await(computing[0], attending[0] if attending else None)
             finally:
                 for forward in forwards:  # a step broken off: those that are suspended end here, in this thread
                     forward.close()
@@ -94,39 +118,68 @@ class Pipeline:
             self.release({worker: [seq_id]})
         self._rpool.settle()
 
-    def _launch(self, step: int, micro_batch: MicroBatch, forward: _Forward) -> _InFlight:
-        """Begins a micro-batch and submits its first layer."""
+    def _begin(self, step: int, micro_batch: MicroBatch, forward: _Forward) -> _Computing:
+        """The first S-block."""
         ticket = self._rpool.begin(step, micro_batch)
-        with self._timeline.span("S-block", micro_batch.index, 0):
+        rows = _rows(micro_batch)
+        with self._timeline.span(self._block_span, micro_batch.index, 0):
             call = next(forward)
-        flight = _InFlight(micro_batch, forward, ticket, _rows(micro_batch), call)
-        self._submit(flight)
-        return flight
+        return _Computing(forward, ticket, rows, call, self._stage(call, ticket, rows))
 
-    def _submit(self, flight: _InFlight) -> None:
-        call, queries = flight.call, flight.rows.queries
-        with self._timeline.span("stage", flight.micro_batch.index, call.layer):
-            q = call.q if queries is None else call.q[torch.from_numpy(queries)]
-            on_host = [self._sworker.to_host(tensor) for tensor in (q, call.k, call.v)]
-        with self._timeline.span("send", flight.micro_batch.index, call.layer):
-            self._rpool.submit(flight.ticket, *on_host)
+    def _resume(self, flight: _Attending, o: torch.Tensor) -> _Computing | torch.Tensor:
+        """The next S-block; after the last one the logits.  # [num_sampled, vocab]"""
+        try:
+            with self._timeline.span(self._block_span, flight.ticket.micro_batch, flight.call.layer + 1):
+                call = flight.forward.send(o)
+        except StopIteration as end:
+            logits: torch.Tensor = end.value
+            return logits
+        transfer = self._stage(call, flight.ticket, flight.rows)
+        return _Computing(flight.forward, flight.ticket, flight.rows, call, transfer)
 
-    def _collect(self, flight: _InFlight) -> torch.Tensor:
-        """o of all rows: prompts are attended here while the R-workers are busy.  # [T, num_q_heads, head_dim]"""
-        call, rows, where = flight.call, flight.rows, (flight.micro_batch.index, flight.call.layer)
-        if rows.queries is None:
-            on_host = self._rpool.collect(flight.ticket)
-            with self._timeline.span("stage", *where):
-                return self._sworker.to_device(on_host)
-        with self._timeline.span("prompt attention", *where):
-            prompts = [self._sworker.attend_prompt(call, chunk) for chunk in rows.prompts]
+    def _stage(self, call: AttentionCall, ticket: Ticket, rows: _Rows) -> Transfer:
+        with self._timeline.span("stage", ticket.micro_batch, call.layer):
+            return self._sworker.stage(call, rows.queries)
+
+    def _send(self, flight: _Computing) -> _Attending:
+        where = flight.ticket.micro_batch, flight.call.layer
+        arrays = flight.transfer.wait()
+        if flight.transfer.block_ns:
+            self._timeline.add(S_DEVICE, "S-block", *flight.transfer.block_ns, *where)
+        with self._timeline.span("send", *where):
+            self._rpool.submit(flight.ticket, *arrays)
+        none_due = None if flight.rows.prompts else list[torch.Tensor]()
+        return _Attending(flight.forward, flight.ticket, flight.rows, flight.call, arrays, none_due)
+
+    def _attend_prompts(self, flight: _Attending) -> list[torch.Tensor]:
+        """On the S-worker, while the R-workers are busy with the rest."""
+        with self._timeline.span("prompt attention", flight.ticket.micro_batch, flight.call.layer):
+            return [self._sworker.attend_prompt(flight.call, chunk) for chunk in flight.rows.prompts]
+
+    def _collect(self, flight: _Attending) -> torch.Tensor:
+        """o of all rows.  # [T, num_q_heads, head_dim]"""
         on_host = self._rpool.collect(flight.ticket)
-        with self._timeline.span("stage", *where):
-            o = torch.empty_like(call.q)
-            o[torch.from_numpy(rows.queries)] = self._sworker.to_device(on_host)
-            for chunk, o_prompt in zip(rows.prompts, prompts, strict=True):
-                o[chunk.rows] = o_prompt
+        with self._timeline.span("stage", flight.ticket.micro_batch, flight.call.layer):
+            queried = self._sworker.to_device(on_host)
+            if flight.rows.queries is None:
+                return queried
+            o = torch.empty_like(flight.call.q)
+            o[torch.from_numpy(flight.rows.queries)] = queried
+            for chunk, of_prompt in zip(flight.rows.prompts, flight.prompts or [], strict=True):
+                o[chunk.rows] = of_prompt
         return o
+
+    def _await(self, computing: _Computing, attending: _Attending | None) -> None:
+        """Until the device is done with the one, or the R-workers are with the other."""
+        with self._timeline.span("wait"):
+            if attending is None:
+                computing.transfer.wait()
+            while attending and not (computing.transfer.is_done() or self._rpool.is_answered(attending.ticket)):
+                time.sleep(_GLANCE_S)
+
+    @property
+    def _block_span(self) -> str:
+        return "launch" if self._sworker.is_asynchronous else "S-block"
 
 
 def flatten(micro_batch: MicroBatch) -> FlatBatch:

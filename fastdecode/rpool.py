@@ -162,6 +162,13 @@ class RPool:
                 ),
             )
 
+    def is_answered(self, ticket: Ticket) -> bool:
+        """Whether `collect` need not wait: everybody has answered, or is known to be gone.
+
+        ticket: of those submitted and not collected, the first.
+        """
+        return all(self._workers[share.worker].channel.is_readable() for share in ticket.shares)
+
     def collect(self, ticket: Ticket) -> np.ndarray:
         """Waits for the layer submitted last.  # [num_queries, num_q_heads, head_dim]"""
         parts = []

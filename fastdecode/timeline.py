@@ -1,6 +1,7 @@
 """Where a step's time went: spans on one track per worker, for a trace viewer and for shares in percent.
 
     S-worker     S-block │ stage │ send │ S-block │ … │ wait │ receive │ S-block │ …      of the thread that drives it
+    its device  S-block │         S-block │ …                 where it works by itself; then the thread has `launch`
     R-worker 0             attention │       attention │ …                                as the R-worker timed itself
 
 `wait` ends when the R-worker has ended its attention; what remains until o is there is `receive`.  Spans of a track do
@@ -9,6 +10,7 @@ not overlap.  They lie in a ring of fixed size, so a long run keeps its end.
 
 from __future__ import annotations
 
+import bisect
 import json
 import time
 from collections import Counter, deque
@@ -20,6 +22,7 @@ from typing import NamedTuple
 from fastdecode.errors import ConfigError
 
 S_WORKER = "S-worker"
+S_DEVICE = "S-worker's device"
 CAPACITY = 1 << 18  # spans; about 100 bytes each
 
 
@@ -59,14 +62,27 @@ class Timeline:
         self.counts.append(Count(name, time.monotonic_ns(), value))
 
     def shares(self, track: str = S_WORKER) -> dict[str, float]:
-        """Of the time between the track's first and last span, how much each kind of span took; they add up to 1."""
+        """Of the time between the track's first and last span, how much each kind of span took; they add up to 1.
+
+        Of an S-worker whose device works by itself: the device's S-blocks, and what the thread did while it was idle.
+        """
         spans = [span for span in self.spans if span.track == track]
         if not spans:
             return {}
-        whole = spans[-1].end_ns - spans[0].begin_ns
+        begin, end = spans[0].begin_ns, spans[-1].end_ns
+        busy = [(max(s.begin_ns, begin), min(s.end_ns, end)) for s in self.spans if s.track == S_DEVICE != track]
+        busy = sorted(span for span in busy if span[0] < span[1]) if track == S_WORKER else []
+        ends = [end for _, end in busy]
         taken: Counter[str] = Counter()
+        if busy:
+            taken["S-block"] = sum(end - begin for begin, end in busy)
         for span in spans:
             taken[span.name] += span.end_ns - span.begin_ns
+            for busy_begin, busy_end in busy[bisect.bisect_right(ends, span.begin_ns) :]:
+                if busy_begin >= span.end_ns:
+                    break
+                taken[span.name] -= min(busy_end, span.end_ns) - max(busy_begin, span.begin_ns)
+        whole = end - begin
         taken["other"] = whole - sum(taken.values())
         return {name: nanoseconds / max(1, whole) for name, nanoseconds in taken.most_common()}
 

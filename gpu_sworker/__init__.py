@@ -11,6 +11,7 @@ from gpu_sworker.prefill import PromptChunk
 from gpu_sworker.probe import AttentionSpec
 from gpu_sworker.reference import generate_reference
 from gpu_sworker.sampler import Penalties, Sampled, SamplingRows, TokenLogprob, derive_seed, uniforms
+from gpu_sworker.staging import Transfer
 from gpu_sworker.sworker import FlatBatch, ModelFacts, SWorker
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "Sampled",
     "SamplingRows",
     "TokenLogprob",
+    "Transfer",
     "UnsupportedModel",
     "derive_seed",
     "describe_model",

@@ -1,7 +1,8 @@
 """An S-worker that computes nothing and takes the time another device would: for measuring everything around it.
 
-R-workers, wire, pipeline and scheduler are real; tokens, q, k and v are made up.  Its time is slept, so the cores it
-runs on stay free for R-workers, as they are beside a GPU; but for the last microseconds, which a sleep would overrun.
+R-workers, wire, pipeline and scheduler are real; tokens, q, k and v are made up.  Like a GPU it is given S-blocks ahead
+of time and does one after another.  Its time is slept, so the cores it runs on stay free for R-workers, as they are
+beside a GPU; but for the last microseconds, which a sleep would overrun.
 """
 
 from __future__ import annotations
@@ -10,18 +11,19 @@ import ctypes
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
-from gpu_sworker import staging
 from gpu_sworker.attention import AttentionCall
 from gpu_sworker.model import max_positions, read_config
 from gpu_sworker.prefill import PromptChunk
 from gpu_sworker.probe import AttentionSpec
 from gpu_sworker.sampler import Sampled, SamplingRows
+from gpu_sworker.staging import HostStaging
 from gpu_sworker.sworker import FlatBatch, ModelFacts
 
 _TOKEN_ID = 3
@@ -65,6 +67,9 @@ class EmulatedSWorker:
     def __init__(self, facts: ModelFacts, block_seconds: Callable[[int], float]) -> None:
         """block_seconds: of one block for a micro-batch of so many tokens, T(B)."""
         self.facts, self._block_seconds = facts, block_seconds
+        self.is_asynchronous = True
+        self._staging = HostStaging()
+        self._block_ns = (0, 0)  # the S-block launched last
         self.generation_config = None
         generator = torch.Generator().manual_seed(0)
         self._pools: dict[tuple[int, int], torch.Tensor] = {}
@@ -75,14 +80,15 @@ class EmulatedSWorker:
 
     @contextmanager
     def inference(self) -> Iterator[None]:
+        _no_timer_slack()
         with torch.inference_mode():
             yield
 
     def forward(self, batch: FlatBatch) -> Generator[AttentionCall, torch.Tensor, torch.Tensor]:
         num_tokens = len(batch.token_ids)
-        _no_timer_slack()
         for layer, spec in enumerate(self.facts.layers):
-            _sleep_until(time.perf_counter() + self._block_seconds(num_tokens))
+            begin_ns = max(time.monotonic_ns(), self._block_ns[1])
+            self._block_ns = begin_ns, begin_ns + round(self._block_seconds(num_tokens) * 1e9)
             q = self._rows(spec.num_q_heads, spec.head_dim, num_tokens)
             kv = self._rows(spec.num_kv_heads, spec.head_dim, num_tokens)
             yield AttentionCall(layer, q, kv, kv, spec.scale, spec.softcap, None, spec.window, None, True, ())
@@ -94,11 +100,12 @@ class EmulatedSWorker:
     def forget_prompts(self, seq_ids: Iterable[int]) -> None:
         pass
 
-    def to_host(self, tensor: torch.Tensor) -> np.ndarray:
-        return staging.to_host(tensor)
+    def stage(self, call: AttentionCall, queries: np.ndarray | None) -> EmulatedTransfer:
+        q = call.q if queries is None else call.q[torch.from_numpy(queries)]
+        return EmulatedTransfer(self._staging.to_host((q, call.k, call.v)).arrays, self._block_ns)
 
     def to_device(self, array: np.ndarray) -> torch.Tensor:
-        return staging.to_device(array, torch.device("cpu"))
+        return self._staging.to_device(array)
 
     def sample(self, logits: torch.Tensor, rows: SamplingRows) -> Sampled:
         return Sampled(np.full(len(logits), _TOKEN_ID), [[] for _ in range(len(logits))])
@@ -108,14 +115,25 @@ class EmulatedSWorker:
         return pool[:count] if count <= _POOL_TOKENS else pool[torch.arange(count) % _POOL_TOKENS]
 
 
+@dataclass(frozen=True)
+class EmulatedTransfer:
+    """Arrays that are there when their S-block would have ended."""
+
+    arrays: list[np.ndarray]
+    block_ns: tuple[int, int]
+
+    def is_done(self) -> bool:
+        return time.monotonic_ns() >= self.block_ns[1]
+
+    def wait(self) -> list[np.ndarray]:
+        time.sleep(max(0.0, (self.block_ns[1] - time.monotonic_ns()) / 1e9 - _OVERRUN_S))
+        while not self.is_done():
+            pass
+        return self.arrays
+
+
 def _no_timer_slack() -> None:
     """For this thread: without it every sleep takes 80 us longer than asked for, with it 30."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "prctl"):
         libc.prctl(_PR_SET_TIMERSLACK, 1, 0, 0, 0)
-
-
-def _sleep_until(deadline: float) -> None:
-    time.sleep(max(0.0, deadline - time.perf_counter() - _OVERRUN_S))
-    while time.perf_counter() < deadline:
-        pass

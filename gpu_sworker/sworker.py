@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from gpu_sworker import staging
 from gpu_sworker.attention import AttentionCall, Forward
 from gpu_sworker.errors import UnsupportedModel
 from gpu_sworker.linear import pack_linears
@@ -31,6 +30,7 @@ from gpu_sworker.probe import (
     probe,
 )
 from gpu_sworker.sampler import Sampled, SamplingRows, sample
+from gpu_sworker.staging import Transfer, make_staging
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,8 @@ class SWorker:
         """
         directory = Path(model_directory)
         self.device = choose_device(device)
+        self.is_asynchronous = self.device.type != "cpu"  # a forward only launches work, and returns before it is done
+        self._staging = make_staging(self.device)
         config = read_config(directory)
         self.dtype = choose_dtype(dtype, config, self.device)
         self._model = load(directory, config, self.dtype, self.device)
@@ -99,9 +101,11 @@ class SWorker:
         """Yields at every attention, wants o [T, num_q_heads, head_dim], returns logits [num_samples, vocab]."""
         forward = self._start(batch)
         try:
+            self._staging.begin()
             call = forward.resume()
             while call is not None:
                 o = yield call
+                self._staging.begin()
                 call = forward.resume(o)
         finally:
             forward.abandon()
@@ -117,11 +121,16 @@ class SWorker:
         """Drops what is kept of prompts whose other chunks will not come."""
         self._prompt_kv.forget(seq_ids)
 
-    def to_host(self, tensor: torch.Tensor) -> np.ndarray:
-        return staging.to_host(tensor)
+    def stage(self, call: AttentionCall, queries: np.ndarray | None) -> Transfer:
+        """q, k, v of the call just yielded begin their way to the host.
+
+        queries: [num_queries] rows of q that are wanted; None: all of them.
+        """
+        q = call.q if queries is None else call.q[torch.from_numpy(queries)]
+        return self._staging.to_host((q, call.k, call.v))
 
     def to_device(self, array: np.ndarray) -> torch.Tensor:
-        return staging.to_device(array, self.device).to(self.dtype)
+        return self._staging.to_device(array).to(self.dtype)
 
     def sample(self, logits: torch.Tensor, rows: SamplingRows) -> Sampled:
         """The next token of each row.  logits: [num_samples, vocab]"""

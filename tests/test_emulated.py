@@ -60,9 +60,26 @@ def test_a_block_takes_its_time_and_no_less(llama: Case) -> None:
             while True:
                 calls += 1
                 assert (call.layer, call.q.shape) == (calls - 1, (tokens, 4, 16))
+                transfer = sworker.stage(call, None)
+                assert not transfer.is_done()
+                q, k, v = transfer.wait()
+                assert transfer.is_done() and q.shape == (tokens, 4, 16) and k.shape == v.shape == (tokens, 2, 16)
                 call = forward.send(call.q)
         assert calls == 3 and time.perf_counter() - began >= 3 * tokens * 1e-3
         assert end.value.value.shape[0] == 1
+
+
+def test_blocks_are_done_one_after_another(llama: Case) -> None:
+    """Like a device that is given work ahead of time: two launched at once take twice as long."""
+    facts, _ = describe_model(llama.directory, "emulated:a10")
+    sworker = EmulatedSWorker(facts, lambda tokens: 0.05)
+    batch = FlatBatch(np.zeros(1, np.int64), np.zeros(1, np.int64), np.array([0]))
+    began = time.perf_counter()
+    first, second = [sworker.stage(next(sworker.forward(batch)), np.array([0])) for _ in range(2)]
+    assert time.perf_counter() - began < 0.05
+    second.wait()
+    assert first.is_done() and time.perf_counter() - began >= 0.1
+    assert first.block_ns[1] == second.block_ns[0]
 
 
 @pytest.mark.parametrize("options", [{}, {"transport": "shm", "num_r_workers": 2}])

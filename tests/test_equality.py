@@ -9,12 +9,14 @@ from collections.abc import Callable, Iterator
 from itertools import cycle
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import NEW_TOKENS, Case
 
 from cpu_attention import LISTENING
 from fastdecode import LLM, SamplingParams
 from fastdecode.step_log import read_step_log
+from gpu_sworker import SWorker, Transfer
 from models import FAMILIES
 
 ROOT = Path(__file__).parents[1]
@@ -78,6 +80,38 @@ def test_threads(family: str, case: Callable[[str], Case]) -> None:
             skip_tokenizer_init=True,
         ) as llm:
             assert tokens(llm, made) == made.reference, (workers, micro_batches, linear_kernel)
+
+
+class Late:
+    """A transfer that is done after some looks at it, as that of a device that works by itself."""
+
+    block_ns = None
+
+    def __init__(self, transfer: Transfer, looks: int) -> None:
+        self._transfer, self._looks = transfer, looks
+
+    def is_done(self) -> bool:
+        self._looks -= 1
+        return self._looks < 0
+
+    def wait(self) -> list[np.ndarray]:
+        self._looks = 0
+        return self._transfer.wait()
+
+
+@pytest.mark.parametrize("workers, micro_batches", [(1, 1), (1, 2), (2, 3)])
+def test_a_device_that_works_by_itself(
+    workers: int, micro_batches: int, case: Callable[[str], Case], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks launched ahead, answers before and after what is computed beside them: the tokens are the same."""
+    stage, looks = SWorker.stage, np.random.default_rng(workers + micro_batches)
+    monkeypatch.setattr(SWorker, "stage", lambda *args: Late(stage(*args), int(looks.choice([0, 1, 3, 300]))))
+    made = case("llama")
+    with LLM(
+        made.directory, num_r_workers=workers, micro_batches=micro_batches, max_num_batched_tokens=64,
+        skip_tokenizer_init=True,
+    ) as llm:  # fmt: skip
+        assert tokens(llm, made) == made.reference
 
 
 @pytest.mark.parametrize("scheme", ["shm", "ipc", "tcp"])

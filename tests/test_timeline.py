@@ -14,7 +14,7 @@ from fastdecode import LLM, SamplingParams
 from fastdecode.errors import ConfigError
 from fastdecode.plan import MicroBatch, Segment
 from fastdecode.rpool import RPool, RWorkerHandle
-from fastdecode.timeline import S_WORKER, NoTimeline, Timeline
+from fastdecode.timeline import S_DEVICE, S_WORKER, NoTimeline, Timeline
 from transport import Attend, Attended, Channel
 
 
@@ -26,6 +26,24 @@ def test_shares_add_up() -> None:
     assert timeline.shares() == {"S-block": 0.7, "wait": 0.2, "other": 0.1}
     assert timeline.shares("R-worker 0") == {"attention": 1.0, "other": 0.0}
     assert timeline.shares("R-worker 7") == {}
+
+
+def test_shares_of_a_device_that_works_by_itself() -> None:
+    """Its S-blocks, then what the thread did while it was idle; what the thread did beside it does not count."""
+    timeline = Timeline()
+    for begin, end, name in (
+        (0, 10, "launch"),
+        (10, 40, "send"),
+        (40, 60, "wait"),
+        (60, 70, "launch"),
+        (90, 100, "send"),
+    ):
+        timeline.add(S_WORKER, name, begin, end)
+    timeline.add(S_DEVICE, "S-block", 5, 35)
+    timeline.add(S_DEVICE, "S-block", 50, 95)
+    shares = timeline.shares()
+    assert shares == {"S-block": 0.75, "wait": 0.1, "launch": 0.05, "send": 0.1, "other": 0.0}
+    assert sum(shares.values()) == 1
 
 
 def test_the_ring_keeps_the_end() -> None:

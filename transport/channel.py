@@ -36,6 +36,8 @@ class Link(Protocol):
 
     def recv_frames(self, timeout_s: float) -> Sequence[Buffer]: ...
 
+    def is_readable(self) -> bool: ...
+
     def close(self) -> None: ...
 
 
@@ -83,6 +85,10 @@ class Channel:
                 raise ProtocolError(f"{self.peer} sent a bad frame: {error}") from error
             if envelope.session == self.session:
                 return envelope.message
+
+    def is_readable(self) -> bool:
+        """Whether `recv` has something at hand, a message or a loss to tell.  Does not wait."""
+        return self._link.is_readable()
 
     def close(self) -> None:
         self._link.close()

@@ -45,6 +45,9 @@ class InprocLink:
             raise AssertionError("unreachable: a lost link never passes its check")
         return frames
 
+    def is_readable(self) -> bool:
+        return not self._inbox.empty() or self._closed or self._lost or self._port._closed
+
     def close(self) -> None:
         self._closed = True
         self._port._links.pop(id(self), None)

@@ -92,6 +92,10 @@ class _Mailbox:
                 raise _Refused(rank, f"rank {rank} announced a frame of {size} bytes and sent {len(frames[-1])}")
         return rank, list(frames)
 
+    def has_mail(self, source: int) -> bool:
+        """Whether a message from `source` has begun to arrive."""
+        return bool(self._comm.Iprobe(source=source, tag=self._recv_tag))
+
     def close(self, who: str) -> None:
         """Gives unread messages a moment; what nobody ever reads is kept for the life of the process."""
         try:
@@ -139,6 +143,9 @@ class MPILink:
         self._check_open()
         complaint = f"no answer from {self.peer} within {timeout_s:.3g} s"
         return self._mailbox.recv(self._rank, timeout_s, complaint)[1]
+
+    def is_readable(self) -> bool:
+        return self._closed or self._mailbox.has_mail(self._rank)
 
     def close(self) -> None:
         if not self._closed:

@@ -58,6 +58,9 @@ class SharedMemoryLink:
                 raise PeerTimeout(f"{self.peer} did not answer (waited {timeout_s:.3g} s)")
         return frames
 
+    def is_readable(self) -> bool:
+        return self._is_closed or (self._is_connected and wait(self._end.socket, select.POLLIN, 0.0))
+
     def close(self) -> None:
         self._is_closed = True
         self._end.close()

@@ -6,6 +6,7 @@ rank), every function in CHECKS passes on a channel to it.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 import numpy as np
@@ -81,6 +82,17 @@ def check_deadline(channel: Channel) -> None:
     _check_alive(channel)
 
 
+def check_readable(channel: Channel) -> None:
+    """Says without waiting whether an answer is there, and takes nothing away."""
+    assert not channel.is_readable()
+    channel.send(Ping(3), timeout_s=TIMEOUT_S)
+    deadline = time.monotonic() + TIMEOUT_S
+    while not channel.is_readable():
+        assert time.monotonic() < deadline
+    assert channel.is_readable() and channel.recv(timeout_s=TIMEOUT_S) == Pong(3)
+    assert not channel.is_readable()
+
+
 def check_bad_frames(channel: Channel) -> None:
     """Unknown, truncated and wrong-shaped frames are refused; the other end lives on."""
     good = channel._codec.encode(channel.session, Attend(0, 0, 0, *[np.zeros((2, 1, 4), np.float32)] * 3))
@@ -127,6 +139,7 @@ def check_close(channel: Channel) -> None:
     channel.close()
     _raises(ChannelClosed, lambda: channel.recv(timeout_s=0.05))
     _raises(ChannelClosed, lambda: channel.send(Ping(1), timeout_s=0.05))
+    assert channel.is_readable()
 
 
 CHECKS: tuple[Callable[[Channel], None], ...] = (
@@ -134,6 +147,7 @@ CHECKS: tuple[Callable[[Channel], None], ...] = (
     check_order,
     check_large_messages,
     check_deadline,
+    check_readable,
     check_bad_frames,
     check_too_large,
     check_other_sessions,

@@ -62,6 +62,15 @@ class ZeroMQLink:
         self._wait(zmq.POLLIN, timeout_s, "did not answer")
         return _recv(self._socket)
 
+    def is_readable(self) -> bool:
+        if self._closed or self._lost:
+            return True
+        self._poller.register(self._socket, zmq.POLLIN)
+        ready = dict(self._poller.poll(0))
+        if self._monitor in ready:
+            self._read_monitor()
+        return self._socket in ready or self._lost
+
     def close(self) -> None:
         if not self._closed:
             self._closed = True
