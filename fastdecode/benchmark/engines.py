@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import selectors
+import signal
 import subprocess
 import sys
 import tempfile
@@ -89,7 +90,7 @@ class FastDecodeEngine:
 
 
 class PeerEngine:
-    """An engine of `peers.py`, in a process of its own."""
+    """An engine of `peers.py`, in a process of its own, which stands still while others are measured."""
 
     def __init__(self, name: str, python: str, settings: dict[str, Any]) -> None:
         """Raises ConfigError if it does not come up."""
@@ -117,6 +118,7 @@ class PeerEngine:
         return Run(whole["seconds"], first["seconds"], whole["token_ids"])
 
     def close(self) -> None:
+        self._process.send_signal(signal.SIGCONT)
         for stream in (self._process.stdin, self._process.stdout):
             if stream:
                 stream.close()
@@ -131,12 +133,14 @@ class PeerEngine:
 
     def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
         assert self._process.stdin is not None
+        self._process.send_signal(signal.SIGCONT)
         try:
             self._process.stdin.write(json.dumps(request).encode() + b"\n")
             self._process.stdin.flush()
         except BrokenPipeError:
             pass  # what it had to say is in its log; the read below tells
         answer = dict(json.loads(self._read_line() or b"{}"))
+        self._process.send_signal(signal.SIGSTOP)
         if "error" in answer or not answer:
             self._failed = True
             raise ConfigError(f"{self.name}: {answer.get('error', 'its process ended')} (its log is {self._log.name})")
