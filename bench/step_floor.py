@@ -102,6 +102,10 @@ class Attention:
         self._length += 1
         return seconds
 
+    def close(self) -> None:
+        self._caller.shutdown()
+        self._worker.close()
+
     def kv_bytes(self) -> int:
         return sum(2 * s.num_kv_heads * s.head_dim * KV_BYTES for s in self._specs) * self._sequences * self._length
 
@@ -160,6 +164,7 @@ def measure(args: argparse.Namespace, kv_heads: int) -> dict[str, float]:
             rates.append(products.best_rate())
             reads += [roofs.read_bandwidth() for _ in range(5)]
         roofs.close()
+        attention.close()
     # Lengths grow by as much while attention is measured as in the engine, so the middles are alike.
     kv_bytes = attention.kv_bytes() * (args.input_len + args.output_len / 2) / attention._length
     if not steps:
