@@ -11,6 +11,7 @@ from fastdecode import __version__
 
 COMMANDS = {
     "generate": "complete prompts with a model whose KV cache lives on R-workers",
+    "run-batch": "serve a file of OpenAI requests, a result per line; what is interrupted goes on with --resume",
     "rworker": "run one R-worker that S-workers on this machine can connect to",
     "calibrate": "measure a model's S-Part and R-Part here, for the performance model",
     "bench": "measure throughput, also beside transformers, vLLM and llama.cpp",
@@ -24,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not arguments or arguments[0] not in COMMANDS:
         _main_parser().parse_args(arguments or ["--help"])  # help, version or a complaint: ends by itself
     name, *rest = arguments
-    command = importlib.import_module(f"fastdecode.commands.{name}")
+    command = importlib.import_module(f"fastdecode.commands.{name.replace('-', '_')}")
     parser = argparse.ArgumentParser(
         prog=f"fastdecode {name}", description=COMMANDS[name], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )

@@ -27,7 +27,9 @@ class ModelError(FastDecodeError):
 
 
 class RequestError(FastDecodeError, ValueError):
-    """`code` is one of ``invalid_request``, ``context_length_exceeded``, ``kv_budget_exceeded``."""
+    """`code`: ``invalid_request``, ``model_not_found``, ``context_length_exceeded``, ``kv_budget_exceeded``,
+    ``queue_full``, ``timeout``.
+    """
 
     def __init__(self, code: str, message: str) -> None:
         super().__init__(message)

@@ -8,9 +8,10 @@ with LLM("path/to/model", num_r_workers=2, transport="shm") as llm:
 from __future__ import annotations
 
 import logging
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -114,6 +115,17 @@ class LLM:
         for _, output in self._run(self._pair(prompts, sampling_params)):
             yield output
 
+    def stream(
+        self, requests: Iterable[tuple[Prompt, SamplingParams]], *, timeout_s: float | None = None
+    ) -> Iterator[tuple[int, RequestOutput]]:
+        """(place among `requests`, output), each as it finishes, however many there are.
+
+        Requests are taken as there is room for them, so memory is bounded by those in flight.  timeout_s: of one
+        request, from when it was taken; then its output has the error ``timeout``.  Leaving the loop early aborts what
+        is left.  Raises RWorkerError, and what `requests` raises.
+        """
+        yield from self._run(requests, timeout_s)
+
     def chat(
         self,
         messages: Sequence[Mapping[str, Any]] | Sequence[Sequence[Mapping[str, Any]]],
@@ -153,33 +165,58 @@ class LLM:
     ) -> list[tuple[Prompt, SamplingParams]]:
         return pair(prompts, self._default_params if params is None else params)
 
-    def _run(self, requests: list[tuple[Prompt, SamplingParams]]) -> Iterator[tuple[int, RequestOutput]]:
+    def _run(
+        self, requests: Iterable[tuple[Prompt, SamplingParams]], timeout_s: float | None = None
+    ) -> Iterator[tuple[int, RequestOutput]]:
         """(place in `requests`, output) as they finish."""
         if self._closed:
             raise ConfigError("this LLM is closed")
         if self._in_use:
             raise ConfigError("this LLM is generating already; finish or close that iteration first")
         self._in_use = True
-        places: dict[str, int] = {}
-        waiting = deque(enumerate(requests))
+        taken: dict[str, _Taken] = {}
         try:
+            places = enumerate(requests)
+            waiting = next(places, None)
             while (waiting or self._engine.has_work) and not self._closed:
-                while waiting and self._engine.has_room(waiting[0][1][1]):
-                    place, (prompt, params) = waiting.popleft()
+                while waiting and self._engine.has_room(waiting[1][1]):
+                    place, (prompt, params) = waiting
+                    waiting = next(places, None)
                     request_id, read = self._engine.next_request_id(), ReadPrompt(None, [])
                     try:
                         read = read_prompt(prompt, self._tokenizer)
                         self._engine.add_request(request_id, read.token_ids, params, prompt=read.text)
-                        places[request_id] = place
+                        taken[request_id] = _Taken(place, params.n, time.monotonic())
                     except RequestError as error:
                         yield place, refused_output(request_id, read.text, read.token_ids, error, params.n)
                 for output in self._engine.step():
-                    yield places.pop(output.request_id), output
-            if places or waiting:
+                    yield taken.pop(output.request_id).place, output
+                yield from self._expired(taken, timeout_s)
+            if taken or waiting:
                 raise ConfigError("this LLM was closed while it was generating")
         finally:
             self._in_use = False
-            self._engine.abort(places)
+            self._engine.abort(taken)
+
+    def _expired(self, taken: dict[str, _Taken], timeout_s: float | None) -> Iterator[tuple[int, RequestOutput]]:
+        """Ends what has taken too long; the oldest come first in `taken`."""
+        while timeout_s is not None and taken:
+            request_id, oldest = next(iter(taken.items()))
+            if time.monotonic() - oldest.since < timeout_s:
+                return
+            del taken[request_id]
+            self._engine.abort([request_id])
+            error = RequestError("timeout", f"not finished within {timeout_s:g} s")
+            yield oldest.place, refused_output(request_id, None, [], error, oldest.num_samples)
+
+
+@dataclass(frozen=True)
+class _Taken:
+    """A request in flight."""
+
+    place: int
+    num_samples: int
+    since: float  # seconds of the monotonic clock
 
 
 def _default_params(sworker: SWorker | EmulatedSWorker) -> SamplingParams:

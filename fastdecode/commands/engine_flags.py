@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import Any
 
+import fastdecode
 from cpu_attention import KV_DTYPES
 from fastdecode.config import DTYPE_NAMES, LENGTH_PREDICTORS, LINEAR_KERNELS, TRANSPORTS, EngineConfig
 from fastdecode.scheduling.kv_credits import KV_POLICIES
@@ -54,6 +55,14 @@ def add_engine_flags(parser: argparse.ArgumentParser, names: Sequence[str] | Non
 def engine_options(args: argparse.Namespace) -> dict[str, Any]:
     """What those flags were set to."""
     return {name: getattr(args, name) for name in args.engine_flags}
+
+
+def run_on_s_worker(args: argparse.Namespace, action: Callable[[], int]) -> int:
+    """Exit code of `action`; with ``--transport mpi`` it runs on rank 0, and the other ranks are its R-workers."""
+    if args.transport != "mpi":
+        return action()
+    budget = EngineConfig.from_options({"model": args.model, "kv_cache_memory": args.kv_cache_memory})
+    return int(fastdecode.mpi_main(action, kv_cache_bytes=budget.kv_cache_memory, num_threads=args.r_worker_threads))
 
 
 def option_help(option: str) -> str:

@@ -9,8 +9,7 @@ import time
 from pathlib import Path
 
 import fastdecode
-from fastdecode.commands.engine_flags import add_engine_flags, engine_options
-from fastdecode.config import EngineConfig
+from fastdecode.commands.engine_flags import add_engine_flags, engine_options, run_on_s_worker
 from fastdecode.errors import ConfigError, FastDecodeError
 from fastdecode.outputs import RequestOutput
 
@@ -49,14 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     try:
-        if args.transport == "mpi":
-            budget = EngineConfig.from_options({"model": args.model, "kv_cache_memory": args.kv_cache_memory})
-            return int(
-                fastdecode.mpi_main(
-                    lambda: _generate(args), kv_cache_bytes=budget.kv_cache_memory, num_threads=args.r_worker_threads
-                )
-            )
-        return _generate(args)
+        return run_on_s_worker(args, lambda: _generate(args))
     except FastDecodeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -1,0 +1,111 @@
+"""The job: lines in as there is room for them, results out as they end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from fastdecode.batch.journal import Journal
+from fastdecode.batch.result import BatchResult
+from fastdecode.batch.survey import Line, Survey, lines
+from fastdecode.errors import ConfigError, RequestError
+from fastdecode.llm import LLM
+from fastdecode.openai_api import ReadRequest, completion_body, error_body, read_request, status_of
+from fastdecode.outputs import OutputError, RequestOutput
+from fastdecode.prompts import Prompt
+from fastdecode.sampling_params import SamplingParams
+from gpu_sworker import derive_seed
+
+
+def run_batch(
+    llm: LLM,
+    found: Survey,
+    journal: Journal,
+    *,
+    model_names: Sequence[str],
+    seed: int,
+    timeout_s: float | None = None,
+    on_progress: Callable[[BatchResult], None] = lambda result: None,
+) -> BatchResult:
+    """Serves every line that has no result yet; memory is bounded by the requests in flight.
+
+    model_names: what a line may call the model.  seed: a line without a seed draws by this and its own number, so that
+    a run that goes on gives what an uninterrupted one would.  Raises RWorkerError, ConfigError (the input changed),
+    OSError (the disk is full); every result until then is in the journal.
+    """
+    is_done = np.isin(found.ids, journal.recorded.ids)
+    result = BatchResult(found.num_lines, int(is_done.sum()), journal.recorded.num_errors)
+    in_flight: dict[int, tuple[Line, ReadRequest]] = {}
+
+    def record(line: Line, response: dict[str, Any], error: OutputError | None) -> None:
+        journal.append({
+            "id": f"batch_req_{line.number}",
+            "custom_id": line.custom_id,
+            "response": response,
+            "error": error and {"code": error.code, "message": error.message},
+        })  # fmt: skip
+        result.num_done += 1
+        result.num_errors += error is not None
+        on_progress(result)
+
+    def refuse(line: Line, error: OutputError) -> None:
+        record(line, _response(line, status_of(error), error_body(error)), error)
+
+    def requests() -> Iterator[tuple[Prompt, SamplingParams]]:
+        place = 0
+        for line in lines(found.path):
+            if line.number > found.num_lines:
+                raise ConfigError(f"{found.path} has become longer while it was read; let it be finished first")
+            if is_done[line.number - 1]:
+                continue
+            try:
+                request = _read(line, llm.get_default_sampling_params(), model_names)
+            except RequestError as error:
+                refuse(line, OutputError(error.code, str(error)))
+                continue
+            params = request.params
+            if params.seed is None:
+                params = replace(params, seed=derive_seed(seed, line.number))
+            in_flight[place] = line, request
+            place += 1
+            yield request.prompt, params
+
+    on_progress(result)
+    for place, output in llm.stream(requests(), timeout_s=timeout_s):
+        line, request = in_flight.pop(place)
+        if output.error:
+            refuse(line, output.error)
+        else:
+            result.num_new_tokens += sum(len(completion.token_ids) for completion in output.outputs)
+            record(line, _response(line, 200, _body(line, request, output, model_names[0])), None)
+    return result
+
+
+def _read(line: Line, defaults: SamplingParams, model_names: Sequence[str]) -> ReadRequest:
+    """Raises RequestError."""
+    if line.error:
+        raise RequestError("invalid_request", line.error)
+    request = read_request(line.url, line.body, defaults)
+    if request.model is not None and request.model not in model_names:
+        names = " or ".join(map(repr, model_names))
+        raise RequestError("model_not_found", f"model {request.model!r} is not served here, but {names}")
+    return request
+
+
+def _response(line: Line, status: int, body: dict[str, Any]) -> dict[str, Any]:
+    return {"status_code": status, "request_id": f"req_{line.number}", "body": body}
+
+
+def _body(line: Line, request: ReadRequest, output: RequestOutput, model: str) -> dict[str, Any]:
+    return completion_body(
+        output,
+        is_chat=request.is_chat,
+        body_id=f"{'chatcmpl' if request.is_chat else 'cmpl'}-{line.number}",
+        model=request.model or model,
+        created=int(time.time()),
+        num_logprobs=request.params.logprobs,
+    )

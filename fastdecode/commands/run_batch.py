@@ -1,0 +1,154 @@
+"""``fastdecode run-batch -i IN.jsonl -o OUT.jsonl --model DIR``: a file of OpenAI requests, a file of responses."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+from tqdm import tqdm
+
+import fastdecode
+from fastdecode.batch.journal import Journal
+from fastdecode.batch.result import BatchResult
+from fastdecode.batch.survey import Survey, survey
+from fastdecode.commands.engine_flags import add_engine_flags, engine_options, run_on_s_worker
+from fastdecode.errors import FastDecodeError
+
+_MAX_NUM_WAITING = 1024  # unless the flag says otherwise: memory is not to grow with the file
+_LINE_EVERY_S = 10.0  # of progress, where there is no terminal
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    for flags, text in (
+        (("-i", "--input-file"), "a request per line, OpenAI's batch format"),
+        (("-o", "--output-file"), "a result per line, in the order they end"),
+    ):
+        parser.add_argument(*flags, required=True, metavar="FILE", help=text)
+    parser.add_argument("--model", required=True, metavar="DIR", help="Hugging Face model directory")
+    parser.add_argument(
+        "--served-model-name",
+        nargs="+",
+        metavar="NAME",
+        default=None,
+        help="what lines may call the model (default: its path, and the last part of it)",
+    )
+    parser.add_argument("--resume", action="store_true", help="go on with an output that an earlier run has begun")
+    parser.add_argument("--retry-errors", action="store_true", help="with --resume: do lines that failed again")
+    parser.add_argument("--seed", type=int, default=0, help="of the draws of lines without a seed")
+    parser.add_argument(
+        "--request-timeout-s", type=float, default=None, metavar="SECONDS", help="of one line, from its turn to its end"
+    )
+    add_engine_flags(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """0: every line succeeded.  1: some did not.  2: it could not start or go on.  130, 143: interrupted."""
+    try:
+        return run_on_s_worker(args, lambda: _run(args))
+    except FastDecodeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _run(args: argparse.Namespace) -> int:
+    names = args.served_model_name or [args.model, Path(args.model).name]
+    settings = {"model": str(Path(args.model).resolve()), "seed": args.seed}
+    settings |= {name: getattr(args, name) for name in ("dtype", "kv_cache_dtype", "max_model_len")}
+    with _stoppable():
+        found = survey(Path(args.input_file))
+        with Journal(
+            Path(args.output_file), found, settings, resume=args.resume, retry_errors=args.retry_errors and args.resume
+        ) as journal:
+            return _serve(args, found, journal, names)
+
+
+def _serve(args: argparse.Namespace, found: Survey, journal: Journal, names: list[str]) -> int:
+    from fastdecode.batch.runner import run_batch  # not at the top: it brings torch, and help is to be instant
+
+    progress, options = _Progress(found.num_lines), engine_options(args)
+    options["max_num_waiting"] = options["max_num_waiting"] or _MAX_NUM_WAITING
+    try:
+        with fastdecode.LLM(args.model, **options) as llm:
+            for line in llm.kv_places:
+                print(line, file=sys.stderr)
+            result = run_batch(
+                llm, found, journal, model_names=names, seed=args.seed, timeout_s=args.request_timeout_s,
+                on_progress=progress.show,
+            )  # fmt: skip
+    except FastDecodeError as error:
+        progress.close()
+        print(f"error: {error}\n{progress.how_to_go_on()}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        progress.close()
+        print(f"error: cannot write {args.output_file}: {error}\n{progress.how_to_go_on()}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as stop:
+        progress.close()
+        print(f"interrupted; {progress.how_to_go_on()}", file=sys.stderr)
+        return 143 if isinstance(stop, _Terminated) else 130
+    progress.close()
+    print(progress.summary(), file=sys.stderr)
+    return 1 if result.num_errors or not result.is_complete else 0
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, which ends things in the same way."""
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """SIGTERM meanwhile unwinds like Ctrl-C."""
+
+    def stop(signum: int, frame: FrameType | None) -> None:
+        raise _Terminated
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+class _Progress:
+    """A bar on a terminal; elsewhere a line now and then."""
+
+    def __init__(self, num_lines: int) -> None:
+        self._result = BatchResult(num_lines, 0, 0)
+        self._began = self._told = time.monotonic()
+        self._done_before: int | None = None
+        self._bar = tqdm(total=num_lines, unit="line", disable=not sys.stderr.isatty())
+
+    def show(self, result: BatchResult) -> None:
+        self._result, now = result, time.monotonic()
+        if self._done_before is None:
+            self._done_before, self._began = result.num_done, now
+            self._bar.reset(result.num_lines)
+        self._bar.update(result.num_done - self._bar.n)
+        if self._bar.disable and now - self._told >= _LINE_EVERY_S:
+            self._told = now
+            print(self.summary(), file=sys.stderr)
+
+    def close(self) -> None:
+        self._bar.close()
+
+    def summary(self) -> str:
+        result, seconds = self._result, max(1e-9, time.monotonic() - self._began)
+        done_now = result.num_done - (self._done_before or 0)
+        text = f"{result.num_done} of {result.num_lines} lines, {result.num_errors} errors"
+        text += f", {result.num_new_tokens / seconds:.0f} new tokens/s"
+        left = result.num_lines - result.num_done
+        return text + (f", about {left * seconds / done_now:.0f} s left" if left and done_now else "")
+
+    def how_to_go_on(self) -> str:
+        result = self._result
+        return (
+            f"{result.num_done} of {result.num_lines} lines are done and written: the same command with --resume does "
+            "the others"
+        )

@@ -1,0 +1,296 @@
+"""Batch files: every line answered once, whatever is in it and however often the run is cut off."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fastdecode import LLM, SamplingParams
+from fastdecode.batch.journal import Journal
+from fastdecode.batch.result import BatchResult
+from fastdecode.batch.runner import run_batch
+from fastdecode.batch.survey import MAX_LINE_BYTES, lines, survey
+from fastdecode.errors import ConfigError
+
+ROOT = Path(__file__).parents[1]
+TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+
+
+def request(custom_id: str, prompt: Any, url: str = "/v1/completions", **fields: Any) -> dict[str, Any]:
+    said = {"messages": prompt} if "chat" in url else {"prompt": prompt}
+    return {"custom_id": custom_id, "method": "POST", "url": url, "body": {**said, "temperature": 0, **fields}}
+
+
+def write(path: Path, records: Iterable[Any]) -> Path:
+    path.write_text("".join(r if isinstance(r, str) else json.dumps(r) + "\n" for r in records))
+    return path
+
+
+def results(path: Path) -> dict[str, Any]:
+    """By custom_id; fails if one comes twice."""
+    found = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len({record["custom_id"] for record in found}) == len(found)
+    return {record["custom_id"]: record for record in found}
+
+
+def texts(path: Path) -> dict[str, Any]:
+    return {name: record["response"]["body"].get("choices") for name, record in results(path).items()}
+
+
+def command(model: Path, source: Path, out: Path, *flags: str) -> list[str]:
+    return [
+        sys.executable, "-m", "fastdecode", "run-batch", "-i", str(source), "-o", str(out), "--model", str(model),
+        "--kv-cache-memory", "64MiB", *flags,
+    ]  # fmt: skip
+
+
+def cli(*arguments: Any, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(*arguments), cwd=ROOT, capture_output=True, text=True, timeout=timeout)
+
+
+@pytest.fixture(scope="module")
+def chatty_model(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("models") / "chatty"
+    shutil.copytree(demo_model, directory)
+    (directory / "chat_template.jinja").write_text(TEMPLATE)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def llm(chatty_model: Path) -> Any:
+    with LLM(chatty_model, kv_cache_memory="64MiB", max_num_waiting=64) as llm:
+        yield llm
+
+
+def run(
+    llm: LLM, source: Path, out: Path, *, resume: bool = False, retry_errors: bool = False, **options: Any
+) -> BatchResult:
+    found = survey(source)
+    with Journal(out, found, {"seed": 0}, resume=resume, retry_errors=retry_errors) as journal:
+        return run_batch(llm, found, journal, model_names=["chatty"], seed=0, **options)
+
+
+def test_every_kind_of_line(chatty_model: Path, tmp_path: Path) -> None:
+    """Good ones are what `generate` gives; each bad one has its own error; the exit code tells."""
+    source = write(tmp_path / "in.jsonl", [
+        request("text", "def f(x):", max_tokens=6, model="chatty"),
+        request("chat", [{"role": "user", "content": "import"}], "/v1/chat/completions", max_tokens=5, logprobs=True),
+        request("ids", [5, 6, 7], max_tokens=4, ignore_eos=True),
+        "\n",
+        '{"custom_id": "torn", "bo\n',
+        "[1, 2]\n",
+        {"url": "/v1/completions", "body": {}},
+        request("get", "x") | {"method": "GET"},
+        request("url", "x", "/v1/embeddings"),
+        request("field", "x", tools=[]),
+        request("range", "x", temperature=-3),
+        request("model", "x", model="gpt-5"),
+        request("long", [5] * 5000),
+        request("vocabulary", [10**6]),
+        request("empty", ""),
+    ])  # fmt: skip
+    done = cli(chatty_model, source, tmp_path / "out.jsonl")
+    assert done.returncode == 1, done.stderr
+    assert "14 of 14 lines, 11 errors" in done.stderr
+    found = results(tmp_path / "out.jsonl")
+    codes = {name: record["error"] and record["error"]["code"] for name, record in found.items()}
+    assert codes == {
+        "text": None, "chat": None, "ids": None, "line-4": "invalid_request", "line-5": "invalid_request",
+        "line-6": "invalid_request", "get": "invalid_request", "url": "invalid_request", "field": "invalid_request",
+        "range": "invalid_request", "model": "model_not_found", "long": "context_length_exceeded",
+        "vocabulary": "invalid_request", "empty": "invalid_request",
+    }  # fmt: skip
+    for record in found.values():
+        body = record["response"]["body"]
+        assert (record["response"]["status_code"] == 200) == (record["error"] is None) == ("choices" in body)
+    with LLM(chatty_model, kv_cache_memory="64MiB") as llm:
+        (text,) = llm.generate("def f(x):", SamplingParams(temperature=0, max_tokens=6), use_tqdm=False)
+        (chat,) = llm.chat(
+            [{"role": "user", "content": "import"}], SamplingParams(temperature=0, max_tokens=5), use_tqdm=False
+        )
+    assert found["text"]["response"]["body"]["choices"][0]["text"] == text.outputs[0].text
+    choice = found["chat"]["response"]["body"]["choices"][0]
+    assert choice["message"]["content"] == chat.outputs[0].text and len(choice["logprobs"]["content"]) == 5
+    assert found["ids"]["response"]["body"]["usage"]["completion_tokens"] == 4
+
+
+def test_all_good_is_zero(chatty_model: Path, tmp_path: Path) -> None:
+    source = write(tmp_path / "in.jsonl", [request("a", "x", max_tokens=2)])
+    assert cli(chatty_model, source, tmp_path / "out.jsonl").returncode == 0
+    again = cli(chatty_model, source, tmp_path / "out.jsonl", "--resume")
+    assert again.returncode == 0 and "1 of 1 lines, 0 errors" in again.stderr
+
+
+def test_refused_at_the_start(chatty_model: Path, tmp_path: Path) -> None:
+    source, out = (
+        write(tmp_path / "in.jsonl", [request("a", "x"), request("b", "x"), request("a", "y")]),
+        tmp_path / "o",
+    )
+    done = cli(chatty_model, source, out)
+    assert done.returncode == 2 and "'a' comes on line 1 and again on line 3" in done.stderr and not out.exists()
+    write(source, [request("a", "x", max_tokens=2), request("b", "x", max_tokens=2)])
+    done = cli(chatty_model, source, source)
+    assert done.returncode == 2 and "the output is the input" in done.stderr
+    assert len(results(source)) == 2, "and it is as it was"
+    done = cli(chatty_model, tmp_path / "nowhere", out)
+    assert done.returncode == 2 and "cannot read the input" in done.stderr
+
+
+def test_outputs_of_another_job(tmp_path: Path, llm: LLM) -> None:
+    source, out = write(tmp_path / "in.jsonl", [request("a", "x", max_tokens=2)]), tmp_path / "out.jsonl"
+    assert run(llm, source, out).is_complete
+    with pytest.raises(ConfigError, match="not empty"):
+        run(llm, source, out)
+    found = survey(source)
+    with pytest.raises(ConfigError, match="other settings: seed was 0 and is 1"):
+        Journal(out, found, {"seed": 1}, resume=True, retry_errors=False)
+    with Journal(out, found, {"seed": 0}, resume=True, retry_errors=False) as journal:
+        assert len(journal.recorded.ids) == 1
+        with pytest.raises(ConfigError, match="another run"):
+            Journal(out, found, {"seed": 0}, resume=True, retry_errors=False)
+    before = out.read_bytes()
+    write(source, [request("a", "y", max_tokens=2)])
+    with pytest.raises(ConfigError, match="not the one that"):
+        run(llm, source, out, resume=True)
+    foreign = write(tmp_path / "mine.txt", ["my thesis\n"])
+    with pytest.raises(ConfigError, match="no output of run-batch"):
+        run(llm, source, foreign, resume=True)
+    assert out.read_bytes() == before and foreign.read_text() == "my thesis\n"
+    (tmp_path / "mine.txt.manifest.json").write_text((tmp_path / "out.jsonl.manifest.json").read_text())
+    with pytest.raises(ConfigError, match="input is not the one"):
+        run(llm, source, foreign, resume=True)
+    assert foreign.read_text() == "my thesis\n"
+
+
+def test_a_line_torn_anywhere_is_done_again(tmp_path: Path, llm: LLM) -> None:
+    source = write(tmp_path / "in.jsonl", [request(f"r{i}", [5 + i], max_tokens=2) for i in range(3)])
+    out = tmp_path / "out.jsonl"
+    run(llm, source, out)
+    whole, expected = out.read_bytes(), texts(out)
+    last = len(whole) - len(whole.splitlines()[-1]) - 1
+    for cut in [*range(last, len(whole), 37), len(whole) - 1]:
+        out.write_bytes(whole[:cut])
+        assert run(llm, source, out, resume=True).is_complete
+        assert texts(out) == expected, cut
+
+
+def test_errors_are_done_again_when_asked(tmp_path: Path, llm: LLM) -> None:
+    source = write(tmp_path / "in.jsonl", [request(f"r{i}", [5 + i], max_tokens=30, ignore_eos=True) for i in range(9)])
+    out = tmp_path / "out.jsonl"
+    assert run(llm, source, out, timeout_s=0.0).num_errors == 9
+    assert {record["error"]["code"] for record in results(out).values()} == {"timeout"}
+    assert run(llm, source, out, resume=True).num_errors == 9
+    result = run(llm, source, out, resume=True, retry_errors=True)
+    assert result.is_complete and result.num_errors == 0
+    assert len(results(out)) == 9 and all(record["error"] is None for record in results(out).values())
+
+
+def test_draws_do_not_depend_on_where_a_run_was_cut_off(tmp_path: Path, llm: LLM) -> None:
+    source = write(
+        tmp_path / "in.jsonl", [request(f"r{i}", "import", temperature=1.5, max_tokens=8, n=2) for i in range(12)]
+    )
+    whole, half = tmp_path / "whole.jsonl", tmp_path / "half.jsonl"
+    run(llm, source, whole)
+
+    def stop(result: BatchResult) -> None:
+        if result.num_done == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(llm, source, half, on_progress=stop)
+    assert len(results(half)) == 5
+    run(llm, source, half, resume=True)
+    assert texts(half) == texts(whole) and len({str(choices) for choices in texts(whole).values()}) > 6
+
+
+def test_input_that_grows_meanwhile(tmp_path: Path, llm: LLM) -> None:
+    source = write(tmp_path / "in.jsonl", [request("a", "x", max_tokens=2)])
+    found = survey(source)
+    with source.open("a") as file:
+        file.write(json.dumps(request("b", "x")) + "\n")
+    with (
+        Journal(tmp_path / "o", found, {}, resume=False, retry_errors=False) as journal,
+        pytest.raises(ConfigError, match="has become longer"),
+    ):
+        run_batch(llm, found, journal, model_names=["m"], seed=0)
+
+
+def test_requests_in_flight_are_bounded(tmp_path: Path, llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long the file: what is taken and not answered is what the queue and the running ones hold."""
+    source = write(tmp_path / "in.jsonl", [request(f"r{i}", [5], max_tokens=1) for i in range(1000)])
+    taken, most = 0, 0
+    read = lines
+
+    def counted(path: Path) -> Any:
+        nonlocal taken
+        for line in read(path):
+            taken += 1
+            yield line
+
+    def note(result: BatchResult) -> None:
+        nonlocal most
+        most = max(most, taken - result.num_done)
+
+    monkeypatch.setattr("fastdecode.batch.runner.lines", counted)
+    assert run(llm, source, tmp_path / "o", on_progress=note).is_complete
+    assert 64 <= most <= 64 + 256 + 2, "waiting, running, and the next one"
+
+
+def test_overlong_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastdecode.batch.survey.MAX_LINE_BYTES", 1000)
+    source = write(tmp_path / "in.jsonl", [request("a", "x" * 5000), request("b", "x")])
+    found = [line.error for line in lines(source)]
+    assert found[0] and "more than" in found[0] and found[1:] == [None]
+    assert survey(source).num_lines == 2 and MAX_LINE_BYTES > 1 << 20
+
+
+@pytest.mark.alone
+@pytest.mark.parametrize("harm", [signal.SIGTERM, signal.SIGINT], ids=str)
+def test_a_signal_ends_it_cleanly(harm: signal.Signals, demo_model: Path, tmp_path: Path) -> None:
+    source = write(tmp_path / "in.jsonl", [request(f"r{i}", "x", max_tokens=200) for i in range(2000)])
+    out = tmp_path / "out.jsonl"
+    process = subprocess.Popen(command(demo_model, source, out), cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    _wait_for_results(process, out, 1)
+    process.send_signal(harm)
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == 128 + harm and "--resume" in said and "Traceback" not in said
+    assert 0 < len(results(out)) < 2000
+
+
+@pytest.mark.alone
+def test_killed_again_and_again(demo_model: Path, tmp_path: Path) -> None:
+    """SIGKILL at random moments: after the last resume every line is there once, as in a run that was left alone."""
+    num_lines, num_kills = 300, 4
+    source = write(tmp_path / "in.jsonl", [
+        request(f"r{i}", f"# {i}\nimport", max_tokens=1 + i % 60, temperature=i % 2) for i in range(num_lines)
+    ])  # fmt: skip
+    whole, out = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
+    assert cli(demo_model, source, whole).returncode == 0
+    generator = np.random.default_rng(int(os.environ.get("FASTDECODE_SEED", "0")))
+    for _ in range(num_kills):
+        process = subprocess.Popen(command(demo_model, source, out, "--resume"), cwd=ROOT, stderr=subprocess.DEVNULL)
+        before = out.read_bytes().count(b"\n") if out.exists() else 0
+        _wait_for_results(process, out, before + int(generator.integers(1, num_lines // num_kills // 2)))
+        process.kill()
+        process.wait()
+    last = cli(demo_model, source, out, "--resume")
+    assert last.returncode == 0, last.stderr
+    assert texts(out) == texts(whole) and len(texts(out)) == num_lines
+
+
+def _wait_for_results(process: subprocess.Popen[Any], out: Path, count: int) -> None:
+    deadline = time.monotonic() + 60
+    while not out.exists() or out.read_bytes().count(b"\n") < count:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.005)
