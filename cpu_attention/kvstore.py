@@ -98,12 +98,17 @@ class KVStore:
             stored.blocks.extend(self._free[self._num_free : self._num_free + missing][::-1].tolist())
             stored.num_tokens = total
 
+    def truncate(self, seq_id: int, num_tokens: int) -> None:
+        """Its first `num_tokens` stay.  Raises UnknownSequence."""
+        stored = self._find(seq_id)
+        assert 0 <= num_tokens <= stored.num_tokens
+        self._give_back(stored, self.layout.num_blocks(num_tokens))
+        stored.num_tokens = num_tokens
+
     def release(self, seq_id: int) -> None:
         """Raises UnknownSequence."""
-        stored = self._find(seq_id)
+        self._give_back(self._find(seq_id), 0)
         del self._stored[seq_id]
-        self._free[self._num_free : self._num_free + len(stored.blocks)] = stored.blocks[::-1]
-        self._num_free += len(stored.blocks)
 
     def block_tables(self, seq_ids: Sequence[int]) -> np.ndarray:
         """# [len(seq_ids), most blocks of any] int32, rows filled up with block 0"""
@@ -121,6 +126,13 @@ class KVStore:
         for seq_id, stored in self._stored.items():
             assert 0 <= stored.num_tokens <= stored.max_tokens, f"sequence {seq_id} is over its limit"
             assert len(stored.blocks) == layout.num_blocks(stored.num_tokens), f"sequence {seq_id} has wrong blocks"
+
+    def _give_back(self, stored: _Stored, keep: int) -> None:
+        """All of its blocks but the first `keep`."""
+        freed = stored.blocks[keep:]
+        self._free[self._num_free : self._num_free + len(freed)] = freed[::-1]
+        self._num_free += len(freed)
+        del stored.blocks[keep:]
 
     def _find(self, seq_id: int) -> _Stored:
         try:

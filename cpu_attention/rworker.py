@@ -3,12 +3,12 @@
     state             takes                              to
     ───────────────   ────────────────────────────────   ─────────────────────────────
     no session        Hello                              in session (a KV store exists)
-    in session        Admit, Step, Release, Ping         in session
+    in session        Admit, Step, Release, Rewind, Ping in session
       per micro-batch   Step → Attend 0 → Attend 1 → …    one Attended each; layers in order
     in session        Goodbye                            no session (the store is dropped)
 
 Everything else is answered with a Failure and changes nothing; but a Hello that fails leaves no session.
-A message without an answer (Admit, Step, Release) fails at the next Attend.  What reaches a kernel has been
+A message without an answer (Admit, Step, Release, Rewind) fails at the next Attend.  What reaches a kernel has been
 checked here or in the message itself: numba would not.
 """
 
@@ -18,7 +18,7 @@ import logging
 import os
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,6 +43,7 @@ from transport import (
     Ping,
     Pong,
     Release,
+    Rewind,
     Step,
     Welcome,
 )
@@ -50,7 +51,7 @@ from transport import (
 logger = logging.getLogger(__name__)
 
 
-_UNANSWERED = (Admit, Step, Release, Goodbye)
+_UNANSWERED = (Admit, Step, Release, Rewind, Goodbye)
 
 
 @dataclass
@@ -138,6 +139,8 @@ class RWorker:
                 self._admit(session.store, message)
             case Release():
                 self._release(session, message)
+            case Rewind():
+                self._rewind(session, message)
             case Goodbye():
                 self._session = None
             case _:
@@ -195,12 +198,20 @@ class RWorker:
             session.store.num_tokens(seq_id)  # raises UnknownSequence before anything is freed
         if len(set(seq_ids)) != len(seq_ids):
             raise UnknownSequence("a sequence is released twice")
-        # A micro-batch that was not finished must not write to blocks that get a new owner.
-        session.micro_batches = {
-            index: batch for index, batch in session.micro_batches.items() if batch.seq_ids.isdisjoint(seq_ids)
-        }
+        _drop_micro_batches(session, seq_ids)
         for seq_id in seq_ids:
             session.store.release(seq_id)
+
+    def _rewind(self, session: _Session, message: Rewind) -> None:
+        """All of them or none."""
+        targets = dict(zip(message.seq_ids.tolist(), message.num_tokens.tolist(), strict=True))
+        for seq_id, num_tokens in targets.items():
+            stored = session.store.num_tokens(seq_id)
+            if not 0 <= num_tokens <= stored:
+                raise BadRequest(f"sequence {seq_id} holds {stored} tokens; it cannot go back to {num_tokens}")
+        _drop_micro_batches(session, targets)
+        for seq_id, num_tokens in targets.items():
+            session.store.truncate(seq_id, num_tokens)
 
     def _begin_micro_batch(self, session: _Session, message: Step) -> None:
         store, block_tokens = session.store, session.store.layout.block_tokens
@@ -270,6 +281,13 @@ class RWorker:
         newest = new if batch.is_decode else None
         out = self._attention.attend(q.astype(np.float32), data, head, batch.block_tables, work, rule, newest)
         return Attended(message.step, message.micro_batch, layer, out.astype(message.q.dtype, copy=False))
+
+
+def _drop_micro_batches(session: _Session, seq_ids: Collection[int]) -> None:
+    """One that was not finished must not write to blocks that get a new owner, or to tokens that come again."""
+    session.micro_batches = {
+        index: batch for index, batch in session.micro_batches.items() if batch.seq_ids.isdisjoint(seq_ids)
+    }
 
 
 def _warm_up(layers: Sequence[LayerSpec], layout: KVLayout, rules: Sequence[AttentionRule]) -> None:

@@ -37,7 +37,7 @@ class RequestError(FastDecodeError, ValueError):
 
 
 class RWorkerError(FastDecodeError):
-    pass
+    r_worker: int = 0  # whose fault it is, by its place in the pool
 
 
 class RWorkerUnreachable(RWorkerError):

@@ -118,6 +118,10 @@ class Pipeline:
             self.release({worker: [seq_id]})
         self._rpool.settle()
 
+    def rewind(self, kept: Mapping[int, Mapping[int, int]]) -> None:
+        """R-worker -> sequence -> how many tokens of it stay, after a step was broken off.  Raises RWorkerError."""
+        self._rpool.rewind(kept)
+
     def _begin(self, step: int, micro_batch: MicroBatch, forward: _Forward) -> _Computing:
         """The first S-block."""
         ticket = self._rpool.begin(step, micro_batch)

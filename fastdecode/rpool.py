@@ -17,7 +17,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from fastdecode.errors import RWorkerFailed, RWorkerLost, RWorkerTimeout, RWorkerUnreachable
+from fastdecode.errors import RWorkerError, RWorkerFailed, RWorkerLost, RWorkerTimeout, RWorkerUnreachable
 from fastdecode.plan import Admission, MicroBatch
 from fastdecode.timeline import S_WORKER, NoTimeline, Timeline
 from transport import (
@@ -34,8 +34,8 @@ from transport import (
     PeerTimeout,
     Ping,
     Pong,
-    ProtocolError,
     Release,
+    Rewind,
     Step,
     TransportError,
     Welcome,
@@ -79,26 +79,38 @@ class Ticket:
 class RPool:
     def __init__(self, workers: Sequence[RWorkerHandle], timeout_s: float, timeline: Timeline = _NO_TIMELINE) -> None:
         self._workers = tuple(workers)
+        self._alive = list(range(len(self._workers)))
         self._timeline = timeline
         self._timeout_s = timeout_s
         self._last_ping = 0
 
     @property
     def names(self) -> list[str]:
+        """Of all that there ever were."""
         return [worker.name for worker in self._workers]
+
+    @property
+    def alive(self) -> tuple[int, ...]:
+        return tuple(self._alive)
+
+    def drop(self, worker: int) -> None:
+        """A lost one: nothing is sent to it any more, and nothing of it is waited for."""
+        if worker in self._alive:
+            self._alive.remove(worker)
+            self._workers[worker].channel.close()
 
     def open(self, hello: Hello, timeout_s: float) -> list[Welcome]:
         """Opens a session with every R-worker; they prepare side by side.  Raises RWorkerError."""
-        for i, worker in enumerate(self._workers):
-            self._guard(i, partial(worker.channel.send, hello, timeout_s=timeout_s), first_contact=True)
+        for i in self._alive:
+            self._guard(i, partial(self._workers[i].channel.send, hello, timeout_s=timeout_s), first_contact=True)
         welcomes = []
-        for i, worker in enumerate(self._workers):
-            reply = self._guard(i, partial(worker.channel.recv, timeout_s=timeout_s), first_contact=True)
+        for i in self._alive:
+            reply = self._guard(i, partial(self._workers[i].channel.recv, timeout_s=timeout_s), first_contact=True)
             welcomes.append(self._expect(i, reply, Welcome))
         return welcomes
 
     def admit(self, admissions: Sequence[Admission]) -> None:
-        for worker in range(len(self._workers)):
+        for worker in self._alive:
             own = [admission for admission in admissions if admission.r_worker == worker]
             if own:
                 self._send(
@@ -110,14 +122,23 @@ class RPool:
                 )
 
     def release(self, released: Mapping[int, Sequence[int]]) -> None:
-        """R-worker -> sequences that nothing in flight uses any more."""
+        """R-worker -> sequences that nothing in flight uses any more; those of a lost one are gone anyway."""
         for worker, seq_ids in released.items():
-            self._send(worker, Release(np.array(seq_ids, np.int64)))
+            if worker in self._alive:
+                self._send(worker, Release(np.array(seq_ids, np.int64)))
+
+    def rewind(self, kept: Mapping[int, Mapping[int, int]]) -> None:
+        """R-worker -> sequence -> how many tokens of it stay, after a step was broken off."""
+        for worker, num_tokens in kept.items():
+            if worker in self._alive:
+                self._send(
+                    worker, Rewind(np.array(list(num_tokens), np.int64), np.array(list(num_tokens.values()), np.int32))
+                )
 
     def begin(self, step: int, micro_batch: MicroBatch) -> Ticket:
         """Tells every R-worker concerned whose rows the coming layers carry."""
         shares, token, query = [], 0, 0
-        for worker in range(len(self._workers)):
+        for worker in self._alive:
             own = [segment for segment in micro_batch.segments if segment.r_worker == worker]
             if not own:
                 continue
@@ -177,7 +198,7 @@ class RPool:
             reply = self._expect(share.worker, self._recv(share.worker), Attended)
             asked = (ticket.step, ticket.micro_batch, ticket.layer, share.queries.stop - share.queries.start)
             if (reply.step, reply.micro_batch, reply.layer, len(reply.o)) != asked:
-                raise RWorkerFailed(f"{self._workers[share.worker].name} answered something else than it was asked")
+                raise self._failed(share.worker, "answered something else than it was asked")
             parts.append(reply.o)
             self._draw(ticket, share, reply, waited_ns)
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
@@ -189,15 +210,17 @@ class RPool:
         the Pong belongs to the past.
         """
         self._last_ping += 1
-        for worker in range(len(self._workers)):
+        for worker in self._alive:
             self._send(worker, Ping(self._last_ping))
-        for worker in range(len(self._workers)):
+        deadline = time.monotonic() + self._timeout_s
+        for worker in self._alive:
             while self._recv(worker) != Pong(self._last_ping):
-                pass
+                if time.monotonic() > deadline:
+                    raise self._failed(worker, f"answered, but not what it was asked, for {self._timeout_s:g} s")
 
     def close(self) -> None:
         """Says goodbye to whoever still listens and closes all channels."""
-        for worker in self._workers:
+        for worker in (self._workers[i] for i in self._alive):
             try:
                 worker.channel.send(Goodbye(), timeout_s=1.0)
             except TransportError as error:
@@ -227,24 +250,34 @@ class RPool:
         return self._guard(worker, partial(channel.recv, timeout_s=self._timeout_s))
 
     def _expect(self, worker: int, reply: Message, kind: type[_Result]) -> _Result:
-        name = self._workers[worker].name
         if isinstance(reply, Failure):
-            raise RWorkerFailed(f"{name} failed: {reply.kind}: {reply.text}", reply.kind)
+            raise self._failed(worker, f"failed: {reply.kind}: {reply.text}", reply.kind)
         if not isinstance(reply, kind):
-            raise RWorkerFailed(f"{name} answered {type(reply).__name__} where {kind.__name__} was due")
+            raise self._failed(worker, f"answered {type(reply).__name__} where {kind.__name__} was due")
         return reply
+
+    def _failed(self, worker: int, text: str, kind: str | None = None) -> RWorkerFailed:
+        error = RWorkerFailed(f"{self._workers[worker].name} {text}", kind)
+        error.r_worker = worker
+        return error
 
     def _guard(self, worker: int, action: Callable[[], _Result], *, first_contact: bool = False) -> _Result:
         """Runs one transport call; what goes wrong becomes ours, with the R-worker's name."""
-        name = self._workers[worker].name
         try:
             return action()
-        except ChannelClosed as error:
-            raise RWorkerLost(f"{name}: {error}") from error
-        except PeerLost as error:
-            raise RWorkerLost(f"{name} is gone, and the KV it held with it: {error}") from error
-        except PeerTimeout as error:
-            kind = RWorkerUnreachable if first_contact else RWorkerTimeout
-            raise kind(f"{name}: {error}") from error
-        except ProtocolError as error:
-            raise RWorkerFailed(f"{name}: {error}") from error
+        except TransportError as error:
+            told = _as_ours(error, self._workers[worker].name, first_contact)
+            told.r_worker = worker
+            raise told from error
+
+
+def _as_ours(error: TransportError, name: str, first_contact: bool) -> RWorkerError:
+    match error:
+        case ChannelClosed():
+            return RWorkerLost(f"{name}: {error}")
+        case PeerLost():
+            return RWorkerLost(f"{name} is gone, and the KV it held with it: {error}")
+        case PeerTimeout():
+            return (RWorkerUnreachable if first_contact else RWorkerTimeout)(f"{name}: {error}")
+        case _:
+            return RWorkerFailed(f"{name}: {error}")

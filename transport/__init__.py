@@ -30,6 +30,7 @@ from transport.messages import (
     Ping,
     Pong,
     Release,
+    Rewind,
     Step,
     Welcome,
 )
@@ -66,6 +67,7 @@ __all__ = [
     "Pong",
     "ProtocolError",
     "Release",
+    "Rewind",
     "Step",
     "TransportError",
     "Welcome",

@@ -13,6 +13,7 @@ Hq/Hkv = query/KV heads, D = head_dim, n = sequences.
     Attend(layer 0; q, k, v)            ─────►  appends k, v; then attends q
                                         ◄─────  Attended(layer 0; o)       exactly one answer per Attend
     Attend(layer 1; ...)                ─────►  ...
+    Rewind(seq_ids, num_tokens)         ─────►  forgets what came after; a step is redone  (no answer)
     Release(seq_ids)                    ─────►  frees blocks                             (no answer)
     Ping(token)                         ─────►  forgets a failure not yet told
                                         ◄─────  Pong(token)
@@ -32,7 +33,7 @@ import msgspec
 import numpy as np
 from msgspec import Meta
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 
 # What may travel, little-endian; looked up by value, because a dtype's `name` is computed anew at every use.
 DTYPES: dict[str, np.dtype] = {
@@ -164,6 +165,16 @@ class Release(Message, frozen=True):
         _require_columns(seq_ids=(self.seq_ids, "int64"))
 
 
+class Rewind(Message, frozen=True):
+    """These sequences go back to so many tokens, and what was begun of a step with them is void."""
+
+    seq_ids: np.ndarray  # [n] int64
+    num_tokens: np.ndarray  # [n] int32
+
+    def __post_init__(self) -> None:
+        _require_columns(seq_ids=(self.seq_ids, "int64"), num_tokens=(self.num_tokens, "int32"))
+
+
 class Ping(Message, frozen=True):
     token: Token
 
@@ -183,7 +194,7 @@ class Failure(Message, frozen=True):
     text: Text
 
 
-ANY_MESSAGE = Hello | Welcome | Admit | Step | Attend | Attended | Release | Ping | Pong | Goodbye | Failure
+ANY_MESSAGE = Hello | Welcome | Admit | Step | Attend | Attended | Release | Rewind | Ping | Pong | Goodbye | Failure
 
 
 def _require(condition: object, text: str) -> None:

@@ -61,6 +61,11 @@ class KVCredits:
         """Held in the step at hand.  [num_r_workers]"""
         return tuple(account.tokens for account in self._accounts)
 
+    def lose(self, worker: int) -> None:
+        """It holds nothing any more; its sequences have left already."""
+        assert not self._accounts[worker].num_sequences
+        self._accounts[worker].capacity = 0
+
     def blocks(self, num_tokens: int) -> int:
         return -(-num_tokens // self._block_tokens)
 

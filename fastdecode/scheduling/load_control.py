@@ -66,10 +66,11 @@ class LoadControl:
         assert start_policy in START_POLICIES
         self._credits, self._policy, self._max_kv_load = credits, start_policy, max_kv_load
         self._total = Projection()
-        capacity = sum(credits.capacity_tokens)
-        self._limit = capacity if max_kv_load is None else min(max_kv_load, capacity)
+        self._limit = 0
+        self.measure_memory()
         # Where memory is the limit every R-worker has its own, and keeps its own pace.
-        limits = credits.capacity_tokens if self._limit == capacity else [self._limit]
+        by_memory = self._limit == sum(credits.capacity_tokens)
+        limits = credits.capacity_tokens if by_memory else [self._limit]
         self._streams = [SteadyStream(limit, start_interval) for limit in limits]
         self._started: dict[int, _Started] = {}
         self._recent: deque[Prediction] = deque(maxlen=_RECENT)  # how long the latest to start will take
@@ -77,6 +78,11 @@ class LoadControl:
         self._step = 0
         self._much_waits = self._paced = False
         self._batch_open = True
+
+    def measure_memory(self) -> None:
+        """Again, when an R-worker was lost."""
+        capacity = sum(self._credits.capacity_tokens)
+        self._limit = capacity if self._max_kv_load is None else min(self._max_kv_load, capacity)
 
     def begin_step(self, step: int, max_kv_tokens: int, first: Prospect | None) -> None:
         """max_kv_tokens: that all waiting and running sequences may come to hold; first: who would start first."""

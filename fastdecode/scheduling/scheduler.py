@@ -52,6 +52,15 @@ class SchedulerConfig:
         return max(1, min(self.max_num_seqs, self.max_num_batched_tokens - -(-self.max_num_batched_tokens // 8)))
 
 
+@dataclass(frozen=True)
+class Loss:
+    """What is to be done on the R-workers that are left, after one was lost in the middle of a step."""
+
+    released: dict[int, list[int]]  # R-worker, the lost one too -> sequences that start anew
+    kept: dict[int, dict[int, int]]  # R-worker -> sequence -> how many tokens of it stay
+    homeless: list[Sequence]  # fit on no R-worker that is left
+
+
 class Scheduler:
     def __init__(self, config: SchedulerConfig, predictor: Predictor | None = None) -> None:
         self._config = config
@@ -171,6 +180,28 @@ class Scheduler:
                 )
         return released
 
+    def lose(self, worker: int, step: Step | None) -> Loss:
+        """An R-worker is gone, in the middle of `step` or between two of them; the step did not happen.
+
+        What it held waits to be computed again from prompt and output, and so do prompts that the step was computing.
+        Whoever decodes elsewhere goes on from where it was before the step.
+        """
+        segments = [segment for batch in step.micro_batches for segment in batch.segments] if step else []
+        starts = {segment.seq_id: segment.start for segment in segments}
+        loss = Loss({}, {}, [])
+        for sequence in list(self._running.values()):
+            place, is_broken_off = _place(sequence), sequence.seq_id in starts
+            if place == worker or (is_broken_off and sequence.is_prefilling):
+                self._put_back(sequence)
+                loss.released.setdefault(place, []).append(sequence.seq_id)
+            elif is_broken_off:
+                loss.kept.setdefault(place, {})[sequence.seq_id] = starts[sequence.seq_id]
+        self._credits.lose(worker)
+        self._load.measure_memory()
+        largest = self._credits.largest
+        loss.homeless.extend(s for s in self._waiting if self._credits.blocks(s.max_kv_tokens) > largest)
+        return loss
+
     def check_integrity(self) -> None:
         """Asserts that credit is held by exactly the running sequences."""
         assert len(self._running) <= self._config.num_seats
@@ -185,13 +216,16 @@ class Scheduler:
         preempted: dict[int, list[int]] = {}
         while (worker := self._credits.overdrawn()) is not None:
             victim = max((s for s in self._running.values() if s.r_worker == worker), key=lambda s: s.seq_id)
-            del self._running[victim.seq_id]
             self._credits.give_back(worker, victim.num_tokens)
-            self._load.end(victim.seq_id)
-            victim.preempt()
-            self._waiting.put_back(victim)
+            self._put_back(victim)
             preempted.setdefault(worker, []).append(victim.seq_id)
         return preempted
+
+    def _put_back(self, sequence: Sequence) -> None:
+        del self._running[sequence.seq_id]
+        self._load.end(sequence.seq_id)
+        sequence.preempt()
+        self._waiting.put_back(sequence)
 
     def _prompts(self, num_decodes: int) -> tuple[list[Admission], list[Segment]]:
         """Goes on with the prompt that is on its way, then lets waiting sequences start, as far as the budget goes."""

@@ -11,8 +11,8 @@ passed by more than the window.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from itertools import islice
+from collections.abc import Callable, Iterator
+from itertools import chain, islice
 
 from fastdecode.request import Sequence
 
@@ -42,6 +42,10 @@ class WaitingQueue:
         self._preempted[sequence.seq_id] = sequence
         self._preempted = dict(sorted(self._preempted.items()))
         self.max_kv_tokens += sequence.max_kv_tokens
+
+    def __iter__(self) -> Iterator[Sequence]:
+        """In no particular order."""
+        return chain(self._arrived.values(), self._next.values(), self._preempted.values())
 
     def first(self) -> Sequence | None:
         if self._preempted:
