@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 
 from fastdecode.errors import RequestError, RWorkerError
-from fastdecode.losses import Losses
 from fastdecode.outputs import RequestOutput
 from fastdecode.pipeline import Pipeline
 from fastdecode.plan import MicroBatch, Step
+from fastdecode.recovery import Recovery, pairs
 from fastdecode.request import Request, Sequence
 from fastdecode.results import Continuation, LiveRequest, finished_output, refused_output
 from fastdecode.rpool import RPool
@@ -51,7 +51,7 @@ class Engine:
         self._live: dict[str, LiveRequest] = {}
         self._by_sequence: dict[int, tuple[LiveRequest, Continuation]] = {}
         self._num_requests = self._num_sequences = 0
-        self._losses = Losses()
+        self._recovery = Recovery(rpool, self._pipeline, scheduler)
         self._homeless: list[RequestOutput] = []  # requests that fit nowhere since an R-worker was lost
         self._on_step = on_step
         self._first_step: float | None = None  # when it began
@@ -122,64 +122,45 @@ class Engine:
         """Gives back what sequences held; an R-worker lost meanwhile is the next step's to deal with."""
         released = self._scheduler.remove(sequences)
         try:
-            if not self._losses.is_final:
+            if not self._recovery.is_final:
                 self._pipeline.release(released)
         except RWorkerError as error:
-            self._losses.note(error, _pairs(released))
+            self._recovery.note(error, pairs(released))
         except BaseException:
-            self._settle(_pairs(released))
+            self._settle(pairs(released))
             raise
 
     def _settle(self, sequences: Iterable[tuple[int, int]]) -> None:
         """After an interrupt: see `Pipeline.settle`."""
         sequences = list(sequences)
         try:
-            if not self._losses.is_final:
+            if not self._recovery.is_final:
                 self._pipeline.settle(sequences)
         except RWorkerError as error:
-            self._losses.note(error, sequences)
+            self._recovery.note(error, sequences)
 
     def _recover(self, step: Step | None) -> None:
-        """After losses, in the middle of `step` or before the next one.
+        """After losses, in the middle of `step` or before the next one.  Raises RWorkerError if no R-worker is left."""
+        try:
+            homeless = self._recovery.run(step)
+        except RWorkerError:
+            raise
+        except BaseException:
+            self.abort(list(self._live))
+            raise
+        for sequence, error in homeless:
+            self._refuse(sequence, error)
 
-        When it returns, all R-workers that are left are at rest and hold what the scheduler thinks they do.  Raises
-        RWorkerError if none is left.
-        """
-        losses = self._losses
-        while (error := losses.next()) is not None or losses.is_restless:
-            losses.is_restless, loss = True, None
-            if error is not None:
-                self._rpool.drop(error.r_worker)
-                if not self._rpool.alive:
-                    losses.end(error)
-                    raise error
-                logger.warning("%s.  What it held is computed again on the others", error)
-                loss = self._scheduler.lose(error.r_worker, step)
-                losses.unsettled.update(_pairs(loss.released), _pairs(step.preempted if step else {}))
-            try:
-                self._pipeline.settle(sorted(losses.unsettled))
-                self._pipeline.rewind(loss.kept if loss else {})
-            except RWorkerError as another:
-                losses.note(another, ())
-            except BaseException:
-                self.abort(list(self._live))  # interrupted: the next step begins with bringing all to rest
-                raise
-            else:
-                losses.is_restless = False
-                losses.unsettled.clear()
-                self._refuse(loss.homeless if loss else [], error)
-
-    def _refuse(self, homeless: list[Sequence], error: RWorkerError | None) -> None:
-        """Requests that no R-worker has room for any more."""
-        for sequence in homeless:
-            live = self._live.get(sequence.request.request_id)
-            if live is None:
-                continue  # another of its continuations came before
-            told = RequestError("worker_lost", f"{error}; no other has room for {sequence.max_kv_tokens} tokens of KV")
-            request = live.request
-            prompt_ids = list(request.prompt_token_ids)
-            self._homeless.append(refused_output(request.request_id, live.prompt, prompt_ids, told, request.params.n))
-            self.abort([request.request_id])
+    def _refuse(self, sequence: Sequence, error: RWorkerError) -> None:
+        """Its request: no R-worker that is left has room for it."""
+        live = self._live.get(sequence.request.request_id)
+        if live is None:
+            return  # another of its continuations came before
+        told = RequestError("worker_lost", f"{error}; no other has room for {sequence.max_kv_tokens} tokens of KV")
+        request = live.request
+        prompt_ids = list(request.prompt_token_ids)
+        self._homeless.append(refused_output(request.request_id, live.prompt, prompt_ids, told, request.params.n))
+        self.abort([request.request_id])
 
     def _take_homeless(self) -> list[RequestOutput]:
         taken, self._homeless = self._homeless, []
@@ -190,7 +171,7 @@ class Engine:
         try:
             return self._pipeline.run(step, self._sample)
         except RWorkerError as error:
-            self._losses.note(error, ())
+            self._recovery.note(error)
         except BaseException:
             # Interrupted in the middle (Ctrl-C, out of memory): what R-workers hold of these sequences is not
             # what the scheduler thinks, so they end here; the engine itself can go on.
@@ -299,8 +280,3 @@ class Engine:
         return self._tokenizer.stop_finder(
             request.prompt_token_ids, params.stop_strings, skip_special_tokens=params.skip_special_tokens
         )
-
-
-def _pairs(sequences: Mapping[int, Iterable[int]]) -> list[tuple[int, int]]:
-    """(R-worker, sequence) of each."""
-    return [(worker, seq_id) for worker, seq_ids in sequences.items() for seq_id in seq_ids]

@@ -26,6 +26,7 @@ from transport import (
     Pong,
     ProtocolError,
     Release,
+    Rewind,
     Step,
     Welcome,
 )
@@ -98,6 +99,7 @@ def messages(draw: st.DrawFn) -> Message:
             ),
             st.builds(Attended, tokens, counts, counts, floats((rows, heads, dim))),
             st.builds(Release, columns(n, "int64")),
+            st.builds(Rewind, columns(n, "int64"), columns(n, "int32")),
             st.builds(Ping, tokens),
             st.builds(Pong, tokens),
             st.builds(Goodbye, st.booleans()),

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from transport import Attend, BadDelivery, Channel, Listener, PeerTimeout, Ping, connect, listen
+from transport import Attend, BadDelivery, Channel, Listener, PeerTimeout, Ping, Release, connect, listen
 from transport.arena import ReadArena, WriteArena, align
 from transport.errors import ProtocolError
 from transport.packets import PacketSocket, make_socket
@@ -88,6 +88,16 @@ def test_an_array_that_is_kept_stays_as_it_is(pair: tuple[Listener, Channel]) ->
         listener.recv(timeout_s=5)
     for array in (kept.q, kept.k, kept.v):
         assert np.array_equal(array, LARGE)
+
+
+def test_what_was_checked_cannot_change(pair: tuple[Listener, Channel]) -> None:
+    """Whole numbers say where kernels read and write: they are copied out of the memory that their sender can write."""
+    listener, channel = pair
+    channel.send(Release(np.arange(5000)), timeout_s=5)
+    message = listener.recv(timeout_s=5).envelope.message
+    arena = channel._link._end._out  # type: ignore[attr-defined]
+    arena._data[:] = 255
+    assert isinstance(message, Release) and np.array_equal(message.seq_ids, np.arange(5000))
 
 
 def test_a_larger_ring_is_announced_though_the_first_attempt_fails(pair: tuple[Listener, Channel]) -> None:

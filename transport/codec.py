@@ -3,9 +3,9 @@
     frame 0   magic "FDEC" │ version u16 │ num_arrays u16 │ session u64 │ msgpack of the message
     frame 1…  one per array, C order, little-endian, exactly as long as its shape says
 
-In the msgpack an array is ``[frame index, dtype name, shape]``.  Decoding is typed (msgspec) and copies
-nothing; whatever is not known, not the right length or not the right shape is a ProtocolError.  There is
-no pickle and no way to name a class.
+In the msgpack an array is ``[frame index, dtype name, shape]``.  Decoding is typed (msgspec) and leaves
+floats where they lie; whatever is not known, not the right length or not the right shape is a ProtocolError.
+There is no pickle and no way to name a class.
 """
 
 from __future__ import annotations
@@ -137,6 +137,8 @@ class Codec:
             raise ValueError(f"{name} {tuple(shape)} needs {num_bytes} bytes, the frame has {buffer.nbytes}")
         self._num_viewed += 1
         array = np.frombuffer(buffer, np.uint8).view(dtype) if num_bytes else np.empty(0, dtype)
-        if not array.flags.aligned:  # frames may start anywhere in a receive buffer; kernels need aligned rows
+        # Frames may start anywhere in a receive buffer, and kernels need aligned rows.  Whole numbers are what gets
+        # checked, and in shared memory their sender could change them afterwards.
+        if not array.flags.aligned or dtype.kind == "i":
             array = np.frombuffer(bytearray(buffer), np.uint8).view(dtype)
         return array.reshape(shape)

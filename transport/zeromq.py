@@ -2,7 +2,7 @@
 
 An S-worker's link is a DEALER, an R-worker's port a ROUTER that refuses to drop messages silently.  ZMTP
 heartbeats run in libzmq's own thread, so neither a busy kernel nor a long forward can starve them; a peer
-that is killed shows as a disconnect on the socket's monitor at once, one that is stopped or cut off within four
+that is killed shows as a disconnect on the socket's monitor at once, one that is stopped or cut off within two
 seconds.
 """
 
@@ -22,9 +22,9 @@ from transport.codec import LIMITS, Buffer
 from transport.errors import AddressError, ChannelClosed, PeerLost, PeerTimeout, ProtocolError
 from transport.paths import check_not_taken, check_path
 
-HEARTBEAT_INTERVAL_MS = 400
+HEARTBEAT_INTERVAL_MS = 300
 # A heartbeat waits behind the frame that is being sent, so a frame has to cross within this time.
-HEARTBEAT_TIMEOUT_MS = 3000
+HEARTBEAT_TIMEOUT_MS = 1600
 # Frames under this size are cheaper to copy than to track (pyzmq's own threshold is the same order).
 COPY_BELOW_BYTES = 16 << 10
 
