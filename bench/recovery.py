@@ -59,7 +59,7 @@ def serve(args: argparse.Namespace, model: str, blow: signal.Signals | None, aft
     try:
         with LLM(
             model, transport=args.transport, num_r_workers=3, r_worker_threads=1, skip_tokenizer_init=True,
-            max_num_seqs=args.sequences, start_policy="at-once", kv_cache_memory="1GiB",
+            max_num_seqs=args.sequences, start_policy="eager", kv_cache_memory="1GiB",
         ) as llm:  # fmt: skip
             workers = [c for c in psutil.Process().children(recursive=True) if c.pid not in before]
             engine, run_step = llm._engine, llm._engine.step
