@@ -28,6 +28,7 @@ _DOORS = {
     "mpi_main": "fastdecode.launch_mpi",
     "Tokenizer": "fastdecode.text",
     "calibrate_model": "fastdecode.calibrate",
+    "run_batch": "fastdecode.batch.runner",
 }
 
 __all__ = ["__version__", *_DOORS]  # noqa: PLE0604

@@ -69,15 +69,13 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _serve(args: argparse.Namespace, found: Survey, journal: Journal, names: list[str]) -> int:
-    from fastdecode.batch.runner import run_batch  # not at the top: it brings torch, and help is to be instant
-
     progress, options = _Progress(found.num_lines), engine_options(args)
     options["max_num_waiting"] = options["max_num_waiting"] or _MAX_NUM_WAITING
     try:
         with fastdecode.LLM(args.model, **options) as llm:
             for line in llm.kv_places:
                 print(line, file=sys.stderr)
-            result = run_batch(
+            result = fastdecode.run_batch(
                 llm, found, journal, model_names=names, seed=args.seed, timeout_s=args.request_timeout_s,
                 on_progress=progress.show,
             )  # fmt: skip
