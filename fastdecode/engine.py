@@ -16,6 +16,7 @@ from fastdecode.outputs import RequestOutput
 from fastdecode.pipeline import Pipeline
 from fastdecode.plan import MicroBatch, Step
 from fastdecode.recovery import Recovery, pairs
+from fastdecode.rejoin import RWorkerHandle
 from fastdecode.request import Request, Sequence
 from fastdecode.results import Continuation, LiveRequest, finished_output, refused_output
 from fastdecode.rpool import RPool
@@ -93,6 +94,7 @@ class Engine:
         on with the same tokens.  Raises RWorkerError when none is left, and from then on always.
         """
         self._recover(None)
+        self._recovery.join()
         with self._timeline.span("schedule"):
             step = self._scheduler.schedule()
         if step is None:
@@ -104,6 +106,10 @@ class Engine:
         self._tell(step, started)
         with self._timeline.span("commit"):
             return self._commit(step, sampled, started) + self._take_homeless()
+
+    def add_r_worker(self, find: Callable[[int], RWorkerHandle]) -> None:
+        """One more, found beside the steps under the number it will have; it is used once it is there."""
+        self._rpool.invite(find)
 
     def abort(self, request_ids: Iterable[str]) -> None:
         """Forgets requests, waiting or running, and frees their KV.  Unknown ids are ignored.

@@ -21,6 +21,7 @@ from fastdecode.capacity import describe_places, make_scheduler, max_model_len
 from fastdecode.config import EngineConfig
 from fastdecode.engine import Engine
 from fastdecode.errors import ConfigError, RequestError
+from fastdecode.launch import find_r_worker
 from fastdecode.outputs import RequestOutput
 from fastdecode.prompts import Conversation, Prompt, ReadPrompt, pair, read_prompt
 from fastdecode.results import refused_output
@@ -30,6 +31,7 @@ from fastdecode.step_log import StepLog
 from fastdecode.text import Tokenizer
 from fastdecode.timeline import Timeline
 from gpu_sworker import EmulatedSWorker, ModelFacts, SWorker
+from transport import AddressError
 
 logger = logging.getLogger(__name__)
 
@@ -143,6 +145,18 @@ class LLM:
         conversations: Sequence[Any] = [messages] if messages and isinstance(messages[0], Mapping) else messages
         prompts = [Conversation(conversation, chat_template, add_generation_prompt) for conversation in conversations]
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+
+    def add_r_worker(self, address: str) -> None:
+        """One more R-worker, which runs at `address` or will: it gets new sequences from when it answers on.
+
+        Returns at once, and may be called while this LLM generates.  Raises ConfigError for an address that cannot be
+        one.
+        """
+        try:
+            find_r_worker(0, address).channel.close()  # whether it can be an address at all
+        except AddressError as error:
+            raise ConfigError(str(error)) from error
+        self._engine.add_r_worker(lambda index: find_r_worker(index, address))
 
     def get_default_sampling_params(self) -> SamplingParams:
         """What the model's generation_config.json asks for; what `generate` takes without params."""

@@ -76,6 +76,11 @@ class Recovery:
                 self._unsettled.clear()
         return homeless
 
+    def join(self) -> None:
+        """Between two steps: R-workers that have come back, or are new, get sequences from the next step on."""
+        for joined in self._rpool.take_joined():
+            self._scheduler.gain(joined.worker, joined.welcome.num_blocks)
+
 
 def pairs(sequences: Mapping[int, Iterable[int]]) -> list[tuple[int, int]]:
     """(R-worker, sequence) of each."""

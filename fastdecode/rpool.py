@@ -18,13 +18,14 @@ from typing import TypeVar
 import numpy as np
 
 from fastdecode.errors import RWorkerError, RWorkerFailed, RWorkerLost, RWorkerTimeout, RWorkerUnreachable
+from fastdecode.patience import Patience
 from fastdecode.plan import Admission, MicroBatch
+from fastdecode.rejoin import Joined, Rejoin, RWorkerHandle
 from fastdecode.timeline import S_WORKER, NoTimeline, Timeline
 from transport import (
     Admit,
     Attend,
     Attended,
-    Channel,
     ChannelClosed,
     Failure,
     Goodbye,
@@ -45,14 +46,6 @@ logger = logging.getLogger(__name__)
 
 _Result = TypeVar("_Result")
 _NO_TIMELINE = NoTimeline()
-
-
-@dataclass(frozen=True)
-class RWorkerHandle:
-    """One R-worker as the pool sees it."""
-
-    name: str  # for errors: "R-worker 1 (pid 4711, ipc:///...)"
-    channel: Channel
 
 
 @dataclass(frozen=True)
@@ -78,16 +71,19 @@ class Ticket:
 
 class RPool:
     def __init__(self, workers: Sequence[RWorkerHandle], timeout_s: float, timeline: Timeline = _NO_TIMELINE) -> None:
-        self._workers = tuple(workers)
-        self._alive = list(range(len(self._workers)))
+        self._workers = dict(enumerate(workers))
+        self._alive = sorted(self._workers)
+        self._patience = {worker: Patience(timeout_s) for worker in self._workers}
         self._timeline = timeline
         self._timeout_s = timeout_s
         self._last_ping = 0
+        self._num_ever = len(self._workers)
+        self._rejoin: Rejoin | None = None  # from `open` on
 
     @property
     def names(self) -> list[str]:
         """Of all that there ever were."""
-        return [worker.name for worker in self._workers]
+        return [worker.name for worker in self._workers.values()]
 
     @property
     def alive(self) -> tuple[int, ...]:
@@ -97,7 +93,25 @@ class RPool:
         """A lost one: nothing is sent to it any more, and nothing of it is waited for."""
         if worker in self._alive:
             self._alive.remove(worker)
-            self._workers[worker].channel.close()
+            lost = self._workers[worker]
+            lost.channel.close()
+            if self._rejoin and lost.again:
+                self._rejoin.seek(worker, lost.again)
+
+    def invite(self, find: Callable[[int], RWorkerHandle]) -> None:
+        """A new one, found under the number it will have; `take_joined` tells when it is there."""
+        assert self._rejoin, "a pool is opened first"
+        self._num_ever += 1
+        self._rejoin.seek(self._num_ever - 1, partial(find, self._num_ever - 1))
+
+    def take_joined(self) -> list[Joined]:
+        """Those that came back, or new, since the last call: alive from now on, and empty."""
+        joined = self._rejoin.take() if self._rejoin else []
+        for new in joined:
+            self._workers[new.worker] = new.handle
+            self._patience[new.worker] = Patience(self._timeout_s)
+            self._alive = sorted({*self._alive, new.worker})
+        return joined
 
     def open(self, hello: Hello, timeout_s: float) -> list[Welcome]:
         """Opens a session with every R-worker; they prepare side by side.  Raises RWorkerError."""
@@ -107,6 +121,7 @@ class RPool:
         for i in self._alive:
             reply = self._guard(i, partial(self._workers[i].channel.recv, timeout_s=timeout_s), first_contact=True)
             welcomes.append(self._expect(i, reply, Welcome))
+        self._rejoin = Rejoin(hello)
         return welcomes
 
     def admit(self, admissions: Sequence[Admission]) -> None:
@@ -200,6 +215,8 @@ class RPool:
             if (reply.step, reply.micro_batch, reply.layer, len(reply.o)) != asked:
                 raise self._failed(share.worker, "answered something else than it was asked")
             parts.append(reply.o)
+            took_ns = max(time.monotonic_ns() - waited_ns, reply.ended_ns - reply.began_ns)
+            self._patience[share.worker].took(took_ns / 1e9)
             self._draw(ticket, share, reply, waited_ns)
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
@@ -220,6 +237,8 @@ class RPool:
 
     def close(self) -> None:
         """Says goodbye to whoever still listens and closes all channels."""
+        if self._rejoin:
+            self._rejoin.close()
         for worker in (self._workers[i] for i in self._alive):
             try:
                 worker.channel.send(Goodbye(), timeout_s=1.0)
@@ -247,7 +266,9 @@ class RPool:
 
     def _recv(self, worker: int) -> Message:
         channel = self._workers[worker].channel
-        return self._guard(worker, partial(channel.recv, timeout_s=self._timeout_s))
+        # The last one is waited for: nobody is there to go on without it.
+        timeout_s = self._patience[worker].seconds if len(self._alive) > 1 else self._timeout_s
+        return self._guard(worker, partial(channel.recv, timeout_s=timeout_s))
 
     def _expect(self, worker: int, reply: Message, kind: type[_Result]) -> _Result:
         if isinstance(reply, Failure):

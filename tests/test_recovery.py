@@ -91,9 +91,8 @@ HARMS = (gone, hung, garbled, wrong, refusing)
 
 def make_faulty(llm: LLM, worker: int, calls: int, harm: Callable[[], Message | None]) -> None:
     rpool = llm._engine._rpool
-    handles = list(rpool._workers)
-    handles[worker] = dataclasses.replace(handles[worker], channel=Faulty(handles[worker].channel, calls, harm))  # type: ignore[arg-type]
-    rpool._workers = tuple(handles)
+    handle = rpool._workers[worker]
+    rpool._workers[worker] = dataclasses.replace(handle, channel=Faulty(handle.channel, calls, harm))  # type: ignore[arg-type]
 
 
 @pytest.fixture

@@ -66,6 +66,12 @@ class KVCredits:
         assert not self._accounts[worker].num_sequences
         self._accounts[worker].capacity = 0
 
+    def gain(self, worker: int, capacity_blocks: int) -> None:
+        """One that was lost has come back, or a new one is there; either way it is empty."""
+        self._accounts += [_Account(0, Projection()) for _ in range(len(self._accounts), worker + 1)]
+        assert not self._accounts[worker].num_sequences
+        self._accounts[worker].capacity = capacity_blocks
+
     def blocks(self, num_tokens: int) -> int:
         return -(-num_tokens // self._block_tokens)
 

@@ -104,8 +104,8 @@ class SteadyStream:
     """
 
     def __init__(self, limit: int, interval: int = 1) -> None:
-        """interval: F, the steps from one start to the next."""
-        self._limit, self._interval = limit, interval
+        """limit: in tokens, may change on the way; interval: F, the steps from one start to the next."""
+        self.limit, self._interval = limit, interval
         self._credit = 0.0
         self._earned = -1  # the step in which it earned last
 
@@ -113,8 +113,8 @@ class SteadyStream:
         """In tokens times steps.  Where one costs more than an interval earns, starts are further apart than that."""
         steps = demand.end - demand.start + 1
         cost = demand.area + steps * (self._interval - 1) / 2
-        if cost > self._limit * self._interval and steps <= self._limit:
-            cost = (demand.area - steps / 2) / (1 - steps / (2 * self._limit))  # cost = area + steps (cost/limit - 1)/2
+        if cost > self.limit * self._interval and steps <= self.limit:
+            cost = (demand.area - steps / 2) / (1 - steps / (2 * self.limit))  # cost = area + steps (cost/limit - 1)/2
         return cost
 
     def earn(self, step: int, next_cost: float) -> None:
@@ -125,7 +125,7 @@ class SteadyStream:
         """
         if step % self._interval == 0 and step != self._earned:
             self._earned = step
-            earned = float(self._limit * self._interval)
+            earned = float(self.limit * self._interval)
             self._credit = min(self._credit + earned, earned + next_cost)
 
     def allows(self, cost: float) -> bool:

@@ -66,12 +66,12 @@ class LoadControl:
         assert start_policy in START_POLICIES
         self._credits, self._policy, self._max_kv_load = credits, start_policy, max_kv_load
         self._total = Projection()
+        self._start_interval = start_interval
+        # Where memory is the limit every R-worker has its own, and keeps its own pace.
+        self._by_memory = max_kv_load is None or max_kv_load >= sum(credits.capacity_tokens)
+        self._streams: list[SteadyStream] = []
         self._limit = 0
         self.measure_memory()
-        # Where memory is the limit every R-worker has its own, and keeps its own pace.
-        by_memory = self._limit == sum(credits.capacity_tokens)
-        limits = credits.capacity_tokens if by_memory else [self._limit]
-        self._streams = [SteadyStream(limit, start_interval) for limit in limits]
         self._started: dict[int, _Started] = {}
         self._recent: deque[Prediction] = deque(maxlen=_RECENT)  # how long the latest to start will take
         self._are_alike = True
@@ -80,9 +80,13 @@ class LoadControl:
         self._batch_open = True
 
     def measure_memory(self) -> None:
-        """Again, when an R-worker was lost."""
-        capacity = sum(self._credits.capacity_tokens)
-        self._limit = capacity if self._max_kv_load is None else min(self._max_kv_load, capacity)
+        """Again, when an R-worker was lost or has come."""
+        capacities = self._credits.capacity_tokens
+        self._limit = sum(capacities) if self._max_kv_load is None else min(self._max_kv_load, sum(capacities))
+        limits = capacities if self._by_memory else [self._limit]
+        self._streams += [SteadyStream(limit, self._start_interval) for limit in limits[len(self._streams) :]]
+        for stream, limit in zip(self._streams, limits, strict=True):
+            stream.limit = limit
 
     def begin_step(self, step: int, max_kv_tokens: int, first: Prospect | None) -> None:
         """max_kv_tokens: that all waiting and running sequences may come to hold; first: who would start first."""
@@ -157,7 +161,7 @@ class LoadControl:
         return self._stream(worker).cost(self._measured(prospect.mean))
 
     def _stream(self, worker: int) -> SteadyStream:
-        return self._streams[worker if len(self._streams) > 1 else 0]
+        return self._streams[worker if self._by_memory else 0]
 
     def _measured(self, demand: Demand) -> Demand:
         """In the units of the limit: where memory sets it, part of that goes to blocks half full."""

@@ -202,6 +202,11 @@ class Scheduler:
         loss.homeless.extend(s for s in self._waiting if self._credits.blocks(s.max_kv_tokens) > largest)
         return loss
 
+    def gain(self, worker: int, capacity_blocks: int) -> None:
+        """An R-worker has come back, empty, or is new; it gets sequences from the next step on."""
+        self._credits.gain(worker, capacity_blocks)
+        self._load.measure_memory()
+
     def check_integrity(self) -> None:
         """Asserts that credit is held by exactly the running sequences."""
         assert len(self._running) <= self._config.num_seats

@@ -1,0 +1,136 @@
+"""R-workers as processes of this machine: started, read the address of, started again when lost, ended."""
+
+from __future__ import annotations
+
+import logging
+import os
+import selectors
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from functools import partial
+from pathlib import Path
+
+from cpu_attention import LISTENING, available_cores, format_cores
+from fastdecode.errors import RWorkerUnreachable
+from fastdecode.rejoin import RWorkerHandle
+from transport import connect
+
+logger = logging.getLogger(__name__)
+
+START_TIMEOUT_S = 60.0
+STOP_TIMEOUT_S = 10.0
+
+
+class Processes:
+    """Close it after whatever is connected to them."""
+
+    def __init__(self, *, transport: str, num_workers: int, num_threads: int, kv_cache_bytes: int) -> None:
+        """transport: shm, ipc or tcp; threads and bytes: of each."""
+        self._transport, self._num_workers = transport, num_workers
+        self._num_threads, self._kv_cache_bytes = num_threads, kv_cache_bytes
+        self._directory = Path(tempfile.mkdtemp(prefix="fastdecode-"))  # for this user alone
+        self._running: dict[int, subprocess.Popen[bytes]] = {}  # by index
+        self._num_ever = 0
+        self._is_closed = False
+        self._lock = threading.Lock()  # one may be started again while all are to end
+
+    def start(self) -> list[RWorkerHandle]:
+        """All of them, side by side.  Raises RWorkerUnreachable."""
+        for index in range(self._num_workers):
+            self._spawn(index)
+        deadline = time.monotonic() + START_TIMEOUT_S
+        return [self._handle(index, deadline) for index in range(self._num_workers)]
+
+    def close(self) -> None:
+        """Their standard inputs end, so they end, side by side; one that does not is made to."""
+        with self._lock:
+            self._is_closed = True
+            processes = list(self._running.values())
+        for process in processes:
+            _close_pipes(process)
+        deadline = time.monotonic() + STOP_TIMEOUT_S
+        for process in processes:
+            try:
+                process.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                logger.warning("R-worker process %d does not end by itself and is killed", process.pid)
+                process.kill()
+                process.wait()
+        shutil.rmtree(self._directory, ignore_errors=True)
+
+    def _again(self, index: int) -> RWorkerHandle:
+        """In place of one that was lost, whose memory is needed.  Raises RWorkerUnreachable."""
+        lost = self._running[index]
+        lost.kill()
+        lost.wait(STOP_TIMEOUT_S)
+        with self._lock:
+            if self._is_closed:
+                raise RWorkerUnreachable("all R-workers are to end")
+            _close_pipes(lost)
+            self._spawn(index)
+        return self._handle(index, time.monotonic() + START_TIMEOUT_S)
+
+    def _spawn(self, index: int) -> None:
+        cores = cores_of(index, self._num_workers, self._num_threads)
+        self._num_ever += 1
+        here = "127.0.0.1:0" if self._transport == "tcp" else f"{self._directory}/{self._num_ever - 1}"
+        command = [sys.executable, "-m", "cpu_attention", "--bind", f"{self._transport}://{here}", "--exit-with-parent"]
+        command += ["--kv-cache-memory", str(self._kv_cache_bytes), "--threads", str(self._num_threads)]
+        command += ["--cores", format_cores(cores)] if cores else []
+        packages = os.pathsep.join(filter(None, [_source_root(), os.environ.get("PYTHONPATH")]))
+        self._running[index] = subprocess.Popen(
+            [*command, "--log-level", "warning"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            start_new_session=True,  # Ctrl-C is for us; we end them
+            env=os.environ | {"PYTHONPATH": packages},
+        )
+
+    def _handle(self, index: int, deadline: float) -> RWorkerHandle:
+        process = self._running[index]
+        address = _read_address(index, process, deadline)
+        name = f"R-worker {index} (process {process.pid}, {address})"
+        return RWorkerHandle(name, connect(address), partial(self._again, index))
+
+
+def cores_of(index: int, num_workers: int, num_threads: int) -> tuple[int, ...]:
+    """For the threads of one of several R-workers on this machine; none if there are not enough for all."""
+    cores = available_cores()
+    share = len(cores) // num_workers
+    return cores[index * share :][:num_threads] if num_threads <= share else ()
+
+
+def _close_pipes(process: subprocess.Popen[bytes]) -> None:
+    for stream in (process.stdin, process.stdout):
+        if stream is not None:
+            stream.close()
+
+
+def _read_address(index: int, process: subprocess.Popen[bytes], deadline: float) -> str:
+    """The address in the process's first line."""
+    assert process.stdout is not None
+    line = b""
+    with selectors.DefaultSelector() as selector:
+        selector.register(process.stdout, selectors.EVENT_READ)
+        while not line.endswith(b"\n"):
+            if not selector.select(max(0.0, deadline - time.monotonic())):
+                raise RWorkerUnreachable(
+                    f"R-worker {index} (process {process.pid}) did not start within {START_TIMEOUT_S:g} s"
+                )
+            chunk = os.read(process.stdout.fileno(), 4096)
+            if not chunk:
+                raise RWorkerUnreachable(
+                    f"R-worker {index} (process {process.pid}) ended at its start with exit code {process.wait(5)}; "
+                    "its message is above"
+                )
+            line += chunk
+    return line.decode().strip().removeprefix(LISTENING)
+
+
+def _source_root() -> str:
+    """Where this project's packages lie, so that workers find them without being installed."""
+    return str(Path(__file__).resolve().parents[1])
