@@ -72,8 +72,10 @@ def start_r_workers(
 
 def find_r_worker(index: int, address: str) -> RWorkerHandle:
     """One that runs already.  Raises AddressError."""
-    again = None if address.startswith("mpi://") else partial(find_r_worker, index, address)
-    return RWorkerHandle(f"R-worker {index} ({address})", connect(address), again)
+    name, channel = f"R-worker {index} ({address})", connect(address)
+    if address.startswith("mpi://"):
+        return RWorkerHandle(name, channel, is_vital=True)
+    return RWorkerHandle(name, channel, partial(find_r_worker, index, address))
 
 
 def find_r_workers(addresses: list[str]) -> RWorkers:

@@ -3,6 +3,7 @@
 rank 0      table of roles ─► main() ──────────────────────► dismiss the others ─► exit code
 rank 1…     table of roles ─► serve an R-worker … until dismissed ───────────────► exit code 0
 any rank    an exception: the message, then MPI_Abort, which ends all of them
+rank 0      one that does not end when it is dismissed: its name, then MPI_Abort
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import logging
 import os
 import platform
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -26,6 +28,8 @@ logger = logging.getLogger(__name__)
 
 _DISMISS_TIMEOUT_S = 10.0
 _ROLE_BYTES = 512
+_END_TAG = 7103  # what a rank says last
+_LOOK_S = 0.002
 
 
 def mpi_addresses() -> list[str]:
@@ -58,9 +62,14 @@ def mpi_main(main: Callable[[], int], *, kv_cache_bytes: int | None = None, num_
         _print_roles(comm)
         if rank == 0:
             try:
-                return main()
-            finally:
-                _dismiss(range(1, comm.Get_size()))
+                code = main()
+            except Exception:
+                raise  # told below, and all are ended
+            except BaseException:
+                _dismiss(comm)
+                raise
+            _dismiss(comm)
+            return code
         num_sharing = max(1, _ranks_on_this_host(comm) - 1)
         keep_freed_memory()
         worker = RWorker(
@@ -70,6 +79,7 @@ def mpi_main(main: Callable[[], int], *, kv_cache_bytes: int | None = None, num_
         with listen("mpi://") as listener:
             serve(listener, worker, dismissable=True)
         worker.close()
+        comm.Isend(np.empty(0, np.uint8), dest=0, tag=_END_TAG).Free()
         return 0
     except Exception:
         print(f"rank {rank} on {platform.node()} failed and ends the job:", file=sys.stderr)
@@ -131,10 +141,24 @@ def _ranks_on_this_host(comm: Any) -> int:
     return int(comm.Get_size())
 
 
-def _dismiss(ranks: range) -> None:
-    for rank in ranks:
+def _dismiss(comm: Any) -> None:
+    """Every rank but this one; who does not end is named, and made to, because MPI would wait for it for ever."""
+    staying = set(range(1, comm.Get_size()))
+    for rank in staying:
         try:
             with connect(f"mpi://{rank}") as channel:
                 channel.send(Goodbye(dismiss=True), timeout_s=_DISMISS_TIMEOUT_S)
         except TransportError as error:
             logger.warning("rank %d takes no goodbye: %s", rank, error)
+    deadline = time.monotonic() + _DISMISS_TIMEOUT_S
+    while staying and time.monotonic() < deadline:
+        gone = {rank for rank in staying if comm.Iprobe(source=rank, tag=_END_TAG)}
+        for rank in gone:
+            comm.Recv(np.empty(0, np.uint8), source=rank, tag=_END_TAG)
+        staying -= gone
+        time.sleep(0 if gone else _LOOK_S)
+    if staying:
+        told = " and ".join(f"rank {rank}" for rank in sorted(staying))
+        print(f"error: {told} did not end within {_DISMISS_TIMEOUT_S:g} s: hung or stopped; the job is ended",
+              file=sys.stderr, flush=True)  # fmt: skip
+        comm.Abort(1)

@@ -34,7 +34,7 @@ class Recovery:
 
     @property
     def is_final(self) -> bool:
-        """No R-worker is left."""
+        """No R-worker is left, or none that can go on without those that are lost."""
         return self._final is not None
 
     def note(self, error: RWorkerError, unsettled: Iterable[tuple[int, int]] = ()) -> None:
@@ -57,8 +57,9 @@ class Recovery:
             kept: Mapping[int, Mapping[int, int]] = {}
             if self._noted:
                 error = self._noted.popleft()
+                is_vital = self._rpool.is_vital(error.r_worker)
                 self._rpool.drop(error.r_worker)
-                if not self._rpool.alive:
+                if is_vital:
                     self._final = error
                     continue
                 logger.warning("%s.  What it held is computed again on the others", error)

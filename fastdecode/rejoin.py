@@ -41,6 +41,7 @@ class RWorkerHandle:
     name: str  # for errors: "R-worker 1 (process 4711, ipc:///...)"
     channel: Channel
     again: Callable[[], RWorkerHandle] | None = None  # starts or finds it once more; may take long; None: cannot
+    is_vital: bool = False  # nothing goes on without it: MPI has no recovery
 
 
 @dataclass(frozen=True)

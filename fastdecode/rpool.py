@@ -89,13 +89,17 @@ class RPool:
     def alive(self) -> tuple[int, ...]:
         return tuple(self._alive)
 
+    def is_vital(self, worker: int) -> bool:
+        """Whether nothing goes on without it: a rank of MPI, or the last one."""
+        return self._workers[worker].is_vital or self._alive == [worker]
+
     def drop(self, worker: int) -> None:
-        """A lost one: nothing is sent to it any more, and nothing of it is waited for."""
+        """A lost one: nothing is sent to it any more, and nothing of it is waited for.  It may return."""
         if worker in self._alive:
+            lost, is_vital = self._workers[worker], self.is_vital(worker)
             self._alive.remove(worker)
-            lost = self._workers[worker]
             lost.channel.close()
-            if self._rejoin and lost.again:
+            if self._rejoin and lost.again and not is_vital:
                 self._rejoin.seek(worker, lost.again)
 
     def invite(self, find: Callable[[int], RWorkerHandle]) -> None:
@@ -266,8 +270,7 @@ class RPool:
 
     def _recv(self, worker: int) -> Message:
         channel = self._workers[worker].channel
-        # The last one is waited for: nobody is there to go on without it.
-        timeout_s = self._patience[worker].seconds if len(self._alive) > 1 else self._timeout_s
+        timeout_s = self._timeout_s if self.is_vital(worker) else self._patience[worker].seconds
         return self._guard(worker, partial(channel.recv, timeout_s=timeout_s))
 
     def _expect(self, worker: int, reply: Message, kind: type[_Result]) -> _Result:

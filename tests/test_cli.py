@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -185,17 +186,25 @@ def test_mpirun_with_a_failing_rank_0(code: str, text: str, mpirun: list[str]) -
     assert out.returncode != 0 and text in out.stdout + out.stderr
 
 
-def test_mpirun_with_a_killed_r_worker(mpirun: list[str], llama: Case) -> None:
-    """MPI has no recovery: the job ends, non-zero, and does not hang."""
+@pytest.mark.parametrize("harm", [signal.SIGKILL, signal.SIGSTOP], ids=str)
+def test_mpirun_with_a_lost_r_worker(harm: signal.Signals, mpirun: list[str], llama: Case, tmp_path: Path) -> None:
+    """MPI has no recovery: the job ends, non-zero, names the rank, and does not hang."""
     script = (
-        "import os, sys, threading, fastdecode\n"
+        "import os, pathlib, sys, threading, time, fastdecode\n"
         "from mpi4py import MPI\n"
+        f"begun = pathlib.Path({str(tmp_path / 'begun')!r})\n"
+        "def strike():\n"
+        "    while not begun.exists():\n"
+        "        time.sleep(0.01)\n"
+        f"    os.kill(os.getpid(), {int(harm)})\n"
         "if MPI.COMM_WORLD.Get_rank() == 2:\n"
-        "    threading.Timer(3, os.kill, (os.getpid(), 9)).start()\n"
+        "    threading.Thread(target=strike, daemon=True).start()\n"
         "def main():\n"
-        f"    with fastdecode.LLM({str(llama.directory)!r}, transport='mpi', skip_tokenizer_init=True) as llm:\n"
+        f"    with fastdecode.LLM({str(llama.directory)!r}, transport='mpi', skip_tokenizer_init=True,\n"
+        "                        worker_timeout_s=3) as llm:\n"
         "        while True:\n"
         "            llm.generate([[5] * 9] * 4, fastdecode.SamplingParams(max_tokens=300), use_tqdm=False)\n"
+        "            begun.touch()\n"
         "sys.exit(fastdecode.mpi_main(main, kv_cache_bytes=10**8))"
     )
     started = time.monotonic()
@@ -204,6 +213,7 @@ def test_mpirun_with_a_killed_r_worker(mpirun: list[str], llama: Case) -> None:
     )
     assert out.returncode != 0 and time.monotonic() - started < 60
     assert "rank 2" in out.stdout + out.stderr
+    assert harm == signal.SIGKILL or "RWorkerTimeout: R-worker 1 (mpi://2): no answer" in out.stderr
 
 
 def test_without_mpi4py(demo_model: Path) -> None:
