@@ -7,7 +7,7 @@ a kernel that hangs, a message that was swallowed on the way.  A false alarm cos
 from __future__ import annotations
 
 _LEAST_S = 1.5  # an answer takes milliseconds; a machine that swaps or is shared with others takes longer now and then
-_TIMES = 30.0  # contexts grow by a token a step, so no answer takes much longer than the one before
+_TIMES = 10.0  # contexts grow by a token a step, so no answer takes much longer than the one before
 _ENOUGH = 16  # answers that tell; the first ones are slow for reasons of their own
 _FADES = 0.999  # what a slow answer counts for after the next
 

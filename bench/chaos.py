@@ -1,0 +1,274 @@
+"""Three R-workers come to harm, again and again, while 200 requests are served: no token may change, nothing may hang.
+
+    python bench/chaos.py [--seeds 10] [--json FILE]
+
+The workers are processes behind tcp://.  At random moments one is killed with SIGKILL (and started again by whoever
+looks after it), one stopped with SIGSTOP (and let go on), and one has a link that drops, delays, doubles, damages or
+swaps a message, is cut, or falls silent.  Each comes back by itself.  A blow that would fall on the last worker that is
+left waits until another one is back.
+
+    noticed      from the blow to the warning that names the worker; none: it was bridged over, as a delay should be
+    stood still  the longest time without a finished step, from the blow until shortly after it was noticed
+    at 2/3       until tokens come at two thirds of the undisturbed run's rate again, over half a second
+    back         until the worker has a session again
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import logging
+import random
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import fastdecode  # before torch, see there
+
+# isort: split
+import numpy as np
+
+from bench.end_to_end import make_model
+from cpu_attention import LISTENING, cpu_name
+from fastdecode import LLM, SamplingParams
+from transport.bad_link import HARMS, BadLink
+
+KILLED, STOPPED, BEHIND_BAD_LINK = range(3)
+_RESTART_S, _STOP_S = 0.5, 3.0
+_WINDOW_S = 0.5
+
+
+class Worker:
+    """An R-worker process that somebody looks after: it is started again at its address."""
+
+    def __init__(self) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.address = f"tcp://127.0.0.1:{self.port}"
+        self.start()
+
+    def start(self) -> None:
+        command = [sys.executable, "-m", "cpu_attention", "--bind", self.address, "--kv-cache-memory", "256MiB"]
+        self.process = subprocess.Popen(
+            [*command, "--threads", "1", "--log-level", "error"],
+            cwd=Path(__file__).parents[1],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert self.process.stdout and self.process.stdout.readline().startswith(LISTENING)
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+@dataclass
+class Blow:
+    harm: str
+    worker: int
+    at: float
+    noticed: float | None = None
+    back: float | None = None
+
+
+@dataclass
+class Run:
+    """What happened, all in seconds of the monotonic clock."""
+
+    tokens: list[list[int]] = field(default_factory=list)
+    steps: list[tuple[float, int]] = field(default_factory=list)  # (when it was done, tokens)
+    blows: list[Blow] = field(default_factory=list)
+
+    def rate(self, begin: float, end: float) -> float:
+        """Tokens per second."""
+        return sum(tokens for at, tokens in self.steps if begin < at <= end) / (end - begin)
+
+    def usual_rate(self) -> float:
+        """The median over windows of the middle half."""
+        begin, end = self.steps[0][0], self.steps[-1][0]
+        edges = np.arange(begin + 0.25 * (end - begin), begin + 0.75 * (end - begin), _WINDOW_S)
+        return statistics.median(self.rate(edge, edge + _WINDOW_S) for edge in edges)
+
+
+class _Listener(logging.Handler):
+    """Puts what is logged of losses and returns beside the blows."""
+
+    def __init__(self, run: Run) -> None:
+        super().__init__()
+        self._run = run
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.levelno < logging.WARNING or not isinstance(record.args, tuple):
+            return
+        now = time.monotonic()
+        if record.name == "fastdecode.recovery":
+            worker = record.args[0].r_worker  # type: ignore[union-attr]
+            for blow in self._run.blows:
+                if blow.worker == worker and blow.noticed is None and now - blow.at < 10:
+                    blow.noticed = now
+        elif record.name == "fastdecode.rejoin":
+            for blow in self._run.blows:
+                if f"R-worker {blow.worker} " in str(record.args[0]) and blow.noticed and blow.back is None:
+                    blow.back = now
+
+
+class Chaos(threading.Thread):
+    def __init__(self, run: Run, llm: LLM, workers: list[Worker], link: BadLink, seed: int, num_blows: int) -> None:
+        super().__init__(daemon=True)
+        self._chaos, self._llm, self._workers, self._link = run, llm, workers, link
+        self._random, self._num_blows = random.Random(seed), num_blows
+        self.ends = threading.Event()
+        self.error: BaseException | None = None
+
+    def run(self) -> None:
+        try:
+            targets: list[int] = []
+            for _ in range(self._num_blows):
+                if not targets:
+                    targets = self._random.sample(range(3), 3)
+                if self.ends.wait(self._random.uniform(0.2, 1.5)):
+                    return
+                self._strike(targets.pop())
+        except BaseException as error:
+            self.error = error
+
+    def _is_sound(self, worker: int) -> bool:
+        """It serves, and nothing is under way that would end that."""
+        blows = [blow for blow in self._chaos.blows if blow.worker == worker]
+        is_over = not blows or blows[-1].back or (not blows[-1].noticed and time.monotonic() - blows[-1].at > 4)
+        return worker in self._llm._engine._rpool.alive and bool(is_over)
+
+    def _strike(self, worker: int) -> None:
+        while not self._is_sound(worker) or not any(map(self._is_sound, {0, 1, 2} - {worker})):
+            if self.ends.wait(0.02):
+                return
+        process = self._workers[worker].process
+        harm = {KILLED: "SIGKILL", STOPPED: "SIGSTOP"}.get(worker) or self._random.choice(HARMS)
+        self._chaos.blows.append(Blow(harm, worker, time.monotonic()))
+        if worker == KILLED:
+            process.kill()
+            process.wait()
+            self.ends.wait(_RESTART_S)
+            self._workers[worker].start()
+        elif worker == STOPPED:
+            process.send_signal(signal.SIGSTOP)
+            threading.Timer(_STOP_S, process.send_signal, (signal.SIGCONT,)).start()
+        else:
+            self._link.strike(harm, self._random.randrange(8))
+
+
+def serve(args: argparse.Namespace, model: str, seed: int | None) -> Run:
+    """The requests once; without a seed nothing happens to anybody."""
+    generator = np.random.default_rng(0)
+    prompts = [
+        generator.integers(3, args.vocab, length).tolist() for length in generator.integers(4, 100, args.requests)
+    ]
+    params = [
+        SamplingParams(temperature=0.8 if index % 4 == 0 else 0, max_tokens=int(length), ignore_eos=True, seed=index)
+        for index, length in enumerate(generator.integers(args.output_len // 2, args.output_len, args.requests))
+    ]
+    run, workers = Run(), [Worker() for _ in range(3)]
+    link = BadLink("127.0.0.1", workers[BEHIND_BAD_LINK].port, seed or 0)
+    listener = _Listener(run)
+    logging.getLogger("fastdecode").addHandler(listener)
+    try:
+        addresses = [workers[KILLED].address, workers[STOPPED].address, link.address]
+        with LLM(
+            model, r_worker_addresses=addresses, skip_tokenizer_init=True, max_num_seqs=args.sequences,
+            start_policy="eager", max_num_batched_tokens=512,
+        ) as llm:  # fmt: skip
+            llm.generate(prompts[:4], SamplingParams(max_tokens=8, ignore_eos=True), use_tqdm=False)
+            llm._engine._on_step = lambda record: run.steps.append((time.monotonic(), record.num_decodes))
+            chaos = Chaos(run, llm, workers, link, seed or 0, args.blows if seed is not None else 0)
+            chaos.start()
+            outputs = llm.generate(prompts, params, use_tqdm=False)
+            chaos.ends.set()
+            chaos.join(10)
+            if chaos.error:
+                raise chaos.error
+    finally:
+        logging.getLogger("fastdecode").removeHandler(listener)
+        link.close()
+        for worker in workers:
+            worker.close()
+    assert not any(output.error for output in outputs), [output.error for output in outputs if output.error]
+    run.tokens = [output.outputs[0].token_ids for output in outputs]
+    return run
+
+
+def figures(run: Run, usual_rate: float) -> list[dict[str, Any]]:
+    """One record for each blow that had time to show."""
+    last, records = run.steps[-1][0], []
+    moments = [at for at, _ in run.steps]
+    for blow in run.blows:
+        if last - blow.at < 5:
+            continue
+        until = (blow.noticed or blow.at) + _WINDOW_S
+        gaps = [b - a for a, b in itertools.pairwise(moments) if b > blow.at and a < until]
+        begins = np.arange(blow.at, last - _WINDOW_S, 0.05)
+        full = next((b for b in begins if run.rate(b, b + _WINDOW_S) >= 2 / 3 * usual_rate), None)
+        records.append(
+            {
+                "harm": blow.harm,
+                "noticed_s": None if blow.noticed is None else blow.noticed - blow.at,
+                "stood_still_s": max(gaps, default=0.0),
+                "two_thirds_s": None if full is None else full - blow.at,
+                "back_s": None if blow.back is None else blow.back - blow.at,
+            }
+        )
+    return records
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    shape = {"hidden": 256, "mlp": 512, "layers": 4, "q-heads": 8, "kv-heads": 4, "vocab": 1000}
+    sizes = {"requests": 200, "sequences": 32, "output-len": 300, "seeds": 10, "first-seed": 0, "blows": 6}
+    for name, default in (shape | sizes).items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--json", metavar="FILE", help="also write the figures there")
+    args = parser.parse_args()
+    records = []
+    with tempfile.TemporaryDirectory() as model:
+        make_model(args, model)
+        plain = serve(args, model, None)
+        usual = plain.usual_rate()
+        print(f"undisturbed: {plain.steps[-1][0] - plain.steps[0][0]:.1f} s, {usual:.0f} tokens/s", flush=True)
+        for seed in range(args.first_seed, args.first_seed + args.seeds):
+            run = serve(args, model, seed)
+            if run.tokens != plain.tokens:
+                raise SystemExit(f"seed {seed}: other tokens than in the undisturbed run")
+            records += figures(run, usual)
+            harms = ", ".join(blow.harm for blow in run.blows)
+            print(f"seed {seed}: {run.steps[-1][0] - run.steps[0][0]:.1f} s, tokens equal; {harms}", flush=True)
+    print(f"\nfastdecode {fastdecode.__version__}, {cpu_name()}, {len(records)} blows; median (largest), seconds")
+    print(f"{'harm':10} {'blows':>5} {'lost':>5} {'noticed':>14} {'stood still':>14} {'at 2/3':>14} {'back':>14}")
+    for harm in ("SIGKILL", "SIGSTOP", *HARMS):
+        own = [record for record in records if record["harm"] == harm]
+        if own:
+            num_lost = sum(record["noticed_s"] is not None for record in own)
+            cells = [_cell(own, key) for key in ("noticed_s", "stood_still_s", "two_thirds_s", "back_s")]
+            print(f"{harm:10} {len(own):5} {num_lost:5} " + " ".join(f"{cell:>14}" for cell in cells))
+    if args.json:
+        record = {"machine": cpu_name(), "settings": vars(args), "blows": records}
+        Path(args.json).write_text(json.dumps(record, indent=1) + "\n")
+
+
+def _cell(records: list[dict[str, Any]], key: str) -> str:
+    values = [record[key] for record in records if record[key] is not None]
+    return f"{statistics.median(values):.2f} ({max(values):.2f})" if values else "none"
+
+
+if __name__ == "__main__":
+    main()
