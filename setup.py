@@ -26,6 +26,7 @@ setup(
         "numba>=0.61",
         "numpy>=2.0,<3",
         "pyzmq>=26",
+        "xxhash>=3.4",
         "msgspec>=0.19,<1",
         "ml_dtypes>=0.5,<1",
         "greenlet>=3.1,<4",

@@ -42,6 +42,7 @@ from transport import (
     Message,
     Ping,
     Pong,
+    Refusals,
     Release,
     Rewind,
     Step,
@@ -88,6 +89,7 @@ class RWorker:
         self._num_threads = num_threads
         self._attention = Attention(num_threads, kernel, cores)
         self._session: _Session | None = None
+        self._refusals = Refusals(logger)
 
     @property
     def session(self) -> int | None:
@@ -105,7 +107,7 @@ class RWorker:
             failure = Failure("InternalError", f"{type(error).__name__}: {error}"[:4096])
         if not isinstance(message, _UNANSWERED):
             return failure
-        logger.warning("%s failed: %s", type(message).__name__, failure.text)
+        self._refusals.tell(f"{type(message).__name__} failed: {failure.text}")
         if self._session and self._session.nonce == session:
             self._session.failure = self._session.failure or failure
         return None

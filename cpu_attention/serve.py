@@ -21,6 +21,7 @@ from transport import (
     MessageTooLarge,
     PeerLost,
     PeerTimeout,
+    Refusals,
     Welcome,
 )
 
@@ -37,6 +38,7 @@ def serve(listener: Listener, worker: RWorker, *, dismissable: bool = False) -> 
     has vanished without a Goodbye is replaced.
     """
     owner: Hashable = None  # the peer of the session that is open
+    refusals = Refusals(logger)
     while True:
         try:
             delivery = listener.recv(timeout_s=_IDLE_S)
@@ -45,8 +47,8 @@ def serve(listener: Listener, worker: RWorker, *, dismissable: bool = False) -> 
         except ChannelClosed:
             return
         except BadDelivery as error:
-            logger.warning("refused a frame: %s", error)
-            _answer(listener, error.peer, 0, Failure("ProtocolError", str(error)[:4096]), 0.0)
+            refusals.tell(f"refused a frame: {error}", error.origin)
+            _answer(listener, error.peer, 0, Failure("ProtocolError", str(error)[:4096]), 0.0, refusals)
             continue
         peer, session, message = delivery.peer, delivery.envelope.session, delivery.envelope.message
         reply: Message | None
@@ -61,16 +63,20 @@ def serve(listener: Listener, worker: RWorker, *, dismissable: bool = False) -> 
                 reply = structs.replace(reply, began_ns=began_ns, ended_ns=time.monotonic_ns())
             if isinstance(reply, Welcome):
                 owner = peer
+        if isinstance(reply, Failure) and peer != owner:
+            refusals.tell(f"refused {type(message).__name__}: {reply.text}", delivery.origin)
         if reply is not None:
-            _answer(listener, peer, session, reply, _ANSWER_TIMEOUT_S if peer == owner else 0.0)
+            _answer(listener, peer, session, reply, _ANSWER_TIMEOUT_S if peer == owner else 0.0, refusals)
         if isinstance(message, Goodbye) and message.dismiss and dismissable:
             return
         del delivery, message, reply  # and with them what they hold of the transport's memory
 
 
-def _answer(listener: Listener, peer: Hashable, session: int, reply: Message, timeout_s: float) -> None:
+def _answer(
+    listener: Listener, peer: Hashable, session: int, reply: Message, timeout_s: float, refusals: Refusals
+) -> None:
     """A peer that has gone, or takes nothing any more, is its own loss, not this worker's."""
     try:
         listener.send(peer, session, reply, timeout_s=timeout_s)
     except (PeerLost, PeerTimeout, MessageTooLarge) as error:
-        logger.warning("could not answer: %s", error)
+        refusals.tell(f"could not answer: {error}")

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import zmq
 
@@ -21,6 +24,7 @@ from transport import (
     Codec,
     Goodbye,
     Hello,
+    Keys,
     LayerSpec,
     Listener,
     PeerLost,
@@ -30,22 +34,34 @@ from transport import (
     Welcome,
     connect,
     listen,
+    make_keys,
 )
+from transport.hosts import check_bind
 from transport.testing import CHECKS, check_close, serve_echo
 
 ROOT = Path(__file__).parents[1]
-SCHEMES = ("inproc", "shm", "ipc", "tcp")
+KEYS = make_keys()
+SCHEMES = ("inproc", "shm", "ipc", "tcp", "tcp+keys")
+keys_of: dict[str, Keys] = {}  # by the listener's address
 
 
-def an_address(scheme: str, tmp_path: Path) -> str:
-    if scheme == "tcp":
-        return "tcp://127.0.0.1:0"
-    return f"{scheme}://{tmp_path}/socket"
+def a_listener(scheme: str, tmp_path: Path) -> Listener:
+    if not scheme.startswith("tcp"):
+        return listen(f"{scheme}://{tmp_path}/socket")
+    listener = listen("tcp://127.0.0.1:0", KEYS if scheme == "tcp+keys" else None)
+    keys_of.pop(listener.address, None)
+    if scheme == "tcp+keys":
+        keys_of[listener.address] = KEYS
+    return listener
+
+
+def reach(listener: Listener) -> Channel:
+    return connect(listener.address, keys_of.get(listener.address))
 
 
 @pytest.fixture(params=SCHEMES)
 def listener(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Listener]:
-    with listen(an_address(request.param, tmp_path)) as listener:
+    with a_listener(request.param, tmp_path) as listener:
         yield listener
 
 
@@ -53,9 +69,9 @@ def listener(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Listene
 def echo(listener: Listener) -> Iterator[Channel]:
     thread = threading.Thread(target=serve_echo, args=(listener, 30.0))
     thread.start()
-    with connect(listener.address) as channel:
+    with reach(listener) as channel:
         yield channel
-    with connect(listener.address) as last:
+    with reach(listener) as last:
         last.send(Goodbye(), timeout_s=5)
     thread.join(10)
     assert not thread.is_alive()
@@ -69,7 +85,7 @@ def test_conformance(check: object, echo: Channel) -> None:
 def test_conformance_close(listener: Listener) -> None:
     thread = threading.Thread(target=serve_echo, args=(listener, 30.0))
     thread.start()
-    check_close(connect(listener.address))
+    check_close(reach(listener))
     thread.join(10)
     assert not thread.is_alive()
 
@@ -89,7 +105,7 @@ def test_several_s_workers(listener: Listener) -> None:
     """Each gets its own answers."""
     thread = threading.Thread(target=serve_echo, args=(listener, 30.0))
     thread.start()
-    channels = [connect(listener.address) for _ in range(3)]
+    channels = [reach(listener) for _ in range(3)]
     for round_ in range(20):
         for i, channel in enumerate(channels):
             channel.send(Ping(100 * i + round_), timeout_s=5)
@@ -103,7 +119,7 @@ def test_several_s_workers(listener: Listener) -> None:
 
 
 def test_closed_listener_is_a_lost_peer(listener: Listener) -> None:
-    channel = connect(listener.address)
+    channel = reach(listener)
     channel.send(Ping(1), timeout_s=5)
     listener.recv(timeout_s=5)
     listener.close()
@@ -118,7 +134,7 @@ def test_closed_listener_is_a_lost_peer(listener: Listener) -> None:
 def test_listener_notices_who_left(listener: Listener) -> None:
     """Within a second, however much was written to it; many times, because it once was a matter of luck."""
     for _ in range(30):
-        channel = connect(listener.address)
+        channel = reach(listener)
         channel.send(Ping(1), timeout_s=5)
         peer = listener.recv(timeout_s=5).peer
         assert listener.is_reachable(peer)
@@ -129,7 +145,7 @@ def test_listener_notices_who_left(listener: Listener) -> None:
 
 
 def test_probing_does_not_disturb(listener: Listener) -> None:
-    channel = connect(listener.address)
+    channel = reach(listener)
     channel.send(Ping(1), timeout_s=5)
     delivery = listener.recv(timeout_s=5)
     assert listener.is_reachable(delivery.peer)
@@ -162,10 +178,62 @@ def test_bad_addresses(address: str, hint: str) -> None:
         connect(address)
 
 
-@pytest.mark.parametrize("address", ["tcp://0.0.0.0:0", "tcp://*:0", "tcp://[::]:0", "tcp://10.1.2.3:0"])
-def test_workers_listen_on_loopback_only(address: str) -> None:
-    with pytest.raises(AddressError, match="loopback"):
+WILDCARDS = ("tcp://0.0.0.0:0", "tcp://*:0", "tcp://[::]:0", "tcp://[::ffff:0.0.0.0]:0")
+NAMES = ("tcp://eth0:0", "tcp://example.org:0", "tcp://0:0", "tcp://127.1:0")
+
+
+@pytest.mark.parametrize("address", [*WILDCARDS, *NAMES])
+@pytest.mark.parametrize("options", [{}, {"keys": KEYS}, {"insecure_network": True}], ids=["bare", "keys", "insecure"])
+def test_workers_listen_on_one_address(address: str, options: dict[str, Any]) -> None:
+    """Whatever protects them, not on all networks of a machine, nor on what a name stands for today."""
+    with pytest.raises(AddressError, match="name the one address of the network"):
+        listen(address, **options)
+
+
+@pytest.mark.parametrize("address", ["tcp://10.1.2.3:0", "tcp://[fd00::1]:0", "tcp://8.8.8.8:5555"])
+def test_beyond_the_machine_only_with_a_key_or_a_word(address: str, caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(AddressError, match="is not loopback.*keygen.*--key-file.*--insecure-network"):
         listen(address)
+    check_bind(address, has_keys=True, insecure_network=False)
+    assert not caplog.records
+    check_bind(address, has_keys=False, insecure_network=True)
+    assert "can read and change the KV" in caplog.text and address in caplog.text
+
+
+def test_a_real_network(own_address: str, caplog: pytest.LogCaptureFixture) -> None:
+    with listen(f"tcp://{own_address}:0", KEYS) as listener, connect(listener.address, KEYS) as channel:
+        assert own_address in listener.address
+        channel.send(Ping(1), timeout_s=5)
+        delivery = listener.recv(timeout_s=5)
+        assert delivery.envelope.message == Ping(1) and delivery.origin == own_address
+    assert not caplog.records
+
+
+@pytest.fixture
+def own_address() -> str:
+    """Of this machine on some network."""
+    addresses = [a.address for all_of in psutil.net_if_addrs().values() for a in all_of if a.family == socket.AF_INET]
+    beyond = [address for address in addresses if not address.startswith("127.")]
+    if not beyond:
+        pytest.skip("this machine is on no network")
+    return beyond[0]
+
+
+@pytest.mark.parametrize(
+    "address, options, text",
+    [
+        ("ipc:///tmp/w", {"keys": KEYS}, "for tcp:// alone"),
+        ("shm:///tmp/w", {"insecure_network": True}, "for tcp:// alone"),
+        ("tcp://127.0.0.1:0", {"insecure_network": True}, "leave insecure_network out"),
+        ("tcp://10.1.2.3:0", {"insecure_network": True, "keys": KEYS}, "leave insecure_network out"),
+    ],
+)
+def test_no_option_does_nothing(address: str, options: dict[str, Any], text: str) -> None:
+    with pytest.raises(AddressError, match=text):
+        listen(address, **options)
+    if "insecure_network" not in options:
+        with pytest.raises(AddressError, match=text):
+            connect(address, **options)
 
 
 def test_address_in_use(listener: Listener) -> None:
@@ -208,11 +276,11 @@ def test_flood_harms_only_the_flooder(tmp_path: Path) -> None:
         assert worker.wait(10) == 0
 
 
-@pytest.mark.parametrize("scheme", ["ipc", "tcp"])
+@pytest.mark.parametrize("scheme", ["ipc", "tcp", "tcp+keys"])
 def test_interrupt_between_frames(scheme: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C in the middle of a message: it is refused as a whole, the next one arrives."""
     q = np.zeros((2, 1, 4), np.float32)
-    with listen(an_address(scheme, tmp_path)) as listener, connect(listener.address) as channel:
+    with a_listener(scheme, tmp_path) as listener, reach(listener) as channel:
         channel.send(Ping(0), timeout_s=5)
         assert listener.recv(timeout_s=5).envelope.message == Ping(0)
         send, calls = zmq.Socket.send, []

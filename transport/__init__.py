@@ -8,12 +8,15 @@ from transport.codec import LIMITS, Codec, Envelope, Limits
 from transport.errors import (
     AddressError,
     ChannelClosed,
+    KeyFileError,
     MessageTooLarge,
     PeerLost,
+    PeerRefused,
     PeerTimeout,
     ProtocolError,
     TransportError,
 )
+from transport.keys import Keys, make_keys, read_keys, write_keys
 from transport.memory import keep_freed_memory
 from transport.messages import (
     DTYPES,
@@ -35,6 +38,7 @@ from transport.messages import (
     Welcome,
 )
 from transport.mpi import import_mpi
+from transport.refusals import Refusals
 from transport.registry import BACKENDS, connect, listen
 
 __all__ = [
@@ -56,16 +60,20 @@ __all__ = [
     "Failure",
     "Goodbye",
     "Hello",
+    "KeyFileError",
+    "Keys",
     "LayerSpec",
     "Limits",
     "Listener",
     "Message",
     "MessageTooLarge",
     "PeerLost",
+    "PeerRefused",
     "PeerTimeout",
     "Ping",
     "Pong",
     "ProtocolError",
+    "Refusals",
     "Release",
     "Rewind",
     "Step",
@@ -75,4 +83,7 @@ __all__ = [
     "import_mpi",
     "keep_freed_memory",
     "listen",
+    "make_keys",
+    "read_keys",
+    "write_keys",
 ]

@@ -11,6 +11,7 @@ What holds for every backend (`transport.testing` checks it for all of them):
 - After PeerTimeout, ProtocolError or MessageTooLarge the channel works on.
 - After PeerLost every later send raises it, and every recv once what had arrived before is read; a peer that
   comes back needs a new channel.
+- PeerRefused is like PeerLost: the two ends do not hold the same key, and it comes before any message.
 - Frames of another session (a nonce drawn per channel) never reach the caller.
 - Arrays handed to ``send`` are not copied: leave them alone until the message is answered.
 - One thread at a time uses a channel.  ``close`` can be called twice and leaves no socket or thread behind.
@@ -26,7 +27,7 @@ from typing import Protocol, Self
 
 from transport.codec import Buffer, Codec, Envelope
 from transport.errors import PeerLost, PeerTimeout, ProtocolError
-from transport.messages import Message, Pong
+from transport.messages import Failure, Message, Pong
 
 
 class Link(Protocol):
@@ -47,6 +48,7 @@ class Arrival:
 
     peer: Hashable
     frames: Sequence[Buffer]
+    origin: str = ""  # the peer's network address, where it has one
 
 
 class Port(Protocol):
@@ -75,7 +77,10 @@ class Channel:
         self._link.send_frames(self._codec.encode(self.session, message), timeout_s)
 
     def recv(self, *, timeout_s: float) -> Message:
-        """The next message of this session; what an earlier life of either end left behind is dropped."""
+        """The next message of this session; what an earlier life of either end left behind is dropped.
+
+        Raises ProtocolError for a bad frame, and where the peer says that it got one.
+        """
         deadline = time.monotonic() + timeout_s
         while True:
             try:
@@ -85,6 +90,8 @@ class Channel:
                 raise ProtocolError(f"{self.peer} sent a bad frame: {error}") from error
             if envelope.session == self.session:
                 return envelope.message
+            if envelope.session == 0 and isinstance(envelope.message, Failure):  # it could not read whose it was
+                raise ProtocolError(f"{self.peer} refused what this side sent: {envelope.message.text}")
 
     def is_readable(self) -> bool:
         """Whether `recv` has something at hand, a message or a loss to tell.  Does not wait."""
@@ -106,14 +113,15 @@ class Delivery:
 
     peer: Hashable
     envelope: Envelope
+    origin: str = ""  # the peer's network address, where it has one
 
 
 class BadDelivery(ProtocolError):
-    """Frames that are no message; `peer` is who sent them, so that it can be told."""
+    """Frames that are no message; `peer` is who sent them, so that it can be told, `origin` its network address."""
 
-    def __init__(self, peer: Hashable, text: str) -> None:
+    def __init__(self, peer: Hashable, text: str, origin: str = "") -> None:
         super().__init__(text)
-        self.peer = peer
+        self.peer, self.origin = peer, origin
 
 
 class Listener:
@@ -131,9 +139,9 @@ class Listener:
         """Raises PeerTimeout if nobody wrote, BadDelivery if what came is no message."""
         arrival = self._port.recv_frames(timeout_s)
         try:
-            return Delivery(arrival.peer, self._codec.decode(arrival.frames))
+            return Delivery(arrival.peer, self._codec.decode(arrival.frames), arrival.origin)
         except ProtocolError as error:
-            raise BadDelivery(arrival.peer, str(error)) from error
+            raise BadDelivery(arrival.peer, str(error), arrival.origin) from error
 
     def send(self, peer: Hashable, session: int, message: Message, *, timeout_s: float) -> None:
         self._port.send_frames(peer, self._codec.encode(session, message), timeout_s)

@@ -2,10 +2,12 @@
 
 TransportError
 ├── AddressError       the caller's: an address that cannot be used, or a backend that is not installed
+├── KeyFileError       the caller's: a key file that cannot be used, or not be written
 ├── ProtocolError      the peer's: it sent something that is not a valid message; the channel lives on
 ├── MessageTooLarge    the caller's: refused before a byte was sent; the channel lives on
 ├── PeerTimeout        the peer's: no answer before the deadline; the channel lives on
 ├── PeerLost           the peer is gone; every later call on this channel says so again
+├── PeerRefused        the two do not hold the same key, or the peer is no R-worker; like PeerLost
 └── ChannelClosed      ours: used after close()
 """
 
@@ -18,6 +20,10 @@ class TransportError(Exception):
 
 class AddressError(TransportError, ValueError):
     """An address nobody can listen on or connect to; the text lists what is possible."""
+
+
+class KeyFileError(TransportError, ValueError):
+    """A key file that is missing, readable by others, damaged, or in the way of a new one."""
 
 
 class ProtocolError(TransportError):
@@ -34,6 +40,10 @@ class PeerTimeout(TransportError, TimeoutError):
 
 class PeerLost(TransportError, ConnectionError):
     """The named peer is gone and will not come back on this channel."""
+
+
+class PeerRefused(TransportError, ConnectionError):
+    """This end and the named peer cannot come together, however often they try; the text says which key is missing."""
 
 
 class ChannelClosed(TransportError):

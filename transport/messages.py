@@ -33,7 +33,7 @@ import msgspec
 import numpy as np
 from msgspec import Meta
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 
 # What may travel, little-endian; looked up by value, because a dtype's `name` is computed anew at every use.
 DTYPES: dict[str, np.dtype] = {

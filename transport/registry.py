@@ -7,6 +7,7 @@ from typing import Protocol
 from transport import inproc, mpi, shm, zeromq
 from transport.channel import Channel, Link, Listener, Port
 from transport.errors import AddressError
+from transport.keys import Keys
 
 
 class Backend(Protocol):
@@ -18,17 +19,35 @@ class Backend(Protocol):
 BACKENDS: dict[str, Backend] = {"inproc": inproc, "shm": shm, "ipc": zeromq, "tcp": zeromq, "mpi": mpi}
 
 
-def connect(address: str) -> Channel:
+def connect(address: str, keys: Keys | None = None) -> Channel:
     """An S-worker's channel to the R-worker at `address`.  Raises AddressError.
 
-    Returns at once; whether anybody is there shows at the first answer awaited.
+    keys: those that the R-worker was given, if it was; for tcp:// alone.
+    Returns at once; whether anybody is there, and takes the keys, shows at the first answer awaited.
     """
-    return Channel(_backend(address).connect(address))
+    backend = _backend(address)
+    if keys is None:
+        return Channel(backend.connect(address))
+    _check_network(address, "keys are")
+    return Channel(zeromq.connect(address, keys))
 
 
-def listen(address: str) -> Listener:
-    """An R-worker's listener on `address`; ``tcp://127.0.0.1:0`` takes a free port.  Raises AddressError."""
-    return Listener(_backend(address).listen(address))
+def listen(address: str, keys: Keys | None = None, insecure_network: bool = False) -> Listener:
+    """An R-worker's listener on `address`; ``tcp://127.0.0.1:0`` takes a free port.  Raises AddressError.
+
+    keys: lets in only who has them, too, and encrypts.  insecure_network: listens on an address of a network without
+    keys, open to everybody on it.  Both for tcp:// alone.
+    """
+    backend = _backend(address)
+    if keys is None and not insecure_network:
+        return Listener(backend.listen(address))
+    _check_network(address, "keys and insecure_network are")
+    return Listener(zeromq.listen(address, keys, insecure_network))
+
+
+def _check_network(address: str, what: str) -> None:
+    if not address.startswith("tcp://"):
+        raise AddressError(f"{what} for tcp:// alone, and {address} is none; leave them out")
 
 
 def _backend(address: str) -> Backend:

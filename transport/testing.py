@@ -13,7 +13,7 @@ import numpy as np
 
 from transport.channel import BadDelivery, Channel, Listener
 from transport.codec import LIMITS, Buffer
-from transport.errors import ChannelClosed, MessageTooLarge, PeerTimeout
+from transport.errors import ChannelClosed, MessageTooLarge, PeerTimeout, ProtocolError
 from transport.messages import DTYPES, Attend, Attended, Failure, Goodbye, Ping, Pong, Release
 
 STALE_TOKEN = 2**40  # a Ping with this token is answered twice: first for another session
@@ -115,7 +115,16 @@ def check_bad_frames(channel: Channel) -> None:
         # The refusal carries no session (the frame's cannot be trusted), so read it below the channel.
         reply = channel._codec.decode(channel._link.recv_frames(TIMEOUT_S))
         assert isinstance(reply.message, Failure) and reply.message.kind == "ProtocolError", (frames, reply)
+        _skip_refusals(channel)
         _check_alive(channel)
+
+
+def check_refusal_is_told(channel: Channel) -> None:
+    """Who waits for the answer to a message that could not be read learns it, instead of waiting to the end."""
+    channel._link.send_frames([b"garbage"], TIMEOUT_S)
+    error = _raises(ProtocolError, lambda: channel.recv(timeout_s=TIMEOUT_S))
+    assert channel.peer in str(error) and "refused what this side sent" in str(error)
+    _check_alive(channel)
 
 
 def check_too_large(channel: Channel) -> None:
@@ -149,6 +158,7 @@ CHECKS: tuple[Callable[[Channel], None], ...] = (
     check_deadline,
     check_readable,
     check_bad_frames,
+    check_refusal_is_told,
     check_too_large,
     check_other_sessions,
     check_close,
@@ -157,6 +167,17 @@ CHECKS: tuple[Callable[[Channel], None], ...] = (
 
 def _send_attend(channel: Channel, q: np.ndarray) -> None:
     channel.send(Attend(0, 0, 0, q, q[:, :1], q[:, :1]), timeout_s=TIMEOUT_S)
+
+
+def _skip_refusals(channel: Channel) -> None:
+    """MPI refuses each part of a message that has too many."""
+    channel.send(Ping(6), timeout_s=TIMEOUT_S)
+    while True:
+        try:
+            assert channel.recv(timeout_s=TIMEOUT_S) == Pong(6)
+            return
+        except ProtocolError as error:
+            assert "refused" in str(error)
 
 
 def _check_alive(channel: Channel) -> None:
