@@ -27,7 +27,7 @@ from cpu_attention.machine import (
 )
 from cpu_attention.rworker import RWorker
 from cpu_attention.serve import serve
-from transport import AddressError, keep_freed_memory, listen
+from transport import AddressError, KeyFileError, keep_freed_memory, listen, read_keys
 
 LISTENING = "listening on "
 KERNELS = {"numba": kernel, "reference": reference}
@@ -40,7 +40,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--bind",
         required=True,
         metavar="ADDRESS",
-        help="shm://PATH (shared memory: the fastest), ipc://PATH, tcp://127.0.0.1:PORT (port 0: a free one)",
+        help="shm://PATH (shared memory: the fastest), ipc://PATH, tcp://127.0.0.1:PORT (port 0: a free one); with a "
+        "key also tcp://10.0.0.5:PORT, the one address of the network that S-workers come over",
+    )
+    parser.add_argument(
+        "--key-file",
+        metavar="FILE",
+        default=None,
+        help="tcp:// for holders of this key alone, and encrypted; `fastdecode keygen` makes one",
+    )
+    parser.add_argument(
+        "--insecure-network",
+        action="store_true",
+        help="listen on an address of a network without a key, open to everybody on it",
     )
     parser.add_argument(
         "--kv-cache-memory",
@@ -88,8 +100,9 @@ def run(args: argparse.Namespace) -> int:
     kv_cache_bytes = args.kv_cache_memory if args.kv_cache_memory is not None else default_kv_cache_bytes()
     num_threads = args.threads or len(available_cores())
     try:
-        listener = listen(args.bind)
-    except AddressError as error:
+        keys = None if args.key_file is None else read_keys(args.key_file)
+        listener = listen(args.bind, keys, args.insecure_network)
+    except (AddressError, KeyFileError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     worker = RWorker(

@@ -12,7 +12,8 @@ from fastdecode import __version__
 COMMANDS = {
     "generate": "complete prompts with a model whose KV cache lives on R-workers",
     "run-batch": "serve a file of OpenAI requests, a result per line; what is interrupted goes on with --resume",
-    "rworker": "run one R-worker that S-workers on this machine can connect to",
+    "rworker": "run one R-worker that S-workers can connect to",
+    "keygen": "make the key that lets workers on several machines trust each other",
     "calibrate": "measure a model's S-Part and R-Part here, for the performance model",
     "bench": "measure throughput, also beside transformers, vLLM and llama.cpp",
     "simulate": "run the scheduler on a workload in virtual time: load, throughput, latency, plots",

@@ -37,6 +37,8 @@ class EngineConfig:
     r_worker_threads: attention threads of each; None: this machine's cores, shared among them.
     transport: ``inproc`` (threads of this process), ``ipc`` or ``tcp`` (processes, ZeroMQ), ``mpi`` (ranks).
     r_worker_addresses: R-workers that run already, like ``tcp://127.0.0.1:5555``; none are started then.
+    key_file: the job's key for R-workers over tcp://: they let in its holders alone, and what travels is encrypted;
+        ``fastdecode keygen`` makes it, and R-workers that run already were started with a copy of it.
     micro_batches: how many share a step, so that S- and R-Part overlap. None: 2 with a GPU; 1 on a CPU, where
         both Parts want the same cores and halving the batch costs more than the overlap gains.
     max_num_seqs: sequences that run at the same time, at most.
@@ -80,6 +82,7 @@ class EngineConfig:
     r_worker_threads: int | None = None
     transport: str = "inproc"
     r_worker_addresses: tuple[str, ...] = ()
+    key_file: str | None = None
     micro_batches: int | None = None
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 4096
@@ -112,7 +115,7 @@ class EngineConfig:
                 hint = f"did you mean {near[0]!r}? " if near else ""
                 raise ConfigError(f"there is no option {name!r}; {hint}The options are {', '.join(known)}")
         options = dict(options)
-        for name in ("model", "tokenizer", "calibration", "step_log", "trace"):
+        for name in ("model", "tokenizer", "key_file", "calibration", "step_log", "trace"):
             if options.get(name) is not None:
                 options[name] = str(options[name])
         addresses = options.get("r_worker_addresses") or ()
@@ -171,6 +174,9 @@ class EngineConfig:
             raise ConfigError("r_worker_addresses say their transport themselves; leave transport out")
         if len(set(self.r_worker_addresses)) != len(self.r_worker_addresses):
             raise ConfigError("r_worker_addresses names an R-worker twice")
+        is_network = self.transport == "tcp" or any(address.startswith("tcp://") for address in self.r_worker_addresses)
+        if self.key_file is not None and not is_network:
+            raise ConfigError("key_file is for R-workers over tcp://, and there is none; leave it out")
 
 
 def _one_of(name: str, value: object, choices: Sequence[str]) -> None:

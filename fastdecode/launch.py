@@ -14,7 +14,7 @@ from fastdecode import TORCH_THREADS_SPIN
 from fastdecode.errors import ConfigError
 from fastdecode.processes import STOP_TIMEOUT_S, Processes, cores_of
 from fastdecode.rejoin import RWorkerHandle
-from transport import AddressError, connect, listen
+from transport import AddressError, KeyFileError, Keys, connect, listen, read_keys
 
 logger = logging.getLogger(__name__)
 
@@ -38,10 +38,26 @@ class RWorkers:
         self._cleanup.close()
 
 
+def read_key_file(key_file: str | None) -> Keys | None:
+    """Raises ConfigError."""
+    try:
+        return None if key_file is None else read_keys(key_file)
+    except KeyFileError as error:
+        raise ConfigError(f"key_file: {error}") from error
+
+
 def start_r_workers(
-    *, transport: str, num_workers: int, threads_each: int | None, kv_cache_bytes_each: int
+    *,
+    transport: str,
+    num_workers: int,
+    threads_each: int | None,
+    kv_cache_bytes_each: int,
+    key_file: str | None = None,
 ) -> RWorkers:
-    """`num_workers` on this machine.  transport: inproc, shm, ipc or tcp.  Raises RWorkerUnreachable."""
+    """`num_workers` on this machine.  transport: inproc, shm, ipc or tcp.  key_file: for tcp alone.
+
+    Raises RWorkerUnreachable, ConfigError (the key file).
+    """
     if TORCH_THREADS_SPIN:
         logger.warning(
             "torch was imported before fastdecode, so its threads spin on the cores that R-workers here want: import "
@@ -60,6 +76,8 @@ def start_r_workers(
                 num_workers=num_workers,
                 num_threads=num_threads,
                 kv_cache_bytes=kv_cache_bytes_each,
+                key_file=key_file,
+                keys=read_key_file(key_file),
             )
             workers.at_close(processes.close)
             for handle in processes.start():
@@ -70,20 +88,21 @@ def start_r_workers(
     return workers
 
 
-def find_r_worker(index: int, address: str) -> RWorkerHandle:
-    """One that runs already.  Raises AddressError."""
-    name, channel = f"R-worker {index} ({address})", connect(address)
+def find_r_worker(index: int, address: str, keys: Keys | None = None) -> RWorkerHandle:
+    """One that runs already; keys: for tcp://.  Raises AddressError."""
+    channel = connect(address, keys if address.startswith("tcp://") else None)
+    name = f"R-worker {index} ({address})"
     if address.startswith("mpi://"):
         return RWorkerHandle(name, channel, is_vital=True)
-    return RWorkerHandle(name, channel, partial(find_r_worker, index, address))
+    return RWorkerHandle(name, channel, partial(find_r_worker, index, address, keys))
 
 
-def find_r_workers(addresses: list[str]) -> RWorkers:
-    """R-workers that run already.  Raises ConfigError for an address that cannot be one."""
+def find_r_workers(addresses: list[str], keys: Keys | None = None) -> RWorkers:
+    """R-workers that run already; keys: of those over tcp://.  Raises ConfigError for an address that cannot be one."""
     workers = RWorkers()
     try:
         for index, address in enumerate(addresses):
-            workers.add(find_r_worker(index, address))
+            workers.add(find_r_worker(index, address, keys))
     except AddressError as error:
         workers.close()
         raise ConfigError(str(error)) from error

@@ -21,7 +21,7 @@ from fastdecode.capacity import describe_places, make_scheduler, max_model_len
 from fastdecode.config import EngineConfig
 from fastdecode.engine import Engine
 from fastdecode.errors import ConfigError, RequestError
-from fastdecode.launch import find_r_worker
+from fastdecode.launch import find_r_worker, read_key_file
 from fastdecode.outputs import RequestOutput
 from fastdecode.prompts import Conversation, Prompt, ReadPrompt, pair, read_prompt
 from fastdecode.results import refused_output
@@ -152,11 +152,12 @@ class LLM:
         Returns at once, and may be called while this LLM generates.  Raises ConfigError for an address that cannot be
         one.
         """
+        keys = read_key_file(self.config.key_file)
         try:
-            find_r_worker(0, address).channel.close()  # whether it can be an address at all
+            find_r_worker(0, address, keys).channel.close()  # whether it can be an address at all
         except AddressError as error:
             raise ConfigError(str(error)) from error
-        self._engine.add_r_worker(lambda index: find_r_worker(index, address))
+        self._engine.add_r_worker(lambda index: find_r_worker(index, address, keys))
 
     def get_default_sampling_params(self) -> SamplingParams:
         """What the model's generation_config.json asks for; what `generate` takes without params."""

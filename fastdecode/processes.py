@@ -17,7 +17,7 @@ from pathlib import Path
 from cpu_attention import LISTENING, available_cores, format_cores
 from fastdecode.errors import RWorkerUnreachable
 from fastdecode.rejoin import RWorkerHandle
-from transport import connect
+from transport import Keys, connect
 
 logger = logging.getLogger(__name__)
 
@@ -28,10 +28,20 @@ STOP_TIMEOUT_S = 10.0
 class Processes:
     """Close it after whatever is connected to them."""
 
-    def __init__(self, *, transport: str, num_workers: int, num_threads: int, kv_cache_bytes: int) -> None:
-        """transport: shm, ipc or tcp; threads and bytes: of each."""
+    def __init__(
+        self,
+        *,
+        transport: str,
+        num_workers: int,
+        num_threads: int,
+        kv_cache_bytes: int,
+        key_file: str | None = None,
+        keys: Keys | None = None,
+    ) -> None:
+        """transport: shm, ipc or tcp; threads and bytes: of each; keys: what key_file holds, for tcp."""
         self._transport, self._num_workers = transport, num_workers
         self._num_threads, self._kv_cache_bytes = num_threads, kv_cache_bytes
+        self._key_file, self._keys = key_file, keys
         self._directory = Path(tempfile.mkdtemp(prefix="fastdecode-"))  # for this user alone
         self._running: dict[int, subprocess.Popen[bytes]] = {}  # by index
         self._num_ever = 0
@@ -81,6 +91,7 @@ class Processes:
         command = [sys.executable, "-m", "cpu_attention", "--bind", f"{self._transport}://{here}", "--exit-with-parent"]
         command += ["--kv-cache-memory", str(self._kv_cache_bytes), "--threads", str(self._num_threads)]
         command += ["--cores", format_cores(cores)] if cores else []
+        command += ["--key-file", self._key_file] if self._key_file else []
         packages = os.pathsep.join(filter(None, [_source_root(), os.environ.get("PYTHONPATH")]))
         self._running[index] = subprocess.Popen(
             [*command, "--log-level", "warning"],
@@ -94,7 +105,7 @@ class Processes:
         process = self._running[index]
         address = _read_address(index, process, deadline)
         name = f"R-worker {index} (process {process.pid}, {address})"
-        return RWorkerHandle(name, connect(address), partial(self._again, index))
+        return RWorkerHandle(name, connect(address, self._keys), partial(self._again, index))
 
 
 def cores_of(index: int, num_workers: int, num_threads: int) -> tuple[int, ...]:

@@ -10,7 +10,7 @@ from fastdecode.capacity import kv_layout, local_kv_bytes
 from fastdecode.config import EngineConfig
 from fastdecode.emulation import PREFIX, emulated_sworker
 from fastdecode.errors import ConfigError, ModelError, RWorkerFailed
-from fastdecode.launch import find_r_workers, start_r_workers
+from fastdecode.launch import find_r_workers, read_key_file, start_r_workers
 from fastdecode.launch_mpi import mpi_addresses
 from fastdecode.rpool import RPool
 from fastdecode.timeline import NoTimeline, Timeline
@@ -36,6 +36,7 @@ class Runtime:
 def open_runtime(config: EngineConfig, timeline: Timeline | None = None) -> Runtime:
     """Raises ConfigError (options), ModelError (the model directory), RWorkerError (a worker)."""
     keep_freed_memory()
+    keys = read_key_file(config.key_file)  # before the model, which takes longer to complain
     with ExitStack() as cleanup:
         addresses = mpi_addresses() if config.transport == "mpi" else list(config.r_worker_addresses)
         try:
@@ -44,13 +45,14 @@ def open_runtime(config: EngineConfig, timeline: Timeline | None = None) -> Runt
             raise ModelError(str(error)) from error
         layout = kv_layout(config, sworker.facts)
         if addresses:
-            workers = find_r_workers(addresses)
+            workers = find_r_workers(addresses, keys)
         else:
             workers = start_r_workers(
                 transport=config.transport,
                 num_workers=config.num_r_workers,
                 threads_each=config.r_worker_threads,
                 kv_cache_bytes_each=local_kv_bytes(config, sworker.facts, layout),
+                key_file=config.key_file,
             )
         cleanup.callback(workers.close)
         rpool = RPool(workers.handles, config.worker_timeout_s, timeline or NoTimeline())

@@ -116,7 +116,10 @@ def test_errors_are_one_line(arguments: list[str], text: str, demo_model: Path) 
 @pytest.mark.parametrize(
     "arguments, text",
     [
-        (["--bind", "tcp://0.0.0.0:1"], "loopback"),
+        (["--bind", "tcp://0.0.0.0:1"], "name the one address"),
+        (["--bind", "tcp://10.1.2.3:1"], "loopback"),
+        (["--bind", "tcp://127.0.0.1:0", "--key-file", "/nonexistent"], "there is no /nonexistent"),
+        (["--bind", "ipc:///tmp/x", "--insecure-network"], "for tcp:// alone"),
         (["--bind", "bogus"], "known: inproc://"),
         (["--bind", "ipc:///tmp/x", "--kv-cache-memory", "3 potatoes"], "no amount of memory"),
         (["--bind", "ipc:///tmp/x", "--threads", "0"], "no number above 0"),

@@ -47,6 +47,9 @@ def test_missing_tokenizer(llama: Case) -> None:
         ({"worker_timeout_s": 0}, "worker_timeout_s"),
         ({"r_worker_addresses": ["ipc://a", "ipc://a"]}, "twice"),
         ({"transport": "mpi"}, "mpirun -n 3"),
+        ({"key_file": "k"}, "key_file is for R-workers over tcp://"),
+        ({"key_file": "k", "r_worker_addresses": ["ipc://a"]}, "key_file is for R-workers over tcp://"),
+        ({"key_file": "/nonexistent", "transport": "tcp"}, "key_file: there is no /nonexistent"),
         ({"r_worker_addresses": ["ipc://a"], "num_r_workers": 2}, "either num_r_workers"),
         ({"max_model_len": 5000}, "max_model_len is 5000, but the model computes positions up to 512"),
         (

@@ -1,6 +1,6 @@
 """What the wire costs: round trips of Attend and Attended through each transport, with nobody who computes between.
 
-python -m fastdecode.benchmark.wire ADDRESS        the other end: answers every Attend with its own q
+python -m fastdecode.benchmark.wire ADDRESS [KEY_FILE]        the other end: answers every Attend with its own q
 """
 
 from __future__ import annotations
@@ -30,9 +30,13 @@ from transport import (
     connect,
     keep_freed_memory,
     listen,
+    make_keys,
+    read_keys,
+    write_keys,
 )
 
-SCHEMES = ("inproc", "shm", "ipc", "tcp")
+WITH_KEYS = "tcp+keys"
+SCHEMES = ("inproc", "shm", "ipc", "tcp", WITH_KEYS)
 
 _TIMEOUT_S = 30.0
 _SECONDS_EACH = 0.5  # of measuring a size
@@ -86,6 +90,7 @@ def measure_wire(
 @contextmanager
 def _echo(scheme: str) -> Iterator[Channel]:
     """A channel to an echo: a thread for inproc, a process of its own otherwise."""
+    keys = make_keys() if scheme == WITH_KEYS else None
     with tempfile.TemporaryDirectory(prefix="fastdecode-") as directory:
         if scheme == "inproc":
             listener = listen(f"inproc://echo-{os.getpid()}-{threading.get_ident()}")
@@ -93,12 +98,16 @@ def _echo(scheme: str) -> Iterator[Channel]:
             thread.start()
             address, end = listener.address, listener.close
         else:
-            bind = "tcp://127.0.0.1:0" if scheme == "tcp" else f"{scheme}://{directory}/echo"
-            process = subprocess.Popen([sys.executable, "-m", __name__, bind], stdout=subprocess.PIPE, text=True)
+            command = [sys.executable, "-m", __name__]
+            command += ["tcp://127.0.0.1:0"] if scheme in ("tcp", WITH_KEYS) else [f"{scheme}://{directory}/echo"]
+            if keys:
+                write_keys(key_file := f"{directory}/key", keys)
+                command.append(key_file)
+            process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
             assert process.stdout is not None
             address, end = process.stdout.readline().strip().removeprefix(_LISTENING), process.kill
         try:
-            with connect(address) as channel:
+            with connect(address, keys) as channel:
                 yield channel
                 channel.send(Goodbye(), timeout_s=1.0)
         except TransportError as error:
@@ -122,7 +131,8 @@ def _serve_echo(listener: Listener) -> None:
 
 def main() -> None:
     keep_freed_memory()
-    with listen(sys.argv[1]) as listener:
+    keys = read_keys(sys.argv[2]) if len(sys.argv) > 2 else None
+    with listen(sys.argv[1], keys) as listener:
         print(_LISTENING + listener.address, flush=True)
         _serve_echo(listener)
 

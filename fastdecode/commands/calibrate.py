@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_engine_flags(
         parser,
         ("dtype", "device", "kv_cache_dtype", "kv_cache_memory", "num_r_workers", "r_worker_threads", "transport",
-         "worker_timeout_s"),
+         "key_file", "worker_timeout_s"),
     )  # fmt: skip
 
 

@@ -31,6 +31,7 @@ _PACKAGES = (
     "pyzmq",
     "mpi4py",
     "msgspec",
+    "xxhash",
     "greenlet",
     "safetensors",
     "tokenizers",
