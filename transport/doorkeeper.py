@@ -48,14 +48,13 @@ class Doorkeeper:
         self._addresses: dict[int, str] = {}  # of those that are connected, by file descriptor
         self._strangers: set[int] = set()  # of them, those that have not said who they are
         self._cause = ""  # of the disconnection that comes next
-        self._zap: zmq.Socket | None = None
+        self._zap = port.context.socket(zmq.REP)
+        self._zap.bind("inproc://zeromq.zap.01")
+        # Without keys, too: libzmq then refuses ZMTP 1 and 2, as which it would take any bytes, and messages, at all.
+        port.zap_domain = _ZAP_DOMAIN
+        port.zap_enforce_domain = True  # should nobody answer over ZAP, nobody comes in
         if keys:
-            self._zap = port.context.socket(zmq.REP)
-            self._zap.linger = 0
-            self._zap.bind("inproc://zeromq.zap.01")
             port.curve_server, port.curve_publickey, port.curve_secretkey = True, keys.public, keys.secret
-            port.zap_domain = _ZAP_DOMAIN
-            port.zap_enforce_domain = True  # should nobody answer over ZAP, nobody comes in
         port.monitor(_MONITOR, _EVENTS)
         self._monitor = port.context.socket(zmq.PAIR)
         # With a limit, events that are not read in time would make libzmq's thread wait, and everybody's messages.
@@ -70,30 +69,27 @@ class Doorkeeper:
 
     def _run(self) -> None:
         poller = zmq.Poller()
-        for one in filter(None, (self._monitor, self._zap)):
-            poller.register(one, zmq.POLLIN)
+        poller.register(self._monitor, zmq.POLLIN)
+        poller.register(self._zap, zmq.POLLIN)
         try:
             while True:
                 ready = dict(poller.poll())
                 if self._zap in ready:
-                    self._zap.send_multipart(self._judge(self._zap.recv_multipart()))  # type: ignore[union-attr]
+                    self._zap.send_multipart(self._judge(self._zap.recv_multipart()))
                 if self._monitor in ready:
                     event = recv_monitor_message(self._monitor)
                     if event["event"] == zmq.EVENT_MONITOR_STOPPED:
                         return
                     self._note(event["event"], event["value"])
         finally:
-            for one in filter(None, (self._monitor, self._zap)):
-                one.close(linger=0)
+            self._monitor.close(linger=0)
+            self._zap.close(linger=0)
 
     def _judge(self, request: list[bytes]) -> list[bytes]:
-        """The reply to: version, request, domain, address, identity, mechanism, public key."""
-        may_enter = (
-            self._keys is not None
-            and request[2] == _ZAP_DOMAIN
-            and request[5:6] == [b"CURVE"]
-            and [z85.encode(key) for key in request[6:]] == [self._keys.public]
-        )
+        """The reply to: version, request, domain, address, identity, mechanism, public key (of CURVE alone)."""
+        wanted = [b"CURVE", self._keys.public] if self._keys else [b"NULL"]
+        mechanism, *keys = request[5:]
+        may_enter = request[2] == _ZAP_DOMAIN and [mechanism, *map(z85.encode, keys)] == wanted
         status = (b"200", b"OK") if may_enter else (b"400", b"unknown key")
         return [b"1.0", request[1], *status, b"", b""]
 
@@ -128,7 +124,7 @@ class Doorkeeper:
 
 
 def _peer_address(fd: int) -> str:
-    """Of the other end of a connection that may be closed by now."""
+    """Of the other end, for the log alone: if it is closed by now it is not known, or already another one's."""
     try:
         with socket.socket(fileno=os.dup(fd)) as connection:
             return str(connection.getpeername()[0])

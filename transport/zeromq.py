@@ -166,7 +166,7 @@ class ZeroMQPort:
         if not self._socket.poll(round(timeout_s * 1000), zmq.POLLIN):
             raise PeerTimeout(f"nobody wrote to {self.address} within {timeout_s:.3g} s")
         first = self._socket.recv(copy=False)
-        origin = str(first.get("Peer-Address")) if self._is_network else ""
+        origin = _origin(first) if self._is_network else ""
         try:
             return Arrival(first.bytes, receive(self._socket, has_checksum=self._has_checksum), origin)
         except ProtocolError as error:
@@ -224,6 +224,13 @@ def _check_address(address: str) -> None:
         check_host(address)
     else:
         check_path(address)
+
+
+def _origin(frame: zmq.Frame) -> str:
+    try:
+        return str(frame.get("Peer-Address"))
+    except zmq.ZMQError:  # it left meanwhile
+        return ""
 
 
 def _make_socket(context: zmq.Context, kind: int, address: str) -> zmq.Socket:
