@@ -7,38 +7,23 @@ with LLM("path/to/model", num_r_workers=2, transport="shm") as llm:
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 from tqdm import tqdm
 
-from fastdecode.capacity import describe_places, make_scheduler, max_model_len
 from fastdecode.config import EngineConfig
-from fastdecode.engine import Engine
 from fastdecode.errors import ConfigError, RequestError
 from fastdecode.launch import find_r_worker, read_key_file
+from fastdecode.open_engine import open_engine
 from fastdecode.outputs import RequestOutput
 from fastdecode.prompts import Conversation, Prompt, ReadPrompt, pair, read_prompt
 from fastdecode.results import refused_output
-from fastdecode.runtime import open_runtime
 from fastdecode.sampling_params import SamplingParams
-from fastdecode.step_log import StepLog
-from fastdecode.text import Tokenizer
-from fastdecode.timeline import Timeline
-from gpu_sworker import EmulatedSWorker, ModelFacts, SWorker
 from transport import AddressError
-
-logger = logging.getLogger(__name__)
-
-_UNSUPPORTED_WISHES = (
-    "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids", "suppress_tokens", "begin_suppress_tokens",
-    "forced_bos_token_id", "forced_eos_token_id", "sequence_bias",
-)  # fmt: skip
 
 
 class LLM:
@@ -52,36 +37,10 @@ class LLM:
         self.config = config = EngineConfig.from_options({"model": model, **options})
         self._in_use = False
         self._closed = False
-        with ExitStack() as cleanup:
-            step_log = StepLog(config.step_log) if config.step_log else None
-            if step_log:
-                cleanup.callback(step_log.close)
-            timeline = Timeline() if config.trace else None
-            if timeline and config.trace:
-                timeline.write(config.trace)  # now, so that a path that cannot be written costs nobody a run
-                cleanup.callback(timeline.write, config.trace)
-            runtime = open_runtime(config, timeline)
-            cleanup.callback(runtime.close)
-            self._tokenizer = None if config.skip_tokenizer_init else Tokenizer(config.tokenizer or config.model)
-            self.facts: ModelFacts = runtime.sworker.facts
-            self._default_params = _default_params(runtime.sworker)
-            self.max_model_len = max_model_len(config, self.facts, runtime.layout, runtime.welcomes)
-            self._engine = Engine(
-                sworker=runtime.sworker,
-                rpool=runtime.rpool,
-                tokenizer=self._tokenizer,
-                max_model_len=self.max_model_len,
-                seed=config.seed,
-                scheduler=make_scheduler(config, self.facts, [welcome.num_blocks for welcome in runtime.welcomes]),
-                on_step=step_log.write if step_log else None,
-                timeline=timeline,
-            )
-            self.kv_places = describe_places(
-                runtime.rpool.names, runtime.welcomes, runtime.layout, config.kv_cache_memory, self.max_model_len
-            )
-            for line in self.kv_places:
-                logger.info("%s", line)
-            self._cleanup = cleanup.pop_all()
+        opened = open_engine(config)
+        self._engine, self._tokenizer, self._default_params = opened.engine, opened.tokenizer, opened.default_params
+        self.facts, self.max_model_len, self.kv_places = opened.facts, opened.max_model_len, opened.kv_places
+        self._cleanup = opened.close
 
     def generate(
         self,
@@ -167,7 +126,7 @@ class LLM:
         """Ends the R-workers started here and says goodbye to the others; can be called twice."""
         if not self._closed:
             self._closed = True
-            self._cleanup.close()
+            self._cleanup()
 
     def __enter__(self) -> Self:
         return self
@@ -232,18 +191,3 @@ class _Taken:
     place: int
     num_samples: int
     since: float  # seconds of the monotonic clock
-
-
-def _default_params(sworker: SWorker | EmulatedSWorker) -> SamplingParams:
-    """What ``transformers.generate`` would take from generation_config.json; greedy if it does not ask for sampling."""
-    wishes = sworker.generation_config
-    sampling = ("temperature", "top_p", "top_k", "min_p") if getattr(wishes, "do_sample", False) else ()
-    asked = {name: getattr(wishes, name, None) for name in (*sampling, "repetition_penalty")}
-    fields = {name: value for name, value in asked.items() if value is not None}
-    ignored = [name for name in _UNSUPPORTED_WISHES if getattr(wishes, name, None)]
-    if ignored:
-        logger.warning("generation_config.json asks for %s, which is not supported here", ", ".join(ignored))
-    try:
-        return SamplingParams(**fields) if sampling else SamplingParams(temperature=0.0, **fields)
-    except ValueError as error:
-        raise ConfigError(f"generation_config.json: {error}") from error

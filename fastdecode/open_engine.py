@@ -1,0 +1,102 @@
+"""From a configuration to an engine that runs: workers, tokenizer, scheduler, step log, timeline; and the way back."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+from fastdecode.capacity import describe_places, make_scheduler, max_model_len
+from fastdecode.config import EngineConfig
+from fastdecode.engine import Engine
+from fastdecode.errors import ConfigError
+from fastdecode.runtime import open_runtime
+from fastdecode.sampling_params import SamplingParams
+from fastdecode.step_log import StepLog, StepRecord
+from fastdecode.text import Tokenizer
+from fastdecode.timeline import Timeline
+from gpu_sworker import EmulatedSWorker, ModelFacts, SWorker
+
+logger = logging.getLogger(__name__)
+
+_UNSUPPORTED_WISHES = (
+    "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids", "suppress_tokens", "begin_suppress_tokens",
+    "forced_bos_token_id", "forced_eos_token_id", "sequence_bias",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class OpenEngine:
+    """An engine and what it stands on.  Close it."""
+
+    config: EngineConfig
+    engine: Engine
+    tokenizer: Tokenizer | None
+    facts: ModelFacts
+    default_params: SamplingParams  # the model's own
+    max_model_len: int
+    kv_places: list[str]  # a line per R-worker: where its KV is, and how much
+    cleanup: ExitStack
+
+    def close(self) -> None:
+        """Ends the R-workers started here and says goodbye to the others."""
+        self.cleanup.close()
+
+
+def open_engine(config: EngineConfig, on_step: Callable[[StepRecord], None] | None = None) -> OpenEngine:
+    """on_step: told of every step.  Raises ConfigError (options), ModelError (the model directory), RWorkerError."""
+    with ExitStack() as cleanup:
+        listeners = [on_step] if on_step else []
+        if config.step_log:
+            step_log = StepLog(config.step_log)
+            cleanup.callback(step_log.close)
+            listeners.append(step_log.write)
+        timeline = Timeline() if config.trace else None
+        if timeline and config.trace:
+            timeline.write(config.trace)  # now, so that a path that cannot be written costs nobody a run
+            cleanup.callback(timeline.write, config.trace)
+        runtime = open_runtime(config, timeline)
+        cleanup.callback(runtime.close)
+        tokenizer = None if config.skip_tokenizer_init else Tokenizer(config.tokenizer or config.model)
+        facts = runtime.sworker.facts
+        longest = max_model_len(config, facts, runtime.layout, runtime.welcomes)
+        engine = Engine(
+            sworker=runtime.sworker,
+            rpool=runtime.rpool,
+            tokenizer=tokenizer,
+            max_model_len=longest,
+            seed=config.seed,
+            scheduler=make_scheduler(config, facts, [welcome.num_blocks for welcome in runtime.welcomes]),
+            on_step=_all_of(listeners),
+            timeline=timeline,
+        )
+        names = runtime.rpool.names
+        places = describe_places(names, runtime.welcomes, runtime.layout, config.kv_cache_memory, longest)
+        for line in places:
+            logger.info("%s", line)
+        default_params = _default_params(runtime.sworker)
+        return OpenEngine(config, engine, tokenizer, facts, default_params, longest, places, cleanup.pop_all())
+
+
+def _all_of(listeners: list[Callable[[StepRecord], None]]) -> Callable[[StepRecord], None] | None:
+    def tell(record: StepRecord) -> None:
+        for listener in listeners:
+            listener(record)
+
+    return tell if listeners else None
+
+
+def _default_params(sworker: SWorker | EmulatedSWorker) -> SamplingParams:
+    """What ``transformers.generate`` would take from generation_config.json; greedy if it does not ask for sampling."""
+    wishes = sworker.generation_config
+    sampling = ("temperature", "top_p", "top_k", "min_p") if getattr(wishes, "do_sample", False) else ()
+    asked = {name: getattr(wishes, name, None) for name in (*sampling, "repetition_penalty")}
+    fields = {name: value for name, value in asked.items() if value is not None}
+    ignored = [name for name in _UNSUPPORTED_WISHES if getattr(wishes, name, None)]
+    if ignored:
+        logger.warning("generation_config.json asks for %s, which is not supported here", ", ".join(ignored))
+    try:
+        return SamplingParams(**fields) if sampling else SamplingParams(temperature=0.0, **fields)
+    except ValueError as error:
+        raise ConfigError(f"generation_config.json: {error}") from error
