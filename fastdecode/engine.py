@@ -12,21 +12,22 @@ import time
 from collections.abc import Callable, Iterable
 
 from fastdecode.errors import RequestError, RWorkerError
-from fastdecode.outputs import RequestOutput
+from fastdecode.intake import Intake
+from fastdecode.outputs import Delta, RequestOutput
 from fastdecode.pipeline import Pipeline
 from fastdecode.plan import MicroBatch, Step
 from fastdecode.recovery import Recovery, pairs
 from fastdecode.rejoin import RWorkerHandle
-from fastdecode.request import Request, Sequence
-from fastdecode.results import Continuation, LiveRequest, finished_output, refused_output
+from fastdecode.request import Sequence
+from fastdecode.results import Continuation, LiveRequest, finished_output, next_delta, refused_output
 from fastdecode.rpool import RPool
 from fastdecode.sampling import sampling_rows
 from fastdecode.sampling_params import SamplingParams
 from fastdecode.scheduling.scheduler import Scheduler
 from fastdecode.step_log import StepRecord, make_record
-from fastdecode.text import StopFinder, Tokenizer
+from fastdecode.text import Tokenizer
 from fastdecode.timeline import NoTimeline, Timeline
-from gpu_sworker import EmulatedSWorker, Sampled, SWorker, derive_seed
+from gpu_sworker import EmulatedSWorker, Sampled, SWorker
 
 logger = logging.getLogger(__name__)
 
@@ -48,10 +49,10 @@ class Engine:
         self._sworker, self._rpool, self._scheduler, self._tokenizer = sworker, rpool, scheduler, tokenizer
         self._timeline = timeline or NoTimeline()
         self._pipeline = Pipeline(sworker, rpool, self._timeline)
-        self._max_model_len, self._seed = max_model_len, seed
+        self._intake = Intake(sworker.facts, tokenizer, max_model_len, seed)
         self._live: dict[str, LiveRequest] = {}
         self._by_sequence: dict[int, tuple[LiveRequest, Continuation]] = {}
-        self._num_requests = self._num_sequences = 0
+        self._num_requests = 0
         self._recovery = Recovery(rpool, self._pipeline, scheduler)
         self._homeless: list[RequestOutput] = []  # requests that fit nowhere since an R-worker was lost
         self._on_step = on_step
@@ -60,6 +61,21 @@ class Engine:
     @property
     def has_work(self) -> bool:
         return self._scheduler.has_work
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences in the queue."""
+        return self._scheduler.num_waiting
+
+    @property
+    def num_running(self) -> int:
+        """Sequences with KV on an R-worker."""
+        return self._scheduler.num_running
+
+    @property
+    def lost_workers(self) -> list[str]:
+        """Names of R-workers that do not serve now; all of them if no step is possible any more."""
+        return self._rpool.lost
 
     def has_room(self, params: SamplingParams) -> bool:
         """A request with these would find a place in the queue now."""
@@ -71,19 +87,23 @@ class Engine:
         return str(self._num_requests - 1)
 
     def add_request(
-        self, request_id: str, prompt_token_ids: list[int], params: SamplingParams, *, prompt: str | None = None
+        self,
+        request_id: str,
+        prompt_token_ids: list[int],
+        params: SamplingParams,
+        *,
+        prompt: str | None = None,
+        priority: int = 0,
+        on_delta: Callable[[Delta], None] | None = None,
     ) -> None:
-        """Queues a request under an id of `next_request_id`.  Raises RequestError; then nothing was queued."""
-        request = self._make_request(request_id, prompt_token_ids, params)
-        seed = params.seed if params.seed is not None else derive_seed(self._seed, int(request_id))
-        continuations = []
-        for index in range(params.n):
-            sequence = Sequence(self._num_sequences, request, index, derive_seed(seed, index))
-            self._num_sequences += 1
-            continuations.append(Continuation(sequence, self._stop_finder(request)))
-        live = LiveRequest(request, prompt, continuations, params.n, time.monotonic())
-        self._scheduler.add(*(continuation.sequence for continuation in continuations))
-        for continuation in continuations:
+        """Queues a request under an id of `next_request_id`.  Raises RequestError; then nothing was queued.
+
+        priority: lower goes first, and takes the place of higher if there is none left.  on_delta: told, within a step,
+        of every token that it brought.
+        """
+        live = self._intake.take(request_id, prompt_token_ids, params, prompt, priority, on_delta)
+        self._scheduler.add(*(continuation.sequence for continuation in live.continuations))
+        for continuation in live.continuations:
             self._by_sequence[continuation.sequence.seq_id] = live, continuation
         self._live[request_id] = live
 
@@ -110,6 +130,18 @@ class Engine:
     def add_r_worker(self, find: Callable[[int], RWorkerHandle]) -> None:
         """One more, found beside the steps under the number it will have; it is used once it is there."""
         self._rpool.invite(find)
+
+    def heartbeat(self, timeout_s: float) -> None:
+        """To be called while nothing runs: every R-worker answers within `timeout_s`, or counts as lost.
+
+        Raises RWorkerError when none is left.
+        """
+        try:
+            self._rpool.settle(timeout_s)
+        except RWorkerError as error:
+            self._recovery.note(error)
+        self._recover(None)
+        self._recovery.join()
 
     def abort(self, request_ids: Iterable[str]) -> None:
         """Forgets requests, waiting or running, and frees their KV.  Unknown ids are ignored.
@@ -225,6 +257,10 @@ class Engine:
                 live.first_token = live.first_token or now
         finished = self._scheduler.commit(step, tokens)
         finished += self._stop_at_strings(tokens)
+        for seq_id in tokens:
+            live, continuation = self._by_sequence[seq_id]
+            if live.on_delta:
+                live.on_delta(next_delta(continuation, self._tokenizer))
         outputs = []
         for sequence in finished:
             live, _ = self._by_sequence.pop(sequence.seq_id)
@@ -250,39 +286,3 @@ class Engine:
                 stopped.append(sequence)
             sequence.finish("stop", match.stop)
         return stopped
-
-    def _make_request(self, request_id: str, prompt_token_ids: list[int], params: SamplingParams) -> Request:
-        facts = self._sworker.facts
-        if not prompt_token_ids:
-            raise RequestError("invalid_request", "the prompt is empty: it has no tokens; give at least one")
-        bad = next((t for t in prompt_token_ids if type(t) is not int or not 0 <= t < facts.vocab_size), None)
-        if bad is not None:
-            raise RequestError(
-                "invalid_request",
-                f"token id {bad!r} is not in the vocabulary; ids are whole numbers from 0 to {facts.vocab_size - 1}",
-            )
-        left = self._max_model_len - len(prompt_token_ids)
-        if left < 1:
-            raise RequestError(
-                "context_length_exceeded",
-                f"the prompt has {len(prompt_token_ids)} tokens; with one of output the limit is max_model_len = "
-                f"{self._max_model_len}: shorten it, or raise max_model_len if the model and the KV budget allow",
-            )
-        return Request(
-            request_id=request_id,
-            prompt_token_ids=tuple(prompt_token_ids),
-            params=params,
-            max_new_tokens=left if params.max_tokens is None else min(left, params.max_tokens),
-            stop_token_ids=frozenset(params.stop_ids),
-            eos_token_ids=frozenset() if params.ignore_eos else frozenset(facts.eos_token_ids),
-        )
-
-    def _stop_finder(self, request: Request) -> StopFinder | None:
-        params = request.params
-        if not params.stop_strings:
-            return None
-        if self._tokenizer is None:
-            raise RequestError("invalid_request", "stop strings need a tokenizer, which skip_tokenizer_init left out")
-        return self._tokenizer.stop_finder(
-            request.prompt_token_ids, params.stop_strings, skip_special_tokens=params.skip_special_tokens
-        )

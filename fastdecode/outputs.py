@@ -24,6 +24,19 @@ class CompletionOutput:
 
 
 @dataclass(frozen=True)
+class Delta:
+    """What a step added to one continuation of a request that is streamed."""
+
+    request_id: str
+    index: int  # which of the n samples
+    text: str  # may be empty: half a character, or what may become a stop string
+    token_ids: list[int]
+    logprobs: list[dict[int, Logprob]] | None  # of those tokens; None unless asked for
+    finish_reason: str | None = None  # with the last one
+    stop_reason: int | str | None = None
+
+
+@dataclass(frozen=True)
 class OutputError:
     """Why a request has no output."""
 

@@ -28,6 +28,7 @@ class Request:
     max_new_tokens: int  # what params and max_model_len leave
     stop_token_ids: frozenset[int]  # params' own
     eos_token_ids: frozenset[int]  # empty when they are to be ignored
+    priority: int = 0  # lower goes first, as with vLLM
     true_output_tokens: int | None = None  # known in simulations and replays only
 
     @property

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from fastdecode.errors import RequestError
-from fastdecode.outputs import CompletionOutput, Logprob, OutputError, RequestMetrics, RequestOutput
+from fastdecode.outputs import CompletionOutput, Delta, Logprob, OutputError, RequestMetrics, RequestOutput
 from fastdecode.request import Request, Sequence
 from fastdecode.text import StopFinder, StopMatch, Tokenizer
 from gpu_sworker import TokenLogprob
@@ -19,6 +20,8 @@ class Continuation:
     stop_finder: StopFinder | None
     stop_match: StopMatch | None = None
     logprobs: list[list[TokenLogprob]] = field(default_factory=list)
+    told_tokens: int = 0  # of a request that is streamed
+    told_text: str = ""
 
     def take(self, token_id: int, logprobs: list[TokenLogprob]) -> None:
         """Notes a new token, before the scheduler does."""
@@ -37,6 +40,7 @@ class LiveRequest:
     continuations: list[Continuation]
     num_unfinished: int
     arrived: float
+    on_delta: Callable[[Delta], None] | None = None
     first_scheduled: float | None = None
     first_token: float | None = None
 
@@ -54,6 +58,37 @@ def finished_output(live: LiveRequest, now: float, tokenizer: Tokenizer | None) 
             total_s=now - live.arrived,
         ),
     )
+
+
+def next_delta(continuation: Continuation, tokenizer: Tokenizer | None) -> Delta:
+    """What was added since the last one.  All texts together are the text of the output."""
+    sequence, params = continuation.sequence, continuation.sequence.request.params
+    if sequence.finish_reason:
+        text = _text(continuation, tokenizer)
+    else:
+        text = _certain_text(continuation.stop_finder.text, params.stop_strings) if continuation.stop_finder else ""
+    begin, told = continuation.told_tokens, continuation.told_text
+    # A tokenizer that takes back what it has said is not followed: what was sent was sent.
+    fresh = text[len(told) :] if text.startswith(told) else ""
+    continuation.told_tokens, continuation.told_text = len(sequence.output_token_ids), told + fresh
+    return Delta(
+        request_id=sequence.request.request_id,
+        index=sequence.index,
+        text=fresh,
+        token_ids=sequence.output_token_ids[begin:],
+        logprobs=None if params.logprobs is None else [_logprobs(e, tokenizer) for e in continuation.logprobs[begin:]],
+        finish_reason=sequence.finish_reason,
+        stop_reason=sequence.stop_reason,
+    )
+
+
+def _certain_text(text: str, stops: tuple[str, ...]) -> str:
+    """Without an end that the next tokens may make a stop string of."""
+    longest = max(map(len, stops), default=1) - 1
+    for length in range(min(longest, len(text)), 0, -1):
+        if any(stop.startswith(text[-length:]) for stop in stops):
+            return text[:-length]
+    return text
 
 
 def refused_output(

@@ -89,6 +89,11 @@ class RPool:
     def alive(self) -> tuple[int, ...]:
         return tuple(self._alive)
 
+    @property
+    def lost(self) -> list[str]:
+        """Names of those that do not serve now."""
+        return [handle.name for worker, handle in list(self._workers.items()) if worker not in self._alive]
+
     def is_vital(self, worker: int) -> bool:
         """Whether nothing goes on without it: a rank of MPI, or the last one."""
         return self._workers[worker].is_vital or self._alive == [worker]
@@ -224,8 +229,10 @@ class RPool:
             self._draw(ticket, share, reply, waited_ns)
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
-    def settle(self) -> None:
+    def settle(self, timeout_s: float | None = None) -> None:
         """Brings every R-worker to rest after a step was broken off, wherever that was.  Raises RWorkerError.
+
+        timeout_s: of all of them together, instead of what each has shown to need.
 
         A barrier instead of a count of what is owed, which an interrupt may have left wrong: whatever comes before
         the Pong belongs to the past.
@@ -233,11 +240,12 @@ class RPool:
         self._last_ping += 1
         for worker in self._alive:
             self._send(worker, Ping(self._last_ping))
-        deadline = time.monotonic() + self._timeout_s
+        deadline = time.monotonic() + (timeout_s or self._timeout_s)
         for worker in self._alive:
-            while self._recv(worker) != Pong(self._last_ping):
+            left_s = None if timeout_s is None else max(0.0, deadline - time.monotonic())
+            while self._recv(worker, left_s) != Pong(self._last_ping):
                 if time.monotonic() > deadline:
-                    raise self._failed(worker, f"answered, but not what it was asked, for {self._timeout_s:g} s")
+                    raise self._failed(worker, "answers, but not what it was asked")
 
     def close(self) -> None:
         """Says goodbye to whoever still listens and closes all channels."""
@@ -268,9 +276,10 @@ class RPool:
         channel = self._workers[worker].channel
         self._guard(worker, partial(channel.send, message, timeout_s=self._timeout_s))
 
-    def _recv(self, worker: int) -> Message:
+    def _recv(self, worker: int, timeout_s: float | None = None) -> Message:
         channel = self._workers[worker].channel
-        timeout_s = self._timeout_s if self.is_vital(worker) else self._patience[worker].seconds
+        if timeout_s is None:
+            timeout_s = self._timeout_s if self.is_vital(worker) else self._patience[worker].seconds
         return self._guard(worker, partial(channel.recv, timeout_s=timeout_s))
 
     def _expect(self, worker: int, reply: Message, kind: type[_Result]) -> _Result:

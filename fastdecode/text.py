@@ -83,7 +83,7 @@ class Tokenizer:
     ) -> StopFinder:
         backend = getattr(self._tokenizer, "backend_tokenizer", None)
         if backend is None:
-            raise RequestError("invalid_request", "stop strings need a fast tokenizer (tokenizer.json)")
+            raise RequestError("invalid_request", "stop strings and streams need a fast tokenizer (tokenizer.json)")
         return StopFinder(backend, prompt_token_ids[-_CONTEXT_TOKENS:], stops, skip_special_tokens)
 
 

@@ -101,11 +101,13 @@ class LoadControl:
             for stream in self._streams:
                 stream.earn(step, stream.cost(self._measured(first.mean)) if first.mean else 0.0)
 
-    def place(self, prospect: Prospect) -> int | None:
-        """The R-worker on which it starts; None: not in this step."""
+    def place(self, prospect: Prospect, *, is_urgent: bool = False) -> int | None:
+        """The R-worker on which it starts; None: not in this step.  What is urgent keeps no pace, but fits."""
         workers = self._credits.fitting(prospect.limit, prospect.max_kv_tokens)
-        if self._started:
-            if not self._batch_open or not self._within_limit(prospect):
+        if self._started and not self._within_limit(prospect):
+            return None
+        if self._started and not is_urgent:
+            if not self._batch_open:
                 return None
             workers = [worker for worker in workers if self._keeps_pace(prospect, worker)]
         return self._credits.lightest(workers, prospect.mean)

@@ -11,6 +11,7 @@ cut where the step's budget ends.  Sequences join and leave between any two step
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -214,17 +215,41 @@ class Scheduler:
         self._load.check_integrity()
 
     def _preempt(self) -> dict[int, list[int]]:
-        """Where an R-worker cannot hold the coming step, whoever came last to the engine goes back to waiting.
+        """Where an R-worker cannot hold the coming step, whoever ranks last goes back to waiting.
 
-        Whoever came first stays, and fits alone: so with every step something comes nearer to its end.
+        Whoever ranks first stays, and fits alone: so with every step something comes nearer to its end.  And who
+        outranks others takes the seat, or the KV, of the last of them, if there is none left.
         """
         preempted: dict[int, list[int]] = {}
-        while (worker := self._credits.overdrawn()) is not None:
-            victim = max((s for s in self._running.values() if s.r_worker == worker), key=lambda s: s.seq_id)
+
+        def put_back(victim: Sequence) -> None:
+            worker = _place(victim)
             self._credits.give_back(worker, victim.num_tokens)
             self._put_back(victim)
             preempted.setdefault(worker, []).append(victim.seq_id)
+
+        while (worker := self._credits.overdrawn()) is not None:
+            put_back(max((s for s in self._running.values() if s.r_worker == worker), key=_rank))
+        first = self._waiting.first()
+        while first and not self._has_place(first):
+            last = max(self._running.values(), key=_rank, default=first)
+            if last.request.priority <= first.request.priority:
+                break
+            put_back(last)
         return preempted
+
+    def _has_place(self, first: Sequence) -> bool:
+        """Or nobody has to make one for it."""
+        if first.request.priority >= self._lowest_priority:
+            return True
+        has_seat = len(self._running) < self._config.num_seats
+        prospect = self._prospect(first, self._config.max_num_batched_tokens)
+        return has_seat and self._load.place(prospect, is_urgent=True) is not None
+
+    @property
+    def _lowest_priority(self) -> float:
+        """Of what runs; a waiting sequence with a lower number than that is urgent."""
+        return max((s.request.priority for s in self._running.values()), default=-math.inf)
 
     def _put_back(self, sequence: Sequence) -> None:
         del self._running[sequence.seq_id]
@@ -238,11 +263,15 @@ class Scheduler:
         left = config.max_num_batched_tokens - (num_decodes if config.split_fuse else 0)
         admissions: list[Admission] = []
         prompts: list[Segment] = []
-        for sequence in self._running.values():
-            if sequence.is_prefilling and left > 0:  # at most one: the next starts when it has ended
+        first, lowest = self._waiting.first(), self._lowest_priority
+        outranked: list[Sequence] = []
+        # At most one of each priority: the next one starts when it has ended.
+        for sequence in sorted((s for s in self._running.values() if s.is_prefilling), key=_rank):
+            if first and first.request.priority < sequence.request.priority:
+                outranked.append(sequence)
+            elif left > 0:
                 prompts.append(self._chunk(sequence, left))
                 left -= prompts[-1].num_tokens
-        first = self._waiting.first()
         self._load.begin_step(
             self._load_step + 1,
             self._waiting.max_kv_tokens + sum(s.max_kv_tokens for s in self._running.values()),
@@ -252,14 +281,20 @@ class Scheduler:
             first = self._waiting.first()
             if first is None or (prompts and not config.split_fuse and first.num_tokens > left):
                 break
+            if outranked and first.request.priority >= outranked[0].request.priority:
+                break
             prospect = self._prospect(first, left)
-            worker = self._load.place(prospect)
+            worker = self._load.place(prospect, is_urgent=first.request.priority < lowest)
             if worker is None:
                 break
             self._start(first, worker, prospect)
             admissions.append(Admission(first.seq_id, worker, first.max_kv_tokens))
             prompts.append(self._chunk(first, left))
             left -= prompts[-1].num_tokens
+        for sequence in outranked:
+            if left > 0:
+                prompts.append(self._chunk(sequence, left))
+                left -= prompts[-1].num_tokens
         if left > 0 or len(self._running) >= config.num_seats:
             self._load.close_batch()
         return admissions, prompts
@@ -320,6 +355,11 @@ class Scheduler:
         """Tokens that it still takes through the model, as far as can be told."""
         done = len(sequence.output_token_ids)
         return sequence.num_tokens + self._predict(sequence).mean(done) - done
+
+
+def _rank(sequence: Sequence) -> tuple[int, int]:
+    """Who goes first: by priority, then as they came."""
+    return sequence.request.priority, sequence.seq_id
 
 
 def _place(sequence: Sequence) -> int:

@@ -1,7 +1,7 @@
 """The queue of sequences that wait for their start, in the order they are to start.  Pure.
 
-    arrivals ──► │ . . . . . . . . │ ──► │ . . . │ ──► first
-                   as they came           the window, sorted  ▲
+    arrivals ──► │ . . . . . . . . │ ──► │ . . . │ ──► first          one such queue for each priority;
+                   as they came           the window, sorted  ▲       the lowest number goes before all others
                                           preempted ──────────┘ before all others, the one that came first in front
 
 Under `fcfs` the window is one sequence.  Under `sjf` and `ljf` (shortest, longest job first; TetriInfer's prefill
@@ -12,6 +12,7 @@ passed by more than the window.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import chain, islice
 
 from fastdecode.request import Sequence
@@ -23,28 +24,69 @@ class WaitingQueue:
     def __init__(self, order: str, window: int, job_length: Callable[[Sequence], float]) -> None:
         """job_length: what sjf and ljf go by; asked for when a sequence comes into the window."""
         assert order in ORDERS and window >= 1
+        self._make_class = partial(_Class, order, window, job_length)
+        self._classes: dict[int, _Class] = {}  # by priority, rising; none is empty
+        self.max_kv_tokens = 0  # that all of them together may come to hold
+
+    def __len__(self) -> int:
+        return sum(map(len, self._classes.values()))
+
+    def __iter__(self) -> Iterator[Sequence]:
+        """In no particular order."""
+        return chain.from_iterable(self._classes.values())
+
+    def add(self, sequence: Sequence) -> None:
+        self._class(sequence).add(sequence)
+
+    def put_back(self, sequence: Sequence) -> None:
+        """One that ran already."""
+        self._class(sequence).put_back(sequence)
+
+    def first(self) -> Sequence | None:
+        return next((of_one.first() for of_one in self._classes.values()), None)
+
+    def remove(self, sequence: Sequence) -> bool:
+        """Whether it was here."""
+        priority = sequence.request.priority
+        own = self._classes.get(priority)
+        if own is None or not own.remove(sequence):
+            return False
+        if not len(own):
+            del self._classes[priority]
+        self.max_kv_tokens -= sequence.max_kv_tokens
+        return True
+
+    def _class(self, sequence: Sequence) -> _Class:
+        """Where it is to go."""
+        self.max_kv_tokens += sequence.max_kv_tokens
+        priority = sequence.request.priority
+        if priority not in self._classes:
+            self._classes[priority] = self._make_class()
+            self._classes = dict(sorted(self._classes.items()))
+        return self._classes[priority]
+
+
+class _Class:
+    """Those of one priority."""
+
+    def __init__(self, order: str, window: int, job_length: Callable[[Sequence], float]) -> None:
         self._order, self._job_length = order, job_length
         self._window = 1 if order == "fcfs" else window
         self._arrived: dict[int, Sequence] = {}  # by seq_id, in the order they came
         self._next: dict[int, Sequence] = {}  # the window, in the order they start
         self._preempted: dict[int, Sequence] = {}  # by rising seq_id, which is the order they came in
-        self.max_kv_tokens = 0  # that all of them together may come to hold
 
     def __len__(self) -> int:
         return len(self._arrived) + len(self._next) + len(self._preempted)
 
     def add(self, sequence: Sequence) -> None:
         self._arrived[sequence.seq_id] = sequence
-        self.max_kv_tokens += sequence.max_kv_tokens
 
     def put_back(self, sequence: Sequence) -> None:
-        """One that ran already."""
         self._preempted[sequence.seq_id] = sequence
         self._preempted = dict(sorted(self._preempted.items()))
-        self.max_kv_tokens += sequence.max_kv_tokens
 
     def __iter__(self) -> Iterator[Sequence]:
-        """In no particular order."""
         return chain(self._arrived.values(), self._next.values(), self._preempted.values())
 
     def first(self) -> Sequence | None:
@@ -59,9 +101,4 @@ class WaitingQueue:
         return next(iter(self._next.values()), None)
 
     def remove(self, sequence: Sequence) -> bool:
-        """Whether it was here."""
-        for place in (self._arrived, self._next, self._preempted):
-            if place.pop(sequence.seq_id, None):
-                self.max_kv_tokens -= sequence.max_kv_tokens
-                return True
-        return False
+        return any(place.pop(sequence.seq_id, None) for place in (self._arrived, self._next, self._preempted))

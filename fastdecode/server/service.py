@@ -1,0 +1,304 @@
+"""The engine in a thread of its own, for callers that live in an event loop.
+
+    event loop                       the engine's thread
+    ──────────────────────────       ─────────────────────────────────────────────
+    submit ─► inbox ──────────────►  between two steps: add and abort what came
+    Stream ◄── call_soon_threadsafe  after each step: what it brought, all at once
+    abort  ─► inbox ──────────────►  nothing to do: a heartbeat to every R-worker
+
+Nothing but the inbox and the event loop's queue is shared.  Prompts are tokenised in threads beside both.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import queue
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Literal
+
+from fastdecode.errors import FastDecodeError, RequestError, RWorkerError
+from fastdecode.open_engine import OpenEngine
+from fastdecode.outputs import Delta, RequestOutput
+from fastdecode.prompts import Prompt, ReadPrompt, read_prompt
+from fastdecode.sampling_params import SamplingParams
+
+logger = logging.getLogger(__name__)
+
+State = Literal["loading", "ready", "degraded", "draining", "dead"]
+
+_HEARTBEAT_S = 0.5  # between two, while nothing runs
+_ANSWER_S = 1.0  # what an R-worker with nothing to do has for its answer
+_TOKENIZER_THREADS = 2
+
+
+@dataclass(frozen=True)
+class Health:
+    state: State
+    lost: list[str] = field(default_factory=list)  # R-workers that do not serve, by name
+    reason: str | None = None  # of a death
+
+
+@dataclass(frozen=True)
+class _Submission:
+    stream: Stream
+    prompt: ReadPrompt
+    params: SamplingParams
+    priority: int
+    timeout_s: float | None
+    deltas_wanted: bool
+
+
+class Stream:
+    """A request on its way.  Iterate over it for deltas, or await `output`; leave it by `abort`."""
+
+    def __init__(self, service: Service, prompt_token_ids: list[int], num_samples: int) -> None:
+        self.prompt_token_ids, self.num_samples = prompt_token_ids, num_samples
+        self.request_id = ""  # of the engine, once it has it
+        self._service = service
+        self._events: asyncio.Queue[Delta | RequestOutput | FastDecodeError] = asyncio.Queue()
+        self._is_over = False
+
+    async def __aiter__(self) -> AsyncIterator[Delta]:
+        """Raises RequestError (timeout, worker_lost, cancelled, ...), RWorkerError (the engine is dead)."""
+        while not self._is_over:
+            event = await self._next()
+            if isinstance(event, Delta):
+                yield event
+
+    async def output(self) -> RequestOutput:
+        """The whole of it.  Raises like iterating."""
+        while True:
+            event = await self._next()
+            if isinstance(event, RequestOutput):
+                return event
+
+    def abort(self) -> None:
+        """Nobody wants it any more: its KV is free after the step at hand.  Can be called at any time, and twice."""
+        if not self._is_over:
+            self._is_over = True
+            self._service.drop(self)
+
+    async def _next(self) -> Delta | RequestOutput:
+        event = await self._events.get()
+        if isinstance(event, FastDecodeError):
+            self._is_over = True
+            raise event
+        if isinstance(event, RequestOutput):
+            self._is_over = True
+            if event.error:
+                raise RequestError(event.error.code, event.error.message)
+        return event
+
+
+class Service:
+    def __init__(
+        self,
+        opened: OpenEngine,
+        *,
+        max_queue: int,
+        on_death: Callable[[BaseException], None] = lambda error: None,
+        on_finished: Callable[[RequestOutput], None] = lambda output: None,
+    ) -> None:
+        """max_queue: sequences (a request has n of them) that may wait; a request that finds so many is refused.
+
+        on_death: called in the engine's thread when it ends by an error; on_finished: there, of every request.
+        """
+        self.opened = opened
+        self._engine, self._max_queue = opened.engine, max_queue
+        self._on_death, self._on_finished = on_death, on_finished
+        self._inbox: queue.SimpleQueue[_Submission | Stream | None] = queue.SimpleQueue()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._tokenizers = ThreadPoolExecutor(_TOKENIZER_THREADS, "tokenizer")
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._live: dict[str, _Live] = {}  # the engine's thread alone
+        self._pending: list[tuple[Stream, Delta | RequestOutput | FastDecodeError]] = []  # for the event loop
+        self._num_inside = 0  # sequences submitted and not over; the event loop alone
+        self._death: FastDecodeError | None = None
+        self._is_draining = self._is_stopping = False
+
+    def start(self) -> None:
+        """In the event loop that will call the rest."""
+        self._loop = asyncio.get_running_loop()
+        self._thread.start()
+
+    @property
+    def num_waiting(self) -> int:
+        return self._engine.num_waiting
+
+    @property
+    def num_running(self) -> int:
+        return self._engine.num_running
+
+    def health(self) -> Health:
+        if self._death:
+            return Health("dead", self._engine.lost_workers, str(self._death))
+        lost = self._engine.lost_workers
+        return Health("draining" if self._is_draining else "degraded" if lost else "ready", lost)
+
+    async def submit(
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        *,
+        priority: int = 0,
+        timeout_s: float | None = None,
+        stream: bool = False,
+    ) -> Stream:
+        """stream: deltas are wanted.  Raises RequestError (the request, or ``queue_full``, or ``draining``)."""
+        self._check_open()
+        if self._num_inside - self.num_running >= self._max_queue:
+            raise RequestError("queue_full", f"{self._max_queue} sequences wait already; try again later")
+        self._num_inside += params.n
+        try:
+            read = await asyncio.get_running_loop().run_in_executor(
+                self._tokenizers, read_prompt, prompt, self.opened.tokenizer
+            )
+            self._check_open()
+        except BaseException:
+            self._num_inside -= params.n
+            raise
+        made = Stream(self, read.token_ids, params.n)
+        self._inbox.put(_Submission(made, read, params, priority, timeout_s, stream))
+        return made
+
+    def drop(self, stream: Stream) -> None:
+        self._inbox.put(stream)
+
+    async def drain(self, timeout_s: float) -> bool:
+        """Takes nothing new and lets the rest end.  Whether all did; what did not is aborted."""
+        self._is_draining = True
+        deadline = time.monotonic() + timeout_s
+        while self._num_inside and not self._death and time.monotonic() < deadline:
+            await asyncio.sleep(0.02)
+        is_empty = not self._num_inside
+        self._is_stopping = True
+        self._inbox.put(None)
+        await asyncio.to_thread(self._thread.join)
+        self._tokenizers.shutdown(wait=False, cancel_futures=True)
+        return is_empty
+
+    def _check_open(self) -> None:
+        if self._death:
+            raise self._death
+        if self._is_draining:
+            raise RequestError("draining", "this server is shutting down; ask another one")
+
+    # In the engine's thread from here on.
+
+    def _run(self) -> None:
+        try:
+            while not self._is_stopping:
+                if self._engine.has_work:
+                    self._read_inbox(0.0)
+                    for output in self._engine.step():
+                        self._finish(output)
+                    self._expire()
+                else:
+                    if self._read_inbox(_HEARTBEAT_S) == 0:
+                        self._engine.heartbeat(_ANSWER_S)
+                self._tell()
+            self._end_all(RequestError("cancelled", "the server is shutting down"))
+        except BaseException as error:
+            logger.exception("the engine has ended")
+            self._death = error if isinstance(error, RWorkerError) else RWorkerError(f"the engine failed: {error!r}")
+            self._end_all(self._death)
+            self._on_death(error)
+
+    def _read_inbox(self, wait_s: float) -> int:
+        """Whatever has come; waits for the first one."""
+        num_read = 0
+        while True:
+            try:
+                item = self._inbox.get(timeout=wait_s) if wait_s and not num_read else self._inbox.get_nowait()
+            except queue.Empty:
+                return num_read
+            num_read += 1
+            if isinstance(item, _Submission):
+                self._add(item)
+            elif isinstance(item, Stream):
+                self._abort(item)
+
+    def _add(self, item: _Submission) -> None:
+        request_id = item.stream.request_id = self._engine.next_request_id()
+        live = _Live(item.stream, time.monotonic(), item.timeout_s)
+
+        def on_delta(delta: Delta) -> None:
+            self._pending.append((item.stream, delta))
+
+        try:
+            self._engine.add_request(
+                request_id,
+                item.prompt.token_ids,
+                item.params,
+                prompt=item.prompt.text,
+                priority=item.priority,
+                on_delta=on_delta if item.deltas_wanted else None,
+            )
+        except RequestError as error:
+            self._over(item.stream, error)
+            return
+        self._live[request_id] = live
+
+    def _abort(self, stream: Stream) -> None:
+        if self._live.pop(stream.request_id, None):
+            self._engine.abort([stream.request_id])
+            self._over(stream, RequestError("cancelled", "the client has gone"))
+
+    def _finish(self, output: RequestOutput) -> None:
+        live = self._live.pop(output.request_id, None)
+        if live:
+            self._on_finished(output)
+            self._over(live.stream, output)
+
+    def _expire(self) -> None:
+        now = time.monotonic()
+        for request_id, live in list(self._live.items()):
+            if live.timeout_s is not None and now - live.since > live.timeout_s:
+                del self._live[request_id]
+                self._engine.abort([request_id])
+                self._over(live.stream, RequestError("timeout", f"not finished within {live.timeout_s:g} s"))
+
+    def _end_all(self, error: FastDecodeError) -> None:
+        while self._live:
+            _, live = self._live.popitem()
+            self._over(live.stream, error)
+        while True:
+            try:
+                item = self._inbox.get_nowait()
+            except queue.Empty:
+                break
+            if isinstance(item, _Submission):
+                self._over(item.stream, error)
+        self._tell()
+
+    def _over(self, stream: Stream, event: RequestOutput | FastDecodeError) -> None:
+        self._pending.append((stream, event))
+
+    def _tell(self) -> None:
+        """One hop to the event loop for all that a step brought."""
+        if self._pending and self._loop:
+            pending, self._pending = self._pending, []
+            try:
+                self._loop.call_soon_threadsafe(self._deliver, pending)
+            except RuntimeError:  # the event loop has ended; nobody waits any more
+                logger.debug("%d events for nobody", len(pending))
+
+    def _deliver(self, events: list[tuple[Stream, Delta | RequestOutput | FastDecodeError]]) -> None:
+        """In the event loop."""
+        for stream, event in events:
+            self._num_inside -= 0 if isinstance(event, Delta) else stream.num_samples
+            stream._events.put_nowait(event)
+
+
+@dataclass(frozen=True)
+class _Live:
+    """A request that the engine has.  Seconds of the monotonic clock."""
+
+    stream: Stream
+    since: float
+    timeout_s: float | None

@@ -1,0 +1,195 @@
+"""The engine behind an event loop: streams add up, whoever leaves frees its KV, whoever comes too late is told."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Case
+
+from fastdecode import SamplingParams
+from fastdecode.config import EngineConfig
+from fastdecode.errors import RequestError, RWorkerError
+from fastdecode.open_engine import open_engine
+from fastdecode.server.service import Service, Stream
+from transport import PeerLost
+
+GREEDY = SamplingParams(temperature=0, max_tokens=32)
+LONG = SamplingParams(temperature=0, max_tokens=400, ignore_eos=True)
+
+
+@asynccontextmanager
+async def serving(model: Path, max_queue: int = 100, **options: Any) -> AsyncIterator[Service]:
+    opened = open_engine(EngineConfig.from_options({"model": model, "num_r_workers": 2, **options}))
+    try:
+        service = Service(opened, max_queue=max_queue)
+        service.start()
+        yield service
+        await service.drain(10)
+    finally:
+        opened.close()
+
+
+async def idle(service: Service) -> None:
+    for _ in range(500):
+        if not service._num_inside and not service._engine.has_work:
+            break
+        await asyncio.sleep(0.01)
+    service._engine._scheduler.check_integrity()
+    assert service._num_inside == 0 and service.num_running == 0 and service.num_waiting == 0
+
+
+def test_equal_to_the_offline_api(llama: Case) -> None:
+    async def run() -> None:
+        async with serving(llama.directory, skip_tokenizer_init=True) as service:
+            streams = [
+                await service.submit(prompt, GREEDY, stream=bool(index % 2))
+                for index, prompt in enumerate(llama.prompts)
+            ]
+
+            async def tokens(index: int, stream: Stream) -> list[int]:
+                if index % 2:
+                    return [token async for delta in stream for token in delta.token_ids]
+                return (await stream.output()).outputs[0].token_ids
+
+            got = await asyncio.gather(*(tokens(*pair) for pair in enumerate(streams)))
+            assert list(got) == llama.reference
+            await idle(service)
+            assert service.health().state == "ready"
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("stop", [None, [" the", "e of"], ["a"]])
+def test_streamed_text_is_the_text(stop: list[str] | None, demo_model: Path) -> None:
+    """Whatever the stops; with half a character or half a stop string held back, and nothing said twice."""
+    params = SamplingParams(temperature=0.9, max_tokens=60, n=3, seed=3, stop=stop, logprobs=2)
+
+    async def run() -> None:
+        async with serving(demo_model) as service:
+            whole = await (await service.submit("Once upon a time", params)).output()
+            stream = await service.submit("Once upon a time", params, stream=True)
+            texts, tokens, logprobs, ends = [""] * 3, [[], [], []], [[], [], []], [None] * 3  # type: ignore[var-annotated]
+            async for delta in stream:
+                texts[delta.index] += delta.text
+                tokens[delta.index] += delta.token_ids
+                logprobs[delta.index] += delta.logprobs
+                assert ends[delta.index] is None
+                ends[delta.index] = delta.finish_reason
+            for completion in whole.outputs:
+                assert texts[completion.index] == completion.text and completion.text
+                assert tokens[completion.index] == completion.token_ids
+                assert logprobs[completion.index] == completion.logprobs
+                assert ends[completion.index] == completion.finish_reason
+
+    asyncio.run(run())
+
+
+def test_whoever_leaves_frees_its_kv(llama: Case) -> None:
+    async def run() -> None:
+        async with serving(llama.directory, skip_tokenizer_init=True, max_num_seqs=4) as service:
+            streams = [await service.submit([5 + i], LONG, stream=True) for i in range(12)]
+            async for _ in streams[0]:
+                break
+            for stream in streams:
+                stream.abort()
+                stream.abort()
+            await idle(service)
+            assert (await (await service.submit([7], GREEDY)).output()).outputs[0].token_ids
+
+    asyncio.run(run())
+
+
+def test_queue_timeout_and_bad_requests(llama: Case) -> None:
+    async def run() -> None:
+        async with serving(llama.directory, 3, skip_tokenizer_init=True, max_num_seqs=1) as service:
+            first = await service.submit([5], LONG, stream=True)
+            async for _ in first:
+                break
+            waiting = [await service.submit([6], GREEDY, timeout_s=0.05) for _ in range(3)]
+            with pytest.raises(RequestError, match="3 sequences wait already") as full:
+                await service.submit([7], GREEDY)
+            assert full.value.code == "queue_full"
+            for stream in waiting:
+                with pytest.raises(RequestError, match=r"not finished within 0.05 s") as late:
+                    await stream.output()
+                assert late.value.code == "timeout"
+            first.abort()
+            with pytest.raises(RequestError, match="needs the tokenizer"):
+                await service.submit("text", GREEDY)
+            with pytest.raises(RequestError, match="not in the vocabulary"):
+                await (await service.submit([10**6], GREEDY)).output()
+            await idle(service)
+
+    asyncio.run(run())
+
+
+def test_an_urgent_request_takes_a_seat(llama: Case) -> None:
+    """All seats are taken by long ones; it comes first all the same, and they lose nothing."""
+
+    async def run() -> None:
+        async with serving(llama.directory, skip_tokenizer_init=True, max_num_seqs=2) as service:
+            alone = [(await (await service.submit([5 + i], LONG)).output()).outputs[0].token_ids for i in range(4)]
+            batch = [asyncio.create_task((await service.submit([5 + i], LONG, priority=1)).output()) for i in range(4)]
+            await asyncio.sleep(0.05)
+            urgent = await (await service.submit(llama.prompts[3], GREEDY)).output()
+            assert urgent.outputs[0].token_ids == llama.reference[3]
+            assert not any(task.done() for task in batch)
+            assert [output.outputs[0].token_ids for output in await asyncio.gather(*batch)] == alone
+
+    asyncio.run(run())
+
+
+def test_drain(llama: Case) -> None:
+    """What runs ends; what comes is refused; what takes too long is told."""
+
+    async def run() -> None:
+        async with serving(llama.directory, skip_tokenizer_init=True) as service:
+            stream = await service.submit(llama.prompts[0], GREEDY)
+            drained = asyncio.create_task(service.drain(10))
+            await asyncio.sleep(0)
+            assert service.health().state == "draining"
+            with pytest.raises(RequestError, match="shutting down"):
+                await service.submit([5], GREEDY)
+            assert (await stream.output()).outputs[0].token_ids == llama.reference[0]
+            assert await drained
+        async with serving(llama.directory, skip_tokenizer_init=True) as service:
+            stream = await service.submit([5], LONG)
+            assert not await service.drain(0.01)
+            with pytest.raises(RequestError, match="shutting down"):
+                await stream.output()
+
+    asyncio.run(run())
+
+
+def test_death_is_told_to_all(llama: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While it serves, and while nothing runs: the heartbeat finds it."""
+
+    async def run(is_idle: bool) -> None:
+        async with serving(llama.directory, skip_tokenizer_init=True) as service:
+            stream = None if is_idle else await service.submit([5], LONG)
+            await asyncio.sleep(0.05)
+            rpool = service._engine._rpool
+
+            def gone(*_: object, **__: object) -> None:
+                raise PeerLost("pulled")
+
+            for worker in (0, 1):
+                monkeypatch.setattr(rpool._workers[worker].channel, "send", gone)
+                if is_idle and worker == 0:
+                    await asyncio.sleep(1.2)
+                    assert service.health().state == "degraded" and len(service.health().lost) == 1
+            if stream:
+                with pytest.raises(RWorkerError, match="pulled"):
+                    await stream.output()
+            await asyncio.sleep(1.2)
+            assert service.health().state == "dead" and "pulled" in (service.health().reason or "")
+            with pytest.raises(RWorkerError, match="pulled"):
+                await service.submit([5], GREEDY)
+
+    for is_idle in (False, True):
+        asyncio.run(run(is_idle))
