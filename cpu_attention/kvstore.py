@@ -63,6 +63,13 @@ class KVStore:
     def num_tokens(self, seq_id: int) -> int:
         return self._find(seq_id).num_tokens
 
+    def check_room(self, count: int) -> None:
+        """Raises KVBudgetExceeded if there can be no block for each of so many more sequences."""
+        if self.num_sequences + count > self.num_blocks:
+            raise KVBudgetExceeded(
+                f"{count} sequences are to come, {self.num_sequences} are here; there are {self.num_blocks} blocks"
+            )
+
     def admit(self, seq_id: int, max_tokens: int) -> None:
         """Raises SequenceExists, KVBudgetExceeded."""
         if seq_id in self._stored:

@@ -17,7 +17,6 @@ from __future__ import annotations
 import logging
 import os
 import platform
-import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
@@ -26,10 +25,11 @@ import numpy as np
 from cpu_attention import kernel as compiled
 from cpu_attention.attention import Attention, Kernel, NewTokens
 from cpu_attention.errors import BadRequest, RWorkerError, UnknownSequence
+from cpu_attention.kernels import WarmKernels
 from cpu_attention.kvstore import KVStore
 from cpu_attention.layout import AttentionRule, KVLayout, LayerShape
 from cpu_attention.machine import format_bytes
-from cpu_attention.work import Work
+from cpu_attention.microbatch import MAX_WINDOWS, MicroBatch, NewRows, check_room
 from transport import (
     FLOAT_DTYPES,
     Admit,
@@ -56,27 +56,12 @@ _UNANSWERED = (Admit, Step, Release, Rewind, Goodbye)
 
 
 @dataclass
-class _MicroBatch:
-    """What the Step message said, as the kernels want it.  T, A: see `transport.messages`."""
-
-    step: int
-    blocks: np.ndarray  # [T] int32, where each token's K and V go
-    offsets: np.ndarray  # [T] int32
-    append_shares: list[slice]  # of the T tokens
-    is_decode: bool  # one token and one query for each sequence
-    block_tables: np.ndarray  # [A, max_blocks] int32
-    works: dict[int | None, Work]  # by window, the queries' attention in shares
-    seq_ids: frozenset[int]
-    next_layer: int = 0
-
-
-@dataclass
 class _Session:
     nonce: int
     layers: tuple[LayerSpec, ...]
     rules: tuple[AttentionRule, ...]
     store: KVStore
-    micro_batches: dict[int, _MicroBatch]
+    micro_batches: dict[int, MicroBatch]
     failure: Failure | None = None  # of a message that has no answer; told at the next Attend
 
 
@@ -88,6 +73,7 @@ class RWorker:
         self._kv_cache_bytes = kv_cache_bytes
         self._num_threads = num_threads
         self._attention = Attention(num_threads, kernel, cores)
+        self._kernels = WarmKernels(FLOAT_DTYPES)
         self._session: _Session | None = None
         self._refusals = Refusals(logger)
 
@@ -164,7 +150,10 @@ class RWorker:
             )
             for spec in hello.layers
         )
-        _warm_up(hello.layers, layout, rules)
+        if len({rule.window for rule in rules}) > MAX_WINDOWS:
+            raise BadRequest(f"layers of more than {MAX_WINDOWS} different windows")
+        groups = (spec.num_q_heads // spec.num_kv_heads for spec in hello.layers)
+        self._kernels.prepare(list(zip(layout.heads, groups, rules, strict=True)))
         self._session = _Session(nonce, hello.layers, rules, store, {})
         logger.info(
             "session opened: %d layers, %s KV, %s per token, room for %d tokens",
@@ -185,6 +174,7 @@ class RWorker:
     def _admit(self, store: KVStore, message: Admit) -> None:
         """All of them or none."""
         admitted: list[int] = []
+        store.check_room(len(message.seq_ids))
         try:
             for seq_id, max_tokens in zip(message.seq_ids.tolist(), message.max_tokens.tolist(), strict=True):
                 store.admit(seq_id, max_tokens)
@@ -195,6 +185,7 @@ class RWorker:
             raise
 
     def _release(self, session: _Session, message: Release) -> None:
+        _check_count(session.store, message.seq_ids)
         seq_ids = message.seq_ids.tolist()
         for seq_id in seq_ids:
             session.store.num_tokens(seq_id)  # raises UnknownSequence before anything is freed
@@ -206,6 +197,7 @@ class RWorker:
 
     def _rewind(self, session: _Session, message: Rewind) -> None:
         """All of them or none."""
+        _check_count(session.store, message.seq_ids)
         targets = dict(zip(message.seq_ids.tolist(), message.num_tokens.tolist(), strict=True))
         for seq_id, num_tokens in targets.items():
             stored = session.store.num_tokens(seq_id)
@@ -216,9 +208,10 @@ class RWorker:
             session.store.truncate(seq_id, num_tokens)
 
     def _begin_micro_batch(self, session: _Session, message: Step) -> None:
-        store, block_tokens = session.store, session.store.layout.block_tokens
+        store = session.store
         # A failure below leaves no half-begun micro-batch to attend to.
         session.micro_batches.pop(message.micro_batch, None)
+        _check_count(store, message.seq_ids)
         rows = list(
             zip(
                 message.seq_ids.tolist(),
@@ -237,27 +230,19 @@ class RWorker:
                     f"sequence {seq_id} holds {stored} tokens; cannot append {num_tokens} at {start} "
                     f"with {num_queries} queries"
                 )
+        windows = {rule.window for rule in session.rules}
+        new = NewRows(message.seq_ids, message.starts, message.num_tokens, message.num_queries)
+        num_bytes = new.num_bytes(store, len(windows))
+        check_room(store, num_bytes, session.micro_batches.values())
         store.extend({seq_id: num_tokens for seq_id, _, num_tokens, _ in rows})
-        tables = store.block_tables(message.seq_ids.tolist())
-        token_rows = np.repeat(np.arange(len(rows)), message.num_tokens)
-        token_positions = _ranges(message.starts, message.num_tokens)
-        query_rows = np.repeat(np.arange(len(rows)), message.num_queries)
-        first_queries = message.starts + message.num_tokens - message.num_queries
-        positions = _ranges(first_queries, message.num_queries)
-        blocks = tables[token_rows, token_positions // block_tokens]
-        session.micro_batches[message.micro_batch] = _MicroBatch(
-            step=message.step,
-            blocks=blocks,
-            append_shares=self._attention.cut_append(blocks),
-            is_decode=bool((message.num_tokens == 1).all() and (message.num_queries == 1).all()),
-            offsets=token_positions % block_tokens,
-            block_tables=tables[query_rows],
-            works={
-                window: self._attention.cut(positions, window, block_tokens)
-                for window in {rule.window for rule in session.rules}
-            },
-            seq_ids=frozenset(seq_id for seq_id, *_ in rows),
-        )
+        try:
+            session.micro_batches[message.micro_batch] = MicroBatch(
+                message.step, new, store, self._attention, windows, num_bytes
+            )
+        except BaseException:  # no memory, say
+            for seq_id, start, *_ in rows:
+                store.truncate(seq_id, start)
+            raise
 
     def _append_and_attend(self, session: _Session, message: Attend) -> Attended:
         batch = session.micro_batches.get(message.micro_batch)
@@ -272,16 +257,15 @@ class RWorker:
             raise BadRequest(
                 f"layer {layer} wants k {k_shape} and q {q_shape}, got {message.k.shape}, {message.q.shape}"
             )
-        batch.next_layer += 1
-        if batch.next_layer == len(session.layers):
-            del session.micro_batches[message.micro_batch]
-
         data, head, rule = session.store.data[layer], session.store.layout.heads[layer], session.rules[layer]
         new, q, work = NewTokens(message.k, message.v, batch.blocks, batch.offsets), message.q, batch.works[rule.window]
         if not batch.is_decode:
             self._attention.append(new, data, head, batch.append_shares)
         newest = new if batch.is_decode else None
         out = self._attention.attend(q.astype(np.float32), data, head, batch.block_tables, work, rule, newest)
+        batch.next_layer += 1
+        if batch.next_layer == len(session.layers):
+            del session.micro_batches[message.micro_batch]
         return Attended(message.step, message.micro_batch, layer, out.astype(message.q.dtype, copy=False))
 
 
@@ -292,21 +276,7 @@ def _drop_micro_batches(session: _Session, seq_ids: Collection[int]) -> None:
     }
 
 
-def _warm_up(layers: Sequence[LayerSpec], layout: KVLayout, rules: Sequence[AttentionRule]) -> None:
-    """Kernels for every kind of layer.  Says what it does: the first time on a machine takes seconds."""
-    kinds = {
-        (head, spec.num_q_heads // spec.num_kv_heads, rule.softcap is not None): rule
-        for spec, head, rule in zip(layers, layout.heads, rules, strict=True)
-    }
-    for (head, group, _), rule in kinds.items():
-        started = time.perf_counter()
-        logger.info("kernels for %s KV, head_dim %d, %d query heads per KV head", head.dtype, head.head_dim, group)
-        compiled.warm_up(head, group, rule, FLOAT_DTYPES)
-        logger.info("ready after %.1f s", time.perf_counter() - started)
-
-
-def _ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """starts [n], counts [n] -> [sum of counts] int32: each start, start + 1, ... behind one another."""
-    ends = np.cumsum(counts)
-    within = np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - counts, counts)
-    return (np.repeat(starts, counts) + within).astype(np.int32)
+def _check_count(store: KVStore, seq_ids: np.ndarray) -> None:
+    """Before a list is made of them.  Raises UnknownSequence."""
+    if len(seq_ids) > store.num_sequences:
+        raise UnknownSequence(f"{len(seq_ids)} sequences are named, {store.num_sequences} are here")

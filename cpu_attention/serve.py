@@ -77,6 +77,10 @@ def _answer(
 ) -> None:
     """A peer that has gone, or takes nothing any more, is its own loss, not this worker's."""
     try:
-        listener.send(peer, session, reply, timeout_s=timeout_s)
-    except (PeerLost, PeerTimeout, MessageTooLarge) as error:
+        try:
+            listener.send(peer, session, reply, timeout_s=timeout_s)
+        except (MessageTooLarge, MemoryError) as error:  # it still waits for an answer, and a small one there may be
+            refusals.tell(f"an answer was not sent: {error}")
+            listener.send(peer, session, Failure(type(error).__name__, str(error)[:4096]), timeout_s=timeout_s)
+    except (PeerLost, PeerTimeout, MessageTooLarge, MemoryError) as error:
         refusals.tell(f"could not answer: {error}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cpu_attention import RWorker, reference, serve
+from cpu_attention.kernels import MAX_KINDS
 from transport import (
     Admit,
     Attend,
@@ -21,6 +23,7 @@ from transport import (
     Goodbye,
     Hello,
     LayerSpec,
+    Listener,
     Message,
     Ping,
     Pong,
@@ -180,6 +183,63 @@ def test_budget_of_a_session() -> None:
     fails(worker, Hello(SPECS, "float32", 16, kv_cache_bytes=100), "KVBudgetExceeded", "bytes per block", session=1)
 
 
+def test_small_messages_do_not_take_much(worker: RWorker) -> None:
+    """A step's tables, sequences without a block, layers that all differ: counted before memory or time is taken."""
+    num_blocks = worker.handle(SESSION, HELLO).num_blocks  # type: ignore[union-attr]
+    many = np.arange(num_blocks + 1)
+    fails(worker, Admit(many, np.ones(len(many), np.int32)), "KVBudgetExceeded", "there are")
+    fails(worker, Release(np.arange(10**6)), "UnknownSequence", "1000000 sequences are named, 0 are here")
+    worker.handle(SESSION, Goodbye())
+    roomy = RWorker(kv_cache_bytes=256 << 20)
+    assert isinstance(roomy.handle(SESSION, HELLO), Welcome)
+    tokens = 500_000  # x 31,250 blocks x 4 bytes
+    roomy.handle(SESSION, Admit(ids(1, 2), ints(tokens, 16)))
+    fails(roomy, Step(1, 0, ids(1), ints(0), ints(tokens), ints(tokens)), "BadRequest", "58.3 GiB beside its KV")
+    assert roomy.handle(SESSION, Step(2, 0, ids(1), ints(0), ints(500), ints(500))) is None
+    assert isinstance(roomy.handle(SESSION, attend_message(SPECS[0], 0, 500, 500, 0, step=2)), Attended)
+    roomy.close()
+
+
+def test_steps_that_are_never_finished_are_counted() -> None:
+    roomy = RWorker(kv_cache_bytes=256 << 20)
+    roomy.handle(SESSION, HELLO)
+    roomy.handle(SESSION, Admit(ids(1), ints(500_000)))
+    roomy.handle(SESSION, Step(0, 0, ids(1), ints(0), ints(400_000), ints(0)))
+    for step in range(1, 2000):
+        roomy.handle(SESSION, Step(step, step, ids(1), ints(400_000 + 9 * (step - 1)), ints(9), ints(9)))
+    reply = roomy.handle(SESSION, attend_message(SPECS[0], 0, 1, 1, 0))
+    assert isinstance(reply, Failure) and "unfinished" in reply.text
+    assert sum(batch.block_tables.nbytes for batch in roomy._session.micro_batches.values()) < 100 << 20  # type: ignore[union-attr]
+    roomy.close()
+
+
+def test_layers_that_all_differ() -> None:
+    worker = RWorker(kv_cache_bytes=1 << 30)
+    kinds = Hello(tuple(LayerSpec(1, 1, 1 + i, 1.0) for i in range(MAX_KINDS + 1)), "float32", 16)
+    fails(worker, kinds, "BadRequest", f"takes {MAX_KINDS}")
+    windows = Hello(tuple(LayerSpec(1, 1, 16, 1.0, window=1 + i) for i in range(65)), "float32", 16)
+    fails(worker, windows, "BadRequest", "different windows")
+    assert worker.session is None
+    assert isinstance(worker.handle(SESSION, HELLO), Welcome)
+    worker.close()
+
+
+def test_a_step_without_memory_changes_nothing(worker: RWorker, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_memory(*arguments: object) -> None:
+        raise MemoryError("none left")
+
+    worker.handle(SESSION, Admit(ids(1), ints(40)))
+    with monkeypatch.context() as patch:
+        patch.setattr("cpu_attention.kvstore.KVStore.block_tables", no_memory)
+        fails(worker, Step(1, 0, ids(1), ints(0), ints(20), ints(1)), "InternalError", "none left")
+    worker._session.store.check_integrity()  # type: ignore[union-attr]
+    worker.handle(SESSION, Step(1, 0, ids(1), ints(0), ints(20), ints(1)))
+    with monkeypatch.context() as patch:
+        patch.setattr("cpu_attention.attention.State.empty", no_memory)
+        fails(worker, attend_message(SPECS[0], 0, 20, 1, 0), "InternalError", "none left")
+    assert isinstance(worker.handle(SESSION, attend_message(SPECS[0], 0, 20, 1, 0)), Attended)
+
+
 def test_one_answer_per_attend(worker: RWorker) -> None:
     """A refused Admit spoils the Step that relies on it, too; the S-worker hears of it once, and the first cause."""
     assert worker.handle(SESSION, Admit(ids(1), ints(10**9))) is None
@@ -313,6 +373,33 @@ def test_one_s_worker_at_a_time(served: Served) -> None:
     served.channel.send(Goodbye(), timeout_s=5)
     assert isinstance(ask(second, HELLO), Welcome)
     second.close()
+
+
+def test_answers_there_is_no_memory_for(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their place is taken by a Failure; what came and cannot be read for want of memory is refused."""
+    assert isinstance(ask(served.channel, HELLO), Welcome)
+    served.channel.send(Admit(ids(1), ints(3)), timeout_s=5)
+    served.channel.send(Step(1, 0, ids(1), ints(0), ints(3), ints(1)), timeout_s=5)
+    attend, send = attend_message(SPECS[0], 0, 3, 1, 0), Listener.send
+
+    def send_little(self: Listener, peer: Any, session: int, message: Message, *, timeout_s: float) -> None:
+        if isinstance(message, Attended):
+            raise MemoryError("none left for o")
+        send(self, peer, session, message, timeout_s=timeout_s)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Listener, "send", send_little)
+        assert ask(served.channel, attend) == Failure("MemoryError", "none left for o")
+    with monkeypatch.context() as patch:
+        patch.setattr("transport.codec.np.frombuffer", lambda *_: _out_of_memory())
+        served.channel.send(Release(ids(1)), timeout_s=5)
+        refusal = served.channel._codec.decode(served.channel._link.recv_frames(5)).message
+        assert isinstance(refusal, Failure) and "none at all" in refusal.text
+    assert ask(served.channel, Ping(1)) == Pong(1)
+
+
+def _out_of_memory() -> np.ndarray:
+    raise MemoryError("none at all")
 
 
 def test_vanished_s_worker_is_replaced(served: Served) -> None:

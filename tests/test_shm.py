@@ -196,6 +196,37 @@ def test_hostile_packets(what: str, pair: tuple[Listener, Channel]) -> None:
         os.close(fd)
 
 
+def test_memory_that_nobody_has_taken_yet() -> None:
+    """A file of a gigabyte without a page: whoever maps or reads it would have to find them."""
+    fd = os.memfd_create("x", os.MFD_ALLOW_SEALING)
+    os.ftruncate(fd, 1 << 30)
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
+    with pytest.raises(ProtocolError, match="its writer has taken 0 only"):
+        ReadArena(fd, 1 << 31)
+    assert os.fstat(fd).st_blocks == 0
+    os.close(fd)
+
+
+@pytest.mark.parametrize("has_arena", [0, 1])
+@pytest.mark.parametrize("count", [1, 2, 3, 9])
+def test_files_that_came_are_closed(count: int, has_arena: int, pair: tuple[Listener, Channel]) -> None:
+    """However many: one that stays open with each packet is the end of a worker after a thousand."""
+    listener, _ = pair
+    with make_socket() as hostile:
+        hostile.connect(listener.address.removeprefix("shm://"))
+        opened = []
+        for _ in range(20):
+            fds = [a_file("sealed") for _ in range(count)]
+            rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack(f"{count}i", *fds))]
+            hostile.sendmsg([a_packet([3], has_arena=has_arena) + b"abc"], rights)
+            for fd in fds:
+                os.close(fd)
+            with pytest.raises(BadDelivery):
+                listener.recv(timeout_s=5)
+            opened.append(len(os.listdir("/proc/self/fd")))
+    assert opened[-1] == opened[0]
+
+
 @settings(deadline=None, max_examples=300)
 @given(packet=st.binary(min_size=1, max_size=200))
 def test_any_bytes(packet: bytes) -> None:

@@ -108,9 +108,11 @@ class ReadArena:
     def __init__(self, fd: int, max_bytes: int) -> None:
         try:
             is_sealed = fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK
-            size = os.fstat(fd).st_size
+            size, taken = os.fstat(fd).st_size, os.fstat(fd).st_blocks * 512
             if not is_sealed or not _HEADER < size <= _HEADER + max_bytes:
                 raise ProtocolError(f"shared memory of {size} bytes is oversized, empty or not sealed")
+            if taken < size:  # mapped, the rest would be taken by this process
+                raise ProtocolError(f"of {size} bytes of shared memory its writer has taken {taken} only")
             memory = mmap.mmap(fd, size, flags=_FLAGS)
         except (OSError, ValueError) as error:
             raise ProtocolError(f"what came is no shared memory: {error}") from error

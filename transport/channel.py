@@ -140,7 +140,7 @@ class Listener:
         arrival = self._port.recv_frames(timeout_s)
         try:
             return Delivery(arrival.peer, self._codec.decode(arrival.frames), arrival.origin)
-        except ProtocolError as error:
+        except (ProtocolError, MemoryError) as error:
             raise BadDelivery(arrival.peer, str(error), arrival.origin) from error
 
     def send(self, peer: Hashable, session: int, message: Message, *, timeout_s: float) -> None:

@@ -32,7 +32,7 @@ class Limits:
     """The most that one message may hold; both ends enforce them."""
 
     max_arrays: int = 8
-    max_header_bytes: int = 4 << 20
+    max_header_bytes: int = 1 << 20  # as objects it may take a hundred times as much
     max_array_bytes: int = 1 << 30
     max_dims: int = 4
 

@@ -63,11 +63,13 @@ class LayerSpec(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fie
 
     num_q_heads: Annotated[int, Meta(ge=1, le=4096)]
     num_kv_heads: Annotated[int, Meta(ge=1, le=4096)]
-    head_dim: Annotated[int, Meta(ge=1, le=4096)]
+    head_dim: Annotated[int, Meta(ge=1, le=1024)]  # compiling takes time with it
     scale: float
     window: Positive | None = None  # keys a query sees, itself included; None: all of them
     softcap: float | None = None  # scores become softcap * tanh(score / softcap)
-    sinks: tuple[float, ...] | None = None  # one logit per query head that takes weight but has no value
+    sinks: Annotated[tuple[float, ...], Meta(max_length=4096)] | None = (
+        None  # one logit per query head that takes weight but has no value
+    )
 
     def __post_init__(self) -> None:
         _require(
@@ -95,7 +97,7 @@ class Hello(Message, frozen=True):
 class Welcome(Message, frozen=True):
     num_blocks: Positive
     block_tokens: Positive
-    block_bytes: Positive  # of one block over all layers
+    block_bytes: Bytes  # of one block over all layers
     host: Text
     pid: Positive
     num_threads: Positive

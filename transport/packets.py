@@ -33,6 +33,7 @@ _HEAD = struct.Struct("<HHQ")
 _IN_ARENA = 1 << 63  # marks a frame's length
 _MAX_POSITION = 1 << 62
 _FD = struct.Struct("i")
+_MAX_FDS = 2  # that may come with a packet; the kernel drops others
 _EMPTY = np.empty(0, np.uint8)
 
 
@@ -82,7 +83,7 @@ class PacketSocket:
         self.give_back()
         try:
             packet, ancillary, _, _ = self.socket.recvmsg(
-                _MAX_PACKET_BYTES, socket.CMSG_SPACE(_FD.size), socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
+                _MAX_PACKET_BYTES, socket.CMSG_SPACE(_MAX_FDS * _FD.size), socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
             )
         except BlockingIOError:
             return None
@@ -90,7 +91,8 @@ class PacketSocket:
             return self.recv()
         if not packet:
             raise PeerLost(f"{self.peer} is gone: its process ended, or closed its end")
-        fds = [_FD.unpack(data)[0] for _, kind, data in ancillary if kind == socket.SCM_RIGHTS and len(data) == 4]
+        # All that came, or they would stay open: the space for one has room for two, by alignment.
+        fds = [fd for _, kind, data in ancillary if kind == socket.SCM_RIGHTS for (fd,) in _FD.iter_unpack(data)]
         try:
             return self._unpack(packet, fds)
         finally:
