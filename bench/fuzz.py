@@ -63,7 +63,7 @@ def main() -> None:
             flush=True,
         )
     if args.json:
-        facts = {"machine": cpu_name(), "settings": vars(args), "targets": records}
+        facts = {"machine": cpu_name(), "seed": args.seed, "targets": records}
         Path(args.json).write_text(json.dumps(facts, indent=1) + "\n")
     failures = {target: record["failure"] for target, record in records.items() if "failure" in record}
     for target, failure in failures.items():

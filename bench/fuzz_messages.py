@@ -5,6 +5,7 @@ Knows the protocol and a source of randomness, no sockets and no processes.  The
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Callable
 from typing import Any
@@ -206,11 +207,11 @@ def _change(r: random.Random, frames: Frames) -> None:
             continue
         kind = r.random()
         if kind < 0.8:
-            place[index] = r.choice(_ODD)
+            place[index] = copy.deepcopy(r.choice(_ODD))
         elif kind < 0.9:
             del place[index]
         else:
-            place.insert(index, r.choice(_ODD))
+            place.insert(index, copy.deepcopy(r.choice(_ODD)))
         break
     frames[0] = frames[0][:_PREFIX_BYTES] + msgspec.msgpack.encode(body)
 

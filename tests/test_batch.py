@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from bench import batch_kills
 from fastdecode import LLM, SamplingParams
 from fastdecode.batch.journal import Journal
 from fastdecode.batch.result import BatchResult
@@ -272,20 +273,12 @@ def test_a_signal_ends_it_cleanly(harm: signal.Signals, demo_model: Path, tmp_pa
 def test_killed_again_and_again(demo_model: Path, tmp_path: Path) -> None:
     """SIGKILL at random moments: after the last resume every line is there once, as in a run that was left alone."""
     num_lines, num_kills = 300, 4
-    source = write(tmp_path / "in.jsonl", [
-        request(f"r{i}", f"# {i}\nimport", max_tokens=1 + i % 60, temperature=i % 2) for i in range(num_lines)
-    ])  # fmt: skip
-    whole, out = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
+    source, whole, out = (tmp_path / name for name in ("in.jsonl", "whole.jsonl", "out.jsonl"))
+    batch_kills.make_input(source, num_lines)
     assert cli(demo_model, source, whole).returncode == 0
     generator = np.random.default_rng(int(os.environ.get("FASTDECODE_SEED", "0")))
-    for _ in range(num_kills):
-        process = subprocess.Popen(command(demo_model, source, out, "--resume"), cwd=ROOT, stderr=subprocess.DEVNULL)
-        before = out.read_bytes().count(b"\n") if out.exists() else 0
-        _wait_for_results(process, out, before + int(generator.integers(1, num_lines // num_kills // 2)))
-        process.kill()
-        process.wait()
-    last = cli(demo_model, source, out, "--resume")
-    assert last.returncode == 0, last.stderr
+    kills = batch_kills.kill_and_resume(demo_model, source, out, generator, num_lines, num_kills)
+    assert all(kill["was_running"] and kill["lines_after"] > kill["lines_before"] for kill in kills), kills
     assert texts(out) == texts(whole) and len(texts(out)) == num_lines
 
 
