@@ -45,7 +45,7 @@ def create_scheduler(
     )
 
 
-def a_sequence(seq_id: int, prompt: int = 5, output: int = 4, true: int | None = None) -> Sequence:
+def a_sequence(seq_id: int, prompt: int = 5, output: int = 4, true: int | None = None, rank: int = 0) -> Sequence:
     """true: where it ends by itself, if before `output`; None: nothing but its length ends it."""
     request = Request(
         request_id=str(seq_id),
@@ -55,6 +55,7 @@ def a_sequence(seq_id: int, prompt: int = 5, output: int = 4, true: int | None =
         stop_token_ids=frozenset(),
         eos_token_ids=frozenset() if true is None else frozenset({END}),
         true_output_tokens=true,
+        priority=rank,
     )
     return Sequence(seq_id, request, 0, 0)
 
@@ -135,7 +136,7 @@ class World:
         return END if len(sequence.output_token_ids) + 1 == sequence.request.true_output_tokens else OTHER
 
 
-sizes = st.tuples(st.integers(1, 40), st.integers(1, 12), st.one_of(st.none(), st.integers(1, 12)))
+sizes = st.tuples(st.integers(1, 40), st.integers(1, 12), st.one_of(st.none(), st.integers(1, 12)), st.integers(0, 2))
 PREDICTORS = {
     "max": MaxTokens,
     "oracle": Oracle,
@@ -164,7 +165,7 @@ PREDICTORS = {
     split_fuse=st.booleans(),
 )
 def test_whatever_comes(
-    sizes: list[tuple[int, int, int | None]],
+    sizes: list[tuple[int, int, int | None, int]],
     arrivals: list[int],
     aborts: dict[int, int],
     max_num_seqs: int,
@@ -198,7 +199,9 @@ def test_whatever_comes(
         split_fuse=split_fuse,
     )
     world = World(scheduler, budget, capacity, split_fuse)
-    coming = [a_sequence(i, prompt, out, true and min(true, out)) for i, (prompt, out, true) in enumerate(sizes)]
+    coming = [
+        a_sequence(i, prompt, out, true and min(true, out), rank) for i, (prompt, out, true, rank) in enumerate(sizes)
+    ]
     aborted = set()
     for number in range(20_000):
         while coming and (arrivals[coming[0].seq_id] <= number or not scheduler.has_work):
@@ -214,8 +217,28 @@ def test_whatever_comes(
         if sequence.seq_id not in aborted:
             expected = sequence.request.true_output_tokens or sequence.request.max_new_tokens
             assert len(sequence.output_token_ids) == expected and sequence.finish_reason
-    if kv_policy != "greedy" and predictor == "max":
+    if kv_policy != "greedy" and predictor == "max" and len({rank for *_, rank in sizes}) == 1:
         assert world.num_preempted == 0, "what is reserved to the end is never thrown out"
+
+
+@pytest.mark.parametrize("start_policy", START_POLICIES)
+def test_who_outranks_others_goes_first(start_policy: str) -> None:
+    """All seats, all KV and a long prompt are in its way; its first token comes as if it were alone."""
+    scheduler = create_scheduler(
+        max_num_seqs=3, max_num_batched_tokens=8, capacity_blocks=(30,), start_policy=start_policy, kv_policy="greedy"
+    )
+    world = World(scheduler, 8, (30,))
+    for i in range(6):
+        world.add(a_sequence(i, prompt=30, output=60, rank=1))
+    for _ in range(9):
+        world.step()
+    world.add(a_sequence(10, prompt=12, output=20, rank=0))
+    first_steps = [world.step(), world.step()]
+    own = [s for step in first_steps if step for m in step.micro_batches for s in m.segments if s.seq_id == 10]
+    assert next(s.num_tokens for s in own) >= 5 and world.sequences[10].output_token_ids
+    world.run()
+    ends = [len(sequence.output_token_ids) for sequence in world.sequences.values()]
+    assert ends == [60] * 6 + [20]
 
 
 def test_sequences_join_and_leave_between_steps() -> None:

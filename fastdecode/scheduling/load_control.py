@@ -31,6 +31,7 @@ import numpy as np
 from fastdecode.scheduling.kv_credits import KVCredits
 from fastdecode.scheduling.load import Demand, Projection, SteadyStream
 from fastdecode.scheduling.predictor import Prediction
+from fastdecode.scheduling.prospects import Prospect
 
 # Fillings of the limit, at the sequences' full lengths.  Of N such fillings started at once each takes S steps; in a
 # stream they take half as long, and a ramp of S steps before: N/2 + 1 of them, which is less from two fillings on.
@@ -41,16 +42,6 @@ _RECENT, _LEAST_RECENT = 128, 8  # starts that tell whether lengths are alike
 _ALIKE_WITHIN, _ALIKE_SHARE = 1.1, 0.32
 
 START_POLICIES = ("steady", "eager", "at-once")
-
-
-@dataclass(frozen=True)
-class Prospect:
-    """What a sequence will hold if it starts in the step at hand."""
-
-    limit: Demand  # up to the end that was predicted with confidence
-    mean: Demand | None  # up to the mean one; None: nothing is known but that it may take all it is allowed
-    prediction: Prediction
-    max_kv_tokens: int
 
 
 @dataclass(frozen=True)

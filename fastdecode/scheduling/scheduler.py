@@ -20,9 +20,9 @@ from fastdecode.plan import Admission, Segment, Step
 from fastdecode.request import Sequence
 from fastdecode.scheduling.compose import micro_batches
 from fastdecode.scheduling.kv_credits import KVCredits
-from fastdecode.scheduling.load import Demand
-from fastdecode.scheduling.load_control import LoadControl, Prospect
-from fastdecode.scheduling.predictor import Learned, Prediction, Predictor
+from fastdecode.scheduling.load_control import LoadControl
+from fastdecode.scheduling.predictor import Learned, Predictor
+from fastdecode.scheduling.prospects import Prospect, Prospects
 from fastdecode.scheduling.waiting import WaitingQueue
 
 
@@ -65,8 +65,8 @@ class Loss:
 class Scheduler:
     def __init__(self, config: SchedulerConfig, predictor: Predictor | None = None) -> None:
         self._config = config
-        self._predictor = predictor or Learned()
-        self._waiting = WaitingQueue(config.order, config.order_window, self._job_length)
+        self._prospects = Prospects(predictor or Learned(), config.length_quantile)
+        self._waiting = WaitingQueue(config.order, config.order_window, self._prospects.job_length)
         self._running: dict[int, Sequence] = {}  # by seq_id, in order of admission
         self._credits = KVCredits(config.kv_policy, config.capacity_blocks, config.block_tokens)
         self._load = LoadControl(
@@ -173,12 +173,7 @@ class Scheduler:
             self._load.end(sequence.seq_id)
             released.setdefault(_place(sequence), []).append(sequence.seq_id)
             sequence.r_worker = None
-            if sequence.finish_reason and not sequence.request.length_is_known:
-                self._predictor.observe(
-                    len(sequence.request.prompt_token_ids),
-                    len(sequence.output_token_ids),
-                    was_cut=sequence.finish_reason == "length",
-                )
+            self._prospects.learn(sequence)
         return released
 
     def lose(self, worker: int, step: Step | None) -> Loss:
@@ -311,50 +306,22 @@ class Scheduler:
         self._running[sequence.seq_id] = sequence
         self._load.start(sequence.seq_id, worker, prospect)
         sequence.admit(worker)
-        sequence.expected_tokens = self._expected_tokens(sequence)
+        sequence.expected_tokens = self._prospects.expected_tokens(sequence)
 
     def _prospect(self, sequence: Sequence, left: int) -> Prospect:
         """What it will hold from the coming step on, with `left` tokens of the step's budget for its prompt."""
-        step, done = self._load_step + 1, len(sequence.output_token_ids)
-        last_chunk = step
+        step = last_chunk = self._load_step + 1
         if self._config.split_fuse and sequence.num_tokens > left:
             # Each later step has at least this for its prompt: nothing that starts after it goes before it.
             each = max(1, self._config.max_num_batched_tokens - len(self._running))
             last_chunk += -(-(sequence.num_tokens - left) // each)
-        limit = Demand(step, last_chunk + self._expected_tokens(sequence) - done - 1, sequence.num_tokens)
-        prediction = self._predict(sequence)
-        if not prediction.is_informed:
-            return Prospect(limit, None, prediction, sequence.max_kv_tokens)
-        mean = min(round(prediction.mean(done)), sequence.request.max_new_tokens) - done
-        until_mean = Demand(step, last_chunk + max(mean, 1) - 1, sequence.num_tokens)
-        return Prospect(limit, until_mean, prediction, sequence.max_kv_tokens)
-
-    def _predict(self, sequence: Sequence) -> Prediction:
-        if sequence.prediction is None:
-            request = sequence.request
-            if request.length_is_known:
-                sequence.prediction = Prediction((request.max_new_tokens,), (1.0,))
-            else:
-                sequence.prediction = self._predictor.predict(
-                    len(request.prompt_token_ids), request.max_new_tokens, request.true_output_tokens
-                )
-        return sequence.prediction
-
-    def _expected_tokens(self, sequence: Sequence) -> int:
-        """Of output, in all: what it will not exceed, with the confidence asked for.  More than it has already."""
-        done, most = len(sequence.output_token_ids), sequence.request.max_new_tokens
-        return min(self._predict(sequence).quantile(self._config.length_quantile, done), most)
+        return self._prospects.of(sequence, step, last_chunk)
 
     def _expect_more(self, sequence: Sequence) -> None:
         """It has outlived what was predicted, and is taken to end in the next bucket."""
-        expected = self._expected_tokens(sequence)
+        expected = self._prospects.expected_tokens(sequence)
         self._load.extend(sequence.seq_id, expected - sequence.expected_tokens)
         sequence.expected_tokens = expected
-
-    def _job_length(self, sequence: Sequence) -> float:
-        """Tokens that it still takes through the model, as far as can be told."""
-        done = len(sequence.output_token_ids)
-        return sequence.num_tokens + self._predict(sequence).mean(done) - done
 
 
 def _rank(sequence: Sequence) -> tuple[int, int]:
