@@ -107,6 +107,13 @@ def test_no_file(tmp_path: Path) -> None:
         write_keys(tmp_path / "nowhere" / "k", make_keys())
 
 
+def test_without_libsodium(key_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("zmq.has", lambda capability: False)
+    for action in (make_keys, lambda: read_keys(key_file)):
+        with pytest.raises(KeyFileError, match="built without libsodium"):
+            action()
+
+
 def test_keygen(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "fastdecode", "keygen"]
     first, again, named = (

@@ -21,12 +21,12 @@ from zmq.utils import z85
 from zmq.utils.monitor import recv_monitor_message
 
 from transport.keys import Keys
+from transport.monitor import open_monitor
 from transport.refusals import Refusals
 
 logger = logging.getLogger(__name__)
 
 _ZAP_DOMAIN = b"fastdecode"
-_MONITOR = "inproc://doorkeeper"
 _FAILURES = zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH
 _EVENTS = (
     _FAILURES
@@ -55,11 +55,7 @@ class Doorkeeper:
         port.zap_enforce_domain = True  # should nobody answer over ZAP, nobody comes in
         if keys:
             port.curve_server, port.curve_publickey, port.curve_secretkey = True, keys.public, keys.secret
-        port.monitor(_MONITOR, _EVENTS)
-        self._monitor = port.context.socket(zmq.PAIR)
-        # With a limit, events that are not read in time would make libzmq's thread wait, and everybody's messages.
-        self._monitor.rcvhwm = 0
-        self._monitor.connect(_MONITOR)
+        self._monitor = open_monitor(port, _EVENTS)
         self._thread = threading.Thread(target=self._run, name="doorkeeper", daemon=True)
         self._thread.start()
 

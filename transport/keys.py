@@ -28,6 +28,8 @@ class Keys:
 
 
 def make_keys() -> Keys:
+    """Raises KeyFileError where ZeroMQ was built without encryption."""
+    _check_curve()
     return Keys(*zmq.curve_keypair())
 
 
@@ -53,8 +55,10 @@ def write_keys(path: str | os.PathLike[str], keys: Keys) -> None:
 def read_keys(path: str | os.PathLike[str]) -> Keys:
     """What `write_keys` wrote.
 
-    Raises KeyFileError for a file that is not there, that others may read or write, or that holds something else.
+    Raises KeyFileError for a file that is not there, that others may read or write, or that holds something else, and
+    where ZeroMQ was built without encryption.
     """
+    _check_curve()
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe is to be refused, not waited for
     except FileNotFoundError:
@@ -71,6 +75,11 @@ def read_keys(path: str | os.PathLike[str]) -> Keys:
     finally:
         os.close(fd)
     return _parse(path, content)
+
+
+def _check_curve() -> None:
+    if not zmq.has("curve"):
+        raise KeyFileError("ZeroMQ was built without libsodium here and cannot encrypt; pip install pyzmq brings one")
 
 
 def _check_owner(path: str | os.PathLike[str], status: os.stat_result) -> None:

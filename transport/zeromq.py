@@ -23,6 +23,7 @@ from transport.doorkeeper import Doorkeeper
 from transport.errors import AddressError, ChannelClosed, PeerLost, PeerRefused, PeerTimeout, ProtocolError
 from transport.hosts import check_bind, check_host
 from transport.keys import Keys
+from transport.monitor import open_monitor
 from transport.multipart import checksum, receive, send
 from transport.paths import check_not_taken, check_path
 
@@ -50,7 +51,7 @@ class ZeroMQLink:
         # Send only over finished connections, so that a send to nobody times out instead of piling up.
         self._socket.immediate = True
         events = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | _FAILURES
-        self._monitor = self._socket.get_monitor_socket(events)
+        self._monitor = open_monitor(self._socket, events)
         self._poller = zmq.Poller()
         self._poller.register(self._monitor, zmq.POLLIN)
         self._connected = self._lost = self._closed = False
