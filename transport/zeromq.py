@@ -31,7 +31,8 @@ HEARTBEAT_INTERVAL_MS = 300
 # A heartbeat waits behind the frame that is being sent, so a frame has to cross within this time.
 HEARTBEAT_TIMEOUT_MS = 1600
 HANDSHAKE_TIMEOUT_MS = 10_000  # for whoever connects to a port, and holds a file descriptor of it meanwhile
-# An R-worker with another key says nothing and hangs up, which one that is just ending does, too: but not so often.
+# An R-worker with another key says nothing and hangs up, and one that wants a key may be quicker with that than with
+# its greeting.  One that is just ending hangs up, too, but not so often.
 _MAX_HANG_UPS = 5
 _CURVE_BYTES = 64  # that encryption adds to a frame, at most
 
@@ -139,10 +140,14 @@ class ZeroMQLink:
                 return "does not speak this protocol: is it an R-worker, and is the address right?"
             if self._keys:
                 return "has no key: start it with --key-file, or leave key_file out here"
-            return "wants a key: give the key file that it was started with (key_file, --key-file)"
-        if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH or (self._keys and self._num_hang_ups >= _MAX_HANG_UPS):
+            return "wants a key: give the key file it was started with (key_file, --key-file)"
+        if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
             return "refused this side's key: give both ends the same key file"
-        return ""
+        if self._num_hang_ups < _MAX_HANG_UPS:
+            return ""
+        if self._keys:
+            return "hangs up, as one does that has another key or none: give both ends the same key file"
+        return "hangs up, as one does that wants a key: give the key file it was started with (key_file, --key-file)"
 
 
 class ZeroMQPort:
