@@ -133,6 +133,8 @@ def _print_roles(comm: Any) -> None:
             flush=True,
         )
 
+    print("if a rank ends, mpirun ends the whole job: MPI has no recovery", file=sys.stderr, flush=True)
+
 
 def _ranks_on_this_host(comm: Any) -> int:
     for name in ("OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS", "SLURM_NTASKS_PER_NODE"):

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -254,6 +257,64 @@ def test_overlong_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = [line.error for line in lines(source)]
     assert found[0] and "more than" in found[0] and found[1:] == [None]
     assert survey(source).num_lines == 2 and MAX_LINE_BYTES > 1 << 20
+
+
+def test_all_of_the_input_is_hashed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an overlong line ends in, too, though it is never held as a whole."""
+    monkeypatch.setattr("fastdecode.batch.survey.MAX_LINE_BYTES", 1000)
+    source = tmp_path / "in.jsonl"
+    for rest in (b"end", b"END", b"e" * 5000 + b"\n" + json.dumps(request("b", "x")).encode()):
+        source.write_bytes(b"x" * 4321 + rest)
+        assert survey(source).sha256 == hashlib.sha256(source.read_bytes()).hexdigest()
+
+
+@contextmanager
+def disk_of(num_bytes: int) -> Iterator[None]:
+    """No file may become longer meanwhile: what a full disk looks like to who writes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_disk_that_is_full_at_a_resume(tmp_path: Path, llm: LLM) -> None:
+    """Whatever cannot be written, the results that are there stay as they are, and are found when there is room."""
+    source = write(tmp_path / "in.jsonl", [request(f"r{i}", [5 + i], max_tokens=3) for i in range(8)] + ["torn\n"])
+    out = tmp_path / "out.jsonl"
+    assert run(llm, source, out).num_errors == 1
+    whole, names = out.read_bytes(), sorted(path.name for path in tmp_path.iterdir())
+    for room in (0, 1, 500, len(whole) // 2):
+        with disk_of(room), pytest.raises(ConfigError, match="cannot write beside.*as it was"):
+            run(llm, source, out, resume=True, retry_errors=True)
+        assert out.read_bytes() == whole and sorted(path.name for path in tmp_path.iterdir()) == names
+    expected = texts(out)
+    assert run(llm, source, out, resume=True, retry_errors=True).is_complete
+    assert texts(out) == expected
+
+
+def test_disk_that_is_full_at_the_manifest(demo_model: Path, tmp_path: Path) -> None:
+    source, out = write(tmp_path / "in.jsonl", [request("a", "x", max_tokens=2)]), tmp_path / "out.jsonl"
+    with disk_of(10):
+        done = cli(demo_model, source, out)
+    assert done.returncode == 2 and "cannot write beside" in done.stderr and "Traceback" not in done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl"] and not out.read_bytes()
+    assert cli(demo_model, source, out).returncode == 0
+
+
+@pytest.mark.parametrize("harm", [signal.SIGTERM, signal.SIGINT], ids=str)
+def test_a_signal_before_there_is_a_model(harm: signal.Signals, demo_model: Path, tmp_path: Path) -> None:
+    """While the input is read, which is a pipe here and never ends."""
+    source = tmp_path / "in.jsonl"
+    os.mkfifo(source)
+    process = subprocess.Popen(
+        command(demo_model, source, tmp_path / "out.jsonl"), cwd=ROOT, stderr=subprocess.PIPE, text=True
+    )
+    with source.open("w"):  # which waits for the reader
+        process.send_signal(harm)
+        _, said = process.communicate(timeout=30)
+    assert process.returncode == 128 + harm and said == "interrupted before the first line\n"
 
 
 @pytest.mark.alone

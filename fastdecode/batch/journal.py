@@ -14,9 +14,11 @@ import json
 import os
 import time
 from array import array
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, BinaryIO, Self
 
 import numpy as np
 
@@ -38,7 +40,8 @@ class Journal:
     def __init__(
         self, path: Path, survey: Survey, settings: dict[str, Any], *, resume: bool, retry_errors: bool
     ) -> None:
-        """settings: what results depend on.  Raises ConfigError if the file is another job's, or somebody's now."""
+        """settings: what results depend on.  Raises ConfigError if the file is another job's, or somebody's now, or if
+        the disk is full; then every result that was in it still is."""
         if path.exists() and path.samefile(survey.path):
             raise ConfigError("the output is the input; give another path for the output")
         self.path, self._manifest = path, path.with_name(path.name + ".manifest.json")
@@ -52,8 +55,12 @@ class Journal:
                 raise ConfigError(f"{path} is not empty; go on with it by --resume, or give another path")
             self._check_manifest(survey, settings)
             self.recorded = self._recover(retry_errors)
-        except BaseException:
+        except BaseException as error:
             os.close(self._fd)
+            if isinstance(error, OSError):
+                raise ConfigError(
+                    f"cannot write beside {path}: {error}. What it holds is as it was; make room and start again"
+                ) from error
             raise
         self._synced = time.monotonic()
 
@@ -68,9 +75,11 @@ class Journal:
 
     def close(self) -> None:
         if self._fd >= 0:
-            os.fdatasync(self._fd)
-            os.close(self._fd)
-            self._fd = -1
+            fd, self._fd = self._fd, -1
+            try:
+                os.fdatasync(fd)
+            finally:
+                os.close(fd)
 
     def __enter__(self) -> Self:
         return self
@@ -103,16 +112,27 @@ class Journal:
         elif os.fstat(self._fd).st_size:
             raise ConfigError(f"{self.path} is no output of run-batch: {self._manifest.name} is not beside it")
         else:
-            fresh = self._manifest.with_name(self._manifest.name + ".new")
-            fresh.write_text(json.dumps({"input": str(survey.path), **ours}, indent=1) + "\n")
-            os.replace(fresh, self._manifest)
+            with _replacing(self._manifest) as file:
+                file.write((json.dumps({"input": str(survey.path), **ours}, indent=1) + "\n").encode())
 
     def _recover(self, retry_errors: bool) -> Recorded:
         """Cuts a torn line off, and with `retry_errors` takes errors out, so that they are done again."""
-        ids, num_errors, whole, kept = array("Q"), 0, 0, None
-        new_path = self.path.with_name(self.path.name + ".new")
-        if retry_errors:
-            kept = new_path.open("wb")
+        if not retry_errors:
+            return self._read(kept=None)
+        old = self._fd
+        try:
+            with _replacing(self.path) as kept:
+                recorded = self._read(kept)
+                self._fd = os.open(kept.name, os.O_RDWR | os.O_APPEND)
+                self._lock()  # of the new file, before anybody else can find it
+        finally:
+            if self._fd != old:
+                os.close(old)
+        return recorded
+
+    def _read(self, kept: BinaryIO | None) -> Recorded:
+        """kept: where lines without an error are written, and the others left out."""
+        ids, num_errors, whole = array("Q"), 0, 0
         with self.path.open("rb") as file:
             for number, raw in enumerate(file, 1):
                 if not raw.endswith(b"\n"):
@@ -130,16 +150,19 @@ class Journal:
                 ids.append(hash_id(custom_id))
                 num_errors += is_error
         os.ftruncate(self._fd, whole)
-        if kept:
-            kept.flush()
-            os.fsync(kept.fileno())
-            kept.close()
-            self._replace(new_path)
         return Recorded(np.frombuffer(ids, np.uint64) if ids else np.empty(0, np.uint64), num_errors)
 
-    def _replace(self, new_path: Path) -> None:
-        """By a file without the errors; the lock goes over to it."""
-        old, self._fd = self._fd, os.open(new_path, os.O_RDWR | os.O_APPEND)
-        self._lock()
-        os.replace(new_path, self.path)
-        os.close(old)
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file that takes the place of `path` when it is whole and on the disk, and is gone if it does not get so far."""
+    fresh = path.with_name(path.name + ".new")
+    try:
+        with fresh.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(fresh, path)
+    except BaseException:
+        fresh.unlink(missing_ok=True)
+        raise

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,7 @@ def survey(path: Path) -> Survey:
     digest, ids = hashlib.sha256(), array("Q")
     try:
         with path.open("rb") as file:
-            for raw in _raw_lines(file):
+            for raw in _raw_lines(file, digest.update):
                 digest.update(raw)
                 if raw.strip():
                     ids.append(hash_id(read_line(raw, len(ids) + 1).custom_id))
@@ -91,14 +91,15 @@ def hash_id(custom_id: str) -> int:
     return int.from_bytes(hashlib.blake2b(custom_id.encode(errors="surrogatepass"), digest_size=8).digest(), "little")
 
 
-def _raw_lines(file: Any) -> Iterator[bytes]:
-    """Lines of at most a little more than MAX_LINE_BYTES; the rest of a longer one is read and dropped."""
+def _raw_lines(file: Any, drop: Callable[[bytes], None] = lambda rest: None) -> Iterator[bytes]:
+    """Lines of at most a little more than MAX_LINE_BYTES; the rest of a longer one is read and dropped, in parts."""
     while raw := file.readline(MAX_LINE_BYTES + 1):
         yield raw
         while len(raw) > MAX_LINE_BYTES and not raw.endswith(b"\n"):
             raw = file.readline(MAX_LINE_BYTES + 1)
             if not raw:
                 return
+            drop(raw)
 
 
 def _check_unique(found: Survey) -> None:

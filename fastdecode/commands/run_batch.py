@@ -51,21 +51,36 @@ def run(args: argparse.Namespace) -> int:
     """0: every line succeeded.  1: some did not.  2: it could not start or go on.  130, 143: interrupted."""
     try:
         return run_on_s_worker(args, lambda: _run(args))
-    except FastDecodeError as error:
+    except FastDecodeError as error:  # no MPI, say
         print(f"error: {error}", file=sys.stderr)
         return 2
 
 
 def _run(args: argparse.Namespace) -> int:
+    """The exit code.  What is the user's to mend is told here: under MPI an exception ends the job, with a trace."""
+    try:
+        with _stoppable():
+            return _survey_and_serve(args)
+    except FastDecodeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: cannot write {args.output_file}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as stop:
+        print("interrupted before the first line", file=sys.stderr)
+        return _code_of(stop)
+
+
+def _survey_and_serve(args: argparse.Namespace) -> int:
     names = args.served_model_name or [args.model, Path(args.model).name]
     settings = {"model": str(Path(args.model).resolve()), "seed": args.seed}
     settings |= {name: getattr(args, name) for name in ("dtype", "kv_cache_dtype", "max_model_len")}
-    with _stoppable():
-        found = survey(Path(args.input_file))
-        with Journal(
-            Path(args.output_file), found, settings, resume=args.resume, retry_errors=args.retry_errors and args.resume
-        ) as journal:
-            return _serve(args, found, journal, names)
+    found = survey(Path(args.input_file))
+    with Journal(
+        Path(args.output_file), found, settings, resume=args.resume, retry_errors=args.retry_errors and args.resume
+    ) as journal:
+        return _serve(args, found, journal, names)
 
 
 def _serve(args: argparse.Namespace, found: Survey, journal: Journal, names: list[str]) -> int:
@@ -89,8 +104,10 @@ def _serve(args: argparse.Namespace, found: Survey, journal: Journal, names: lis
         return 2
     except KeyboardInterrupt as stop:
         progress.close()
-        print(f"interrupted; {progress.how_to_go_on()}", file=sys.stderr)
-        return 143 if isinstance(stop, _Terminated) else 130
+        # Where a rank has died mpirun ends this one; it says which it was, if it still says anything.
+        why = " (a rank may have ended; MPI has no recovery)" if args.transport == "mpi" else ""
+        print(f"interrupted{why}; {progress.how_to_go_on()}", file=sys.stderr)
+        return _code_of(stop)
     progress.close()
     print(progress.summary(), file=sys.stderr)
     return 1 if result.num_errors or not result.is_complete else 0
@@ -98,6 +115,10 @@ def _serve(args: argparse.Namespace, found: Survey, journal: Journal, names: lis
 
 class _Terminated(KeyboardInterrupt):
     """SIGTERM, which ends things in the same way."""
+
+
+def _code_of(stop: KeyboardInterrupt) -> int:
+    return 143 if isinstance(stop, _Terminated) else 130
 
 
 @contextmanager
