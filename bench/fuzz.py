@@ -42,20 +42,22 @@ def strike(target: str, num_frames: int, seed: int, first_batch: int) -> dict[st
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--frames", type=int, default=1_000_000, help="for each target")
+    parser.add_argument("--frames", type=int, default=1_000_000, help="for the codec; the wires share as many")
     parser.add_argument("--target", nargs="+", choices=TARGETS, default=TARGETS)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--first-batch", type=int, default=0, help="begin there, to repeat a failure")
     parser.add_argument("--json", metavar="FILE", help="also write the records there")
     args = parser.parse_args()
     records: dict[str, Any] = {}
+    num_wires = len({"shm", "ipc", "tcp"}.intersection(args.target))
     print(f"{cpu_name()}, seed {args.seed}")
     print(f"{'target':8} {'frames':>10} {'frames/s':>9} {'crashes':>8} {'peak over the start':>20}")
     for target in args.target:
         if target == "guided" and not IS_GUIDED:
             print(f"{target:8} left out: pip install atheris (x86-64 Linux)")
             continue
-        record = records[target] = strike(target, args.frames, args.seed, args.first_batch)
+        num_frames = args.frames if target in ("guided", "codec") else -(-args.frames // num_wires)
+        record = records[target] = strike(target, num_frames, args.seed, args.first_batch)
         memory = record["memory_over_start_mib"]
         print(
             f"{target:8} {record['frames']:10} {record['frames'] / record['seconds']:9.0f} {'failure' in record:8} "

@@ -69,8 +69,8 @@ class SharedMemoryPeer:
                 os.close(file)
 
     def replies(self) -> Iterator[Frames]:
-        yield from self._kept
-        self._kept = []
+        kept, self._kept = self._kept, []
+        yield from kept
         while (frames := self._end.recv()) is not None:
             yield [bytes(frame) for frame in frames]
 
@@ -88,7 +88,7 @@ class SharedMemoryPeer:
                 attempt()
                 return
             except (BlockingIOError, TimeoutError):
-                self._kept += self.replies()
+                self._kept = list(self.replies())
                 _poll(self._socket, select.POLLOUT, 0.01)
         raise TimeoutError(f"takes nothing for {HANG_S:.0f} s")
 
