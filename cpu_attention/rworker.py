@@ -25,11 +25,11 @@ import numpy as np
 from cpu_attention import kernel as compiled
 from cpu_attention.attention import Attention, Kernel, NewTokens
 from cpu_attention.errors import BadRequest, RWorkerError, UnknownSequence
-from cpu_attention.kernels import WarmKernels
 from cpu_attention.kvstore import KVStore
 from cpu_attention.layout import AttentionRule, KVLayout, LayerShape
 from cpu_attention.machine import format_bytes
 from cpu_attention.microbatch import MAX_WINDOWS, MicroBatch, NewRows, check_room
+from cpu_attention.warm_kernels import WarmKernels
 from transport import (
     FLOAT_DTYPES,
     Admit,

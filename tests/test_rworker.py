@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cpu_attention import RWorker, reference, serve
-from cpu_attention.kernels import MAX_KINDS
+from cpu_attention.warm_kernels import MAX_KINDS
 from transport import (
     Admit,
     Attend,
