@@ -47,6 +47,7 @@ from transport.bad_link import HARMS, BadLink
 KILLED, STOPPED, BEHIND_BAD_LINK = range(3)
 _RESTART_S, _STOP_S = 0.5, 3.0
 _WINDOW_S = 0.5
+_EXPLAINS_S = 5.0  # a loss later than that after a blow is not its doing
 
 
 class Worker:
@@ -90,6 +91,7 @@ class Run:
     tokens: list[list[int]] = field(default_factory=list)
     steps: list[tuple[float, int]] = field(default_factory=list)  # (when it was done, tokens)
     blows: list[Blow] = field(default_factory=list)
+    unprovoked: list[str] = field(default_factory=list)  # losses that no blow explains
 
     def rate(self, begin: float, end: float) -> float:
         """Tokens per second."""
@@ -115,9 +117,11 @@ class _Listener(logging.Handler):
         now = time.monotonic()
         if record.name == "fastdecode.recovery":
             worker = record.args[0].r_worker  # type: ignore[union-attr]
-            for blow in self._run.blows:
-                if blow.worker == worker and blow.noticed is None and now - blow.at < 10:
-                    blow.noticed = now
+            blows = [blow for blow in self._run.blows if blow.worker == worker]
+            if blows and blows[-1].noticed is None and now - blows[-1].at < _EXPLAINS_S:
+                blows[-1].noticed = now
+            else:
+                self._run.unprovoked.append(record.getMessage())
         elif record.name == "fastdecode.rejoin":
             for blow in self._run.blows:
                 if f"R-worker {blow.worker} " in str(record.args[0]) and blow.noticed and blow.back is None:
@@ -239,7 +243,8 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--json", metavar="FILE", help="also write the figures there")
     args = parser.parse_args()
-    records = []
+    records: list[dict[str, Any]] = []
+    unprovoked: list[str] = []
     with tempfile.TemporaryDirectory() as model:
         make_model(args, model)
         plain = serve(args, model, None)
@@ -250,6 +255,7 @@ def main() -> None:
             if run.tokens != plain.tokens:
                 raise SystemExit(f"seed {seed}: other tokens than in the undisturbed run")
             records += figures(run, usual)
+            unprovoked += run.unprovoked
             harms = ", ".join(blow.harm for blow in run.blows)
             print(f"seed {seed}: {run.steps[-1][0] - run.steps[0][0]:.1f} s, tokens equal; {harms}", flush=True)
     print(f"\nfastdecode {fastdecode.__version__}, {cpu_name()}, {len(records)} blows; median (largest), seconds")
@@ -260,8 +266,9 @@ def main() -> None:
             num_lost = sum(record["noticed_s"] is not None for record in own)
             cells = [_cell(own, key) for key in ("noticed_s", "stood_still_s", "two_thirds_s", "back_s")]
             print(f"{harm:10} {len(own):5} {num_lost:5} " + " ".join(f"{cell:>14}" for cell in cells))
+    print(f"losses without a blow: {len(unprovoked)}", *unprovoked, sep="\n    ")
     if args.json:
-        record = {"machine": cpu_name(), "settings": vars(args), "blows": records}
+        record = {"machine": cpu_name(), "settings": vars(args), "blows": records, "unprovoked": unprovoked}
         Path(args.json).write_text(json.dumps(record, indent=1) + "\n")
 
 
