@@ -27,6 +27,7 @@ from fastdecode.scheduling.scheduler import Scheduler
 from fastdecode.step_log import StepRecord, make_record
 from fastdecode.text import Tokenizer
 from fastdecode.timeline import NoTimeline, Timeline
+from fastdecode.totals import PoolTotals
 from gpu_sworker import EmulatedSWorker, Sampled, SWorker
 
 logger = logging.getLogger(__name__)
@@ -76,6 +77,20 @@ class Engine:
     def lost_workers(self) -> list[str]:
         """Names of R-workers that do not serve now; all of them if no step is possible any more."""
         return self._rpool.lost
+
+    @property
+    def totals(self) -> PoolTotals:
+        return self._rpool.totals
+
+    @property
+    def kv_capacity_tokens(self) -> list[int]:
+        """[num_r_workers]; 0 of those that do not serve."""
+        return self._scheduler.kv_capacity_tokens
+
+    @property
+    def kv_load_limit(self) -> int:
+        """W_lim: KV tokens that a step may read, of all R-workers together."""
+        return self._scheduler.kv_load_limit
 
     def has_room(self, params: SamplingParams) -> bool:
         """A request with these would find a place in the queue now."""
@@ -235,6 +250,7 @@ class Engine:
                 num_running=self._scheduler.num_running,
                 num_waiting=self._scheduler.num_waiting,
                 kv_tokens=self._scheduler.kv_tokens,
+                lap=self._rpool.totals.lap(self._rpool.alive),
             )
         )
 

@@ -75,6 +75,7 @@ class Recovery:
             else:
                 self._is_restless = False
                 self._unsettled.clear()
+                self._rpool.totals.num_recoveries += 1
         return homeless
 
     def join(self) -> None:

@@ -22,6 +22,7 @@ from fastdecode.patience import Patience
 from fastdecode.plan import Admission, MicroBatch
 from fastdecode.rejoin import Joined, Rejoin, RWorkerHandle
 from fastdecode.timeline import S_WORKER, NoTimeline, Timeline
+from fastdecode.totals import PoolTotals, WorkerTotals
 from transport import (
     Admit,
     Attend,
@@ -79,6 +80,7 @@ class RPool:
         self._last_ping = 0
         self._num_ever = len(self._workers)
         self._rejoin: Rejoin | None = None  # from `open` on
+        self.totals = PoolTotals({worker: WorkerTotals() for worker in self._workers})
 
     @property
     def names(self) -> list[str]:
@@ -103,6 +105,7 @@ class RPool:
         if worker in self._alive:
             lost, is_vital = self._workers[worker], self.is_vital(worker)
             self._alive.remove(worker)
+            self.totals.num_lost += 1
             lost.channel.close()
             if self._rejoin and lost.again and not is_vital:
                 self._rejoin.seek(worker, lost.again)
@@ -120,6 +123,8 @@ class RPool:
             self._workers[new.worker] = new.handle
             self._patience[new.worker] = Patience(self._timeout_s)
             self._alive = sorted({*self._alive, new.worker})
+            self.totals.workers.setdefault(new.worker, WorkerTotals())
+            self.totals.num_joined += 1
         return joined
 
     def open(self, hello: Hello, timeout_s: float) -> list[Welcome]:
@@ -195,17 +200,16 @@ class RPool:
         ticket.layer += 1
         ticket.submitted_ns = time.monotonic_ns()
         for share in ticket.shares:
-            self._send(
-                share.worker,
-                Attend(
-                    step=ticket.step,
-                    micro_batch=ticket.micro_batch,
-                    layer=ticket.layer,
-                    q=q[share.queries],
-                    k=k[share.tokens],
-                    v=v[share.tokens],
-                ),
+            message = Attend(
+                step=ticket.step,
+                micro_batch=ticket.micro_batch,
+                layer=ticket.layer,
+                q=q[share.queries],
+                k=k[share.tokens],
+                v=v[share.tokens],
             )
+            self._send(share.worker, message)
+            self.totals.workers[share.worker].bytes_sent += message.q.nbytes + 2 * message.k.nbytes
 
     def is_answered(self, ticket: Ticket) -> bool:
         """Whether `collect` need not wait: everybody has answered, or is known to be gone.
@@ -224,8 +228,13 @@ class RPool:
             if (reply.step, reply.micro_batch, reply.layer, len(reply.o)) != asked:
                 raise self._failed(share.worker, "answered something else than it was asked")
             parts.append(reply.o)
-            took_ns = max(time.monotonic_ns() - waited_ns, reply.ended_ns - reply.began_ns)
+            waited_for_ns, attention_ns = time.monotonic_ns() - waited_ns, reply.ended_ns - reply.began_ns
+            took_ns = max(waited_for_ns, attention_ns)
             self._patience[share.worker].took(took_ns / 1e9)
+            self.totals.wait_ns += waited_for_ns
+            totals = self.totals.workers[share.worker]
+            totals.attention_ns += attention_ns
+            totals.bytes_received += reply.o.nbytes
             self._draw(ticket, share, reply, waited_ns)
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 

@@ -10,6 +10,7 @@ from typing import TextIO
 
 from fastdecode.errors import ConfigError
 from fastdecode.plan import Step
+from fastdecode.totals import Lap
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,9 @@ class StepRecord:
     num_waiting: int
     num_preempted: int  # in this step
     kv_tokens: tuple[int, ...]  # [num_r_workers] of the live sequences, prompts on their way in counted whole
+    num_sampled: int = 0  # new tokens
+    wait_s: float = 0.0  # the S-worker's thread, for answers; 0 in virtual time
+    attention_s: tuple[float | None, ...] = ()  # [num_r_workers]; None: it does not serve; empty in virtual time
 
     @property
     def load(self) -> int:
@@ -31,7 +35,14 @@ class StepRecord:
 
 
 def make_record(
-    step: Step, *, begin_s: float, seconds: float, num_running: int, num_waiting: int, kv_tokens: tuple[int, ...]
+    step: Step,
+    *,
+    begin_s: float,
+    seconds: float,
+    num_running: int,
+    num_waiting: int,
+    kv_tokens: tuple[int, ...],
+    lap: Lap | None = None,
 ) -> StepRecord:
     """Of a step as it was scheduled; the numbers are those before it was committed."""
     segments = [segment for micro_batch in step.micro_batches for segment in micro_batch.segments]
@@ -45,6 +56,9 @@ def make_record(
         num_waiting=num_waiting,
         num_preempted=sum(map(len, step.preempted.values())),
         kv_tokens=kv_tokens,
+        num_sampled=sum(segment.is_sampled for segment in segments),
+        wait_s=lap.wait_s if lap else 0.0,
+        attention_s=lap.attention_s if lap else (),
     )
 
 
@@ -69,4 +83,5 @@ def read_step_log(path: str | Path) -> Iterator[StepRecord]:
     with open(path, encoding="utf-8") as file:
         for line in file:
             fields = json.loads(line)
-            yield StepRecord(**fields | {"kv_tokens": tuple(fields["kv_tokens"])})
+            lists = {name: tuple(value) for name, value in fields.items() if isinstance(value, list)}
+            yield StepRecord(**fields | lists)

@@ -70,6 +70,11 @@ class LoadControl:
         self._much_waits = self._paced = False
         self._batch_open = True
 
+    @property
+    def limit(self) -> int:
+        """W_lim, or the memory of all R-workers where that is less."""
+        return self._limit
+
     def measure_memory(self) -> None:
         """Again, when an R-worker was lost or has come."""
         capacities = self._credits.capacity_tokens

@@ -92,6 +92,16 @@ class Scheduler:
         return self._credits.tokens
 
     @property
+    def kv_capacity_tokens(self) -> list[int]:
+        """[num_r_workers]"""
+        return self._credits.capacity_tokens
+
+    @property
+    def kv_load_limit(self) -> int:
+        """KV tokens of all R-workers that a step may read: what was set, or what they hold."""
+        return self._load.limit
+
+    @property
     def has_work(self) -> bool:
         return bool(self._waiting or self._running)
 
