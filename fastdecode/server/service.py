@@ -118,6 +118,7 @@ class Service:
         self._live: dict[str, _Live] = {}  # the engine's thread alone
         self._pending: list[tuple[Stream, Delta | RequestOutput | FastDecodeError]] = []  # for the event loop
         self._num_inside = 0  # sequences submitted and not over; the event loop alone
+        self.num_ended = {"queue_full": 0, "timeout": 0, "cancelled": 0}  # by RequestError.code; each has one writer
         self._death: FastDecodeError | None = None
         self._is_draining = self._is_stopping = False
 
@@ -152,6 +153,7 @@ class Service:
         """stream: deltas are wanted.  Raises RequestError (the request, or ``queue_full``, or ``draining``)."""
         self._check_open()
         if self._num_inside - self.num_running >= self._max_queue:
+            self.num_ended["queue_full"] += 1
             raise RequestError("queue_full", f"{self._max_queue} sequences wait already; try again later")
         self._num_inside += params.n
         try:
@@ -247,6 +249,7 @@ class Service:
     def _abort(self, stream: Stream) -> None:
         if self._live.pop(stream.request_id, None):
             self._engine.abort([stream.request_id])
+            self.num_ended["cancelled"] += 1
             self._over(stream, RequestError("cancelled", "the client has gone"))
 
     def _finish(self, output: RequestOutput) -> None:
@@ -261,6 +264,7 @@ class Service:
             if live.timeout_s is not None and now - live.since > live.timeout_s:
                 del self._live[request_id]
                 self._engine.abort([request_id])
+                self.num_ended["timeout"] += 1
                 self._over(live.stream, RequestError("timeout", f"not finished within {live.timeout_s:g} s"))
 
     def _end_all(self, error: FastDecodeError) -> None:

@@ -1,0 +1,212 @@
+"""What is counted is what was done, by a parser that is not ours; and whatever a dashboard names is there."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from conftest import Case
+from fastapi import FastAPI
+from prometheus_client.parser import text_string_to_metric_families
+
+from fastdecode import SamplingParams
+from fastdecode.config import EngineConfig
+from fastdecode.errors import RequestError
+from fastdecode.open_engine import open_engine
+from fastdecode.outputs import CompletionOutput, RequestOutput
+from fastdecode.server.counts import Histogram
+from fastdecode.server.metrics import Metrics, metrics_router
+from fastdecode.server.service import Service
+from fastdecode.step_log import StepRecord
+from transport import PeerLost
+
+ROOT = Path(__file__).parents[1]
+GREEDY = SamplingParams(temperature=0, max_tokens=32)
+LONG = SamplingParams(temperature=0, max_tokens=400, ignore_eos=True)
+Samples = dict[tuple[str, str], float]  # (name, label beside the model's) -> value
+
+
+async def scrape(client: httpx.AsyncClient) -> Samples:
+    response = await client.get("/metrics")
+    assert response.status_code == 200 and response.headers["content-type"].startswith("text/plain; version=")
+    samples: Samples = {}
+    for family in text_string_to_metric_families(response.text):
+        assert family.documentation and family.type in ("counter", "gauge", "histogram")
+        for sample in family.samples:
+            assert sample.labels.pop("model_name") == "tiny"
+            samples[sample.name, ",".join(sample.labels.values())] = sample.value
+    return samples
+
+
+@asynccontextmanager
+async def serving(
+    model: Path, max_queue: int = 100, **options: Any
+) -> AsyncIterator[tuple[Service, httpx.AsyncClient]]:
+    metrics, app = Metrics("tiny"), FastAPI()
+    app.include_router(metrics_router(metrics))
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://x") as client:
+        assert await scrape(client) == {
+            ("fastdecode:health", state): float(state == "loading")
+            for state in ("loading", "ready", "degraded", "draining", "dead")
+        }
+        config = EngineConfig.from_options({"model": model, "num_r_workers": 2, "skip_tokenizer_init": True, **options})
+        opened = open_engine(config, on_step=metrics.on_step)
+        try:
+            service = Service(opened, max_queue=max_queue, on_finished=metrics.on_finished)
+            service.start()
+            metrics.begin(service)
+            yield service, client
+            await service.drain(10)
+        finally:
+            opened.close()
+
+
+def test_what_a_run_did(llama: Case) -> None:
+    async def run() -> None:
+        async with serving(llama.directory, max_num_seqs=4) as (service, client):
+            before = await scrape(client)
+            assert before["vllm:generation_tokens_total", ""] == 0 and before["fastdecode:health", "ready"] == 1
+            streams = [await service.submit(prompt, GREEDY) for prompt in llama.prompts]
+            tasks = [asyncio.create_task(stream.output()) for stream in streams]
+            scrapes = [before]
+            while not all(task.done() for task in tasks):
+                scrapes.append(await scrape(client))
+                await asyncio.sleep(0.01)
+            outputs = [await task for task in tasks]
+            after = await scrape(client)
+            for one, next_one in zip(scrapes, [*scrapes[1:], after], strict=True):
+                for key, value in one.items():
+                    assert next_one[key] >= value or "_total" not in key[0], key
+            assert any(one["vllm:num_requests_running", ""] == 4 for one in scrapes)
+            assert any(one["vllm:num_requests_waiting", ""] > 0 for one in scrapes)
+            assert any(0 < one["vllm:kv_cache_usage_perc", ""] < 1 for one in scrapes)
+            assert any(
+                one["fastdecode:kv_load_tokens", ""]
+                == one["fastdecode:r_worker_kv_tokens", "0"] + one["fastdecode:r_worker_kv_tokens", "1"]
+                > 0
+                for one in scrapes
+            )
+
+            num_new = sum(len(output.outputs[0].token_ids) for output in outputs)
+            prompts, num = sum(map(len, llama.prompts)), len(outputs)
+            assert after["vllm:prompt_tokens_total", ""] == after["vllm:request_prompt_tokens_sum", ""] == prompts
+            assert (
+                after["vllm:generation_tokens_total", ""] == after["vllm:request_generation_tokens_sum", ""] == num_new
+            )
+            reasons = [output.outputs[0].finish_reason for output in outputs]
+            for reason in ("stop", "length", "abort", "error"):
+                assert after["vllm:request_success_total", reason] == reasons.count(reason)
+            for name in ("time_to_first_token", "e2e_request_latency", "request_queue_time"):
+                assert after[f"vllm:{name}_seconds_count", ""] == after[f"vllm:{name}_seconds_bucket", "+Inf"] == num
+            assert all(output.metrics for output in outputs)
+            for name, field in (("time_to_first_token", "first_token_s"), ("e2e_request_latency", "total_s")):
+                expected = sum(getattr(output.metrics, field) for output in outputs)
+                assert after[f"vllm:{name}_seconds_sum", ""] == pytest.approx(expected)
+            assert after["vllm:inter_token_latency_seconds_count", ""] == num_new - num
+            # All gaps of a sequence are what lies between its first token and its end.
+            gaps = sum(output.metrics.total_s - output.metrics.first_token_s for output in outputs if output.metrics)
+            assert after["vllm:inter_token_latency_seconds_sum", ""] == pytest.approx(gaps, rel=0.1, abs=0.01)
+            assert after["vllm:iteration_tokens_total_sum", ""] == prompts + num_new - num
+            assert after["vllm:iteration_tokens_total_count", ""] == after["fastdecode:steps_total", ""]
+            assert after["vllm:num_requests_running", ""] == after["vllm:kv_cache_usage_perc", ""] == 0
+
+            layers = service.opened.facts.layers
+            of_layers = sum(4 * 2 * layer.num_kv_heads * layer.head_dim for layer in layers)  # k and v of a token, fp32
+            queries = sum(4 * layer.num_q_heads * layer.head_dim for layer in layers)
+            workers = [after["fastdecode:r_worker_bytes_sent_total", number] for number in "01"]
+            assert (
+                sum(workers) == (prompts + num_new - num) * of_layers + (num_new - num) * queries and min(workers) > 0
+            )
+            answers = [after["fastdecode:r_worker_bytes_received_total", number] for number in "01"]
+            assert sum(answers) == (num_new - num) * queries
+            seconds = after["fastdecode:step_seconds_total", ""]
+            for number in "01":
+                attention = after["fastdecode:r_worker_attention_seconds_total", number]
+                idle = after["fastdecode:r_idle_seconds_total", number]
+                assert 0 < attention < seconds and attention + idle == pytest.approx(seconds)
+            assert 0 < after["fastdecode:s_idle_seconds_total", ""] < seconds
+
+    asyncio.run(run())
+
+
+def test_what_went_wrong(llama: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full queue, a timeout, a client that leaves, a lost R-worker that comes back."""
+
+    async def run() -> None:
+        async with serving(llama.directory, 3, max_num_seqs=1, transport="shm") as (service, client):
+            first = await service.submit([5], LONG, stream=True)
+            async for _ in first:
+                break
+            late = [await service.submit([6], GREEDY, timeout_s=0.01) for _ in range(3)]
+            with pytest.raises(RequestError):
+                await service.submit([7], GREEDY)
+            for stream in late:
+                with pytest.raises(RequestError):
+                    await stream.output()
+            first.abort()
+            long = await service.submit([8], LONG)
+            while not service.num_running:
+                await asyncio.sleep(0.01)
+            pool = service._engine._rpool
+
+            def gone(*_: object, **__: object) -> None:
+                raise PeerLost("pulled")
+
+            (holder,) = [i for i, s in enumerate(service._engine._scheduler.kv_tokens) if s]
+            monkeypatch.setattr(pool._workers[holder].channel, "send", gone)
+            assert len((await long.output()).outputs[0].token_ids) == 400
+            for _ in range(600):
+                after = await scrape(client)
+                if after["fastdecode:r_worker_rejoins_total", ""]:
+                    break
+                await asyncio.sleep(0.05)
+            assert after["fastdecode:queue_rejections_total", ""] == 1
+            assert after["fastdecode:request_timeouts_total", ""] == 3
+            assert after["vllm:request_success_total", "abort"] == 1
+            assert after["vllm:request_success_total", "length"] == 1
+            for name in ("r_worker_losses", "recoveries", "r_worker_rejoins"):
+                assert after[f"fastdecode:{name}_total", ""] == 1, name
+            assert after["fastdecode:r_workers_lost", ""] == 0 and after["fastdecode:health", "ready"] == 1
+
+    asyncio.run(run())
+
+
+def test_openmetrics_for_who_asks(llama: Case) -> None:
+    async def run() -> None:
+        async with serving(llama.directory) as (_, client):
+            answer = await client.get("/metrics", headers={"accept": "application/openmetrics-text; version=1.0.0"})
+            assert answer.headers["content-type"].startswith("application/openmetrics-text")
+            assert answer.text.endswith("# EOF\n")
+
+    asyncio.run(run())
+
+
+def test_histogram() -> None:
+    histogram = Histogram((1.0, 2.5))
+    for value, times in ((1.0, 2), (1.5, 3), (9.0, 1)):
+        histogram.observe(value, times)
+    assert histogram.buckets() == [("1.0", 2), ("2.5", 5), ("+Inf", 6)] and histogram.total == 15.5
+
+
+def step(number: int, **fields: Any) -> StepRecord:
+    usual = {"num_decodes": 1, "num_prompt_tokens": 0, "num_running": 1, "num_waiting": 0, "num_preempted": 0}
+    return StepRecord(**{"number": number, "begin_s": number, "seconds": 0.5, "kv_tokens": (8, 0), **usual, **fields})
+
+
+def test_steps_alone() -> None:
+    """Gaps from end to end of steps; an R-worker that does not serve is not idle; a preemption counts."""
+    metrics = Metrics("x")
+    metrics.on_step(step(0, num_decodes=0, num_prompt_tokens=4, num_sampled=2, attention_s=(0.2, None)))
+    metrics.on_step(step(1, num_decodes=2, num_preempted=1, num_sampled=2, wait_s=0.1, attention_s=(0.2, 0.4)))
+    metrics.on_step(step(2, num_decodes=1, num_sampled=1, wait_s=0.1, attention_s=(0.7, 0.1)))
+    assert metrics._next_token.total == 3.0 and sum(metrics._next_token.counts) == 3
+    assert metrics._idle_s == pytest.approx([0.6, 0.5]) and metrics._wait_s == pytest.approx(0.2)
+    assert (metrics._num_preemptions, metrics._prompt_tokens, metrics._new_tokens) == (1, 4, 5)
+    lost = [CompletionOutput(index, "", [], None, None, "error") for index in range(2)]
+    metrics.on_finished(RequestOutput("0", None, [1], lost))
+    assert metrics._finished["error"] == 2 and sum(metrics._whole.counts) == 0
