@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -210,3 +212,25 @@ def test_steps_alone() -> None:
     lost = [CompletionOutput(index, "", [], None, None, "error") for index in range(2)]
     metrics.on_finished(RequestOutput("0", None, [1], lost))
     assert metrics._finished["error"] == 2 and sum(metrics._whole.counts) == 0
+
+
+def test_the_grafana_dashboard_asks_for_what_is_there(llama: Case) -> None:
+    board = json.loads((ROOT / "scripts" / "grafana_dashboard.json").read_text())
+    asked: set[str] = set()
+    for panel in board["panels"]:
+        assert panel["type"] == "timeseries" and panel["targets"] and panel["title"]
+        place = panel["gridPos"]
+        assert place["x"] + place["w"] <= 24
+        for target in panel["targets"]:
+            expression = target["expr"]
+            assert expression.count("(") == expression.count(")") and "$model_name" in expression
+            asked |= set(re.findall(r"(?:vllm|fastdecode):\w+", expression))
+    assert len({panel["id"] for panel in board["panels"]}) == len(board["panels"])
+    assert {variable["name"] for variable in board["templating"]["list"]} == {"datasource", "model_name"}
+
+    async def run() -> set[str]:
+        async with serving(llama.directory) as (_, client):
+            return {name for name, _ in await scrape(client)}
+
+    exported = asyncio.run(run())
+    assert len(asked) > 20 and asked <= exported, asked - exported
