@@ -29,6 +29,7 @@ _DOORS = {
     "Tokenizer": "fastdecode.text",
     "calibrate_model": "fastdecode.calibrate",
     "run_batch": "fastdecode.batch.runner",
+    "run_server": "fastdecode.server.run",
 }
 
 __all__ = ["__version__", *_DOORS]  # noqa: PLE0604

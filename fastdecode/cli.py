@@ -12,6 +12,7 @@ from fastdecode import __version__
 COMMANDS = {
     "generate": "complete prompts with a model whose KV cache lives on R-workers",
     "run-batch": "serve a file of OpenAI requests, a result per line; what is interrupted goes on with --resume",
+    "serve": "serve OpenAI's API over HTTP",
     "rworker": "run one R-worker that S-workers can connect to",
     "keygen": "make the key that lets workers on several machines trust each other",
     "calibrate": "measure a model's S-Part and R-Part here, for the performance model",

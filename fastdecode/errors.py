@@ -27,13 +27,11 @@ class ModelError(FastDecodeError):
 
 
 class RequestError(FastDecodeError, ValueError):
-    """`code`: ``invalid_request``, ``model_not_found``, ``context_length_exceeded``, ``kv_budget_exceeded``,
-    ``queue_full``, ``timeout``.
-    """
+    """`code`: one of those that `fastdecode.openai_api.errors` lists; `param`: the field that is wrong, if one is."""
 
-    def __init__(self, code: str, message: str) -> None:
+    def __init__(self, code: str, message: str, param: str | None = None) -> None:
         super().__init__(message)
-        self.code = code
+        self.code, self.param = code, param
 
 
 class RWorkerError(FastDecodeError):

@@ -30,13 +30,13 @@ class Tokenizer:
                 "with tokenizer=DIR, or pass token ids and skip_tokenizer_init=True"
             ) from error
 
-    def encode(self, text: str) -> list[int]:
-        """With the special tokens (a beginning of sequence, say) that the tokenizer adds by itself.
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """With the special tokens (a beginning of sequence, say) that the tokenizer adds by itself, or without.
 
         Raises RequestError for what is no text, like half a surrogate pair.
         """
         try:
-            return list(self._tokenizer(text)["input_ids"])
+            return list(self._tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])
         except (TypeError, ValueError, UnicodeError) as error:
             raise RequestError("invalid_request", f"the tokenizer does not take this prompt: {error}") from error
 

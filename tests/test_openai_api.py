@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from fastdecode.errors import RequestError
-from fastdecode.openai_api import completion_body, error_body, read_request, status_of
+from fastdecode.openai_api import completion_body, error_body, read_line, read_request, status_of
 from fastdecode.outputs import CompletionOutput, Logprob, OutputError, RequestOutput
 from fastdecode.prompts import Conversation
 from fastdecode.sampling_params import SamplingParams
@@ -71,7 +71,7 @@ def test_chat_fields() -> None:
 )
 def test_refused(url: str, body: Any, said: str) -> None:
     with pytest.raises(RequestError, match=said) as refused:
-        read_request(url, body, DEFAULTS)
+        read_line(url, body, DEFAULTS)
     assert refused.value.code == "invalid_request"
 
 
@@ -83,7 +83,7 @@ def an_output(asked: int) -> RequestOutput:
 
 
 def test_chat_response() -> None:
-    body = completion_body(an_output(3), is_chat=True, body_id="c-1", model="m", created=9, num_logprobs=2)
+    body = completion_body([an_output(3)], is_chat=True, body_id="c-1", model="m", created=9, num_logprobs=2)
     (choice,) = body.pop("choices")
     assert body == {
         "id": "c-1", "object": "chat.completion", "created": 9, "model": "m",
@@ -93,19 +93,19 @@ def test_chat_response() -> None:
     (token,) = choice["logprobs"]["content"]
     assert (token["token"], token["logprob"], token["bytes"]) == ("b", -1.0, [98])
     assert [top["token"] for top in token["top_logprobs"]] == ["a", "b"]
-    none = completion_body(an_output(0), is_chat=True, body_id="c", model="m", created=9, num_logprobs=0)
+    none = completion_body([an_output(0)], is_chat=True, body_id="c", model="m", created=9, num_logprobs=0)
     assert none["choices"][0]["logprobs"]["content"][0]["top_logprobs"] == []
 
 
 def test_text_response() -> None:
-    body = completion_body(an_output(3), is_chat=False, body_id="c-1", model="m", created=9, num_logprobs=3)
+    body = completion_body([an_output(3)], is_chat=False, body_id="c-1", model="m", created=9, num_logprobs=3)
     (choice,) = body["choices"]
     assert body["object"] == "text_completion" and choice["text"] == "b" and choice["stop_reason"] == "x"
     assert choice["logprobs"] == {
         "tokens": ["b"], "token_logprobs": [-1.0], "top_logprobs": [{"b": -1.0, "a": -0.5, "ü": -3.0}],
         "text_offset": [0],
     }  # fmt: skip
-    plain = completion_body(an_output(1), is_chat=False, body_id="c", model="m", created=9, num_logprobs=None)
+    plain = completion_body([an_output(1)], is_chat=False, body_id="c", model="m", created=9, num_logprobs=None)
     assert plain["choices"][0]["logprobs"] is None
 
 

@@ -14,7 +14,7 @@ from fastdecode.batch.result import BatchResult
 from fastdecode.batch.survey import Line, Survey, lines
 from fastdecode.errors import ConfigError, RequestError
 from fastdecode.llm import LLM
-from fastdecode.openai_api import ReadRequest, completion_body, error_body, read_request, status_of
+from fastdecode.openai_api import ReadRequest, completion_body, error_body, read_line, status_of
 from fastdecode.outputs import OutputError, RequestOutput
 from fastdecode.prompts import Prompt
 from fastdecode.sampling_params import SamplingParams
@@ -89,7 +89,7 @@ def _read(line: Line, defaults: SamplingParams, model_names: Sequence[str]) -> R
     """Raises RequestError."""
     if line.error:
         raise RequestError("invalid_request", line.error)
-    request = read_request(line.url, line.body, defaults)
+    request = read_line(line.url, line.body, defaults)
     if request.model is not None and request.model not in model_names:
         names = " or ".join(map(repr, model_names))
         raise RequestError("model_not_found", f"model {request.model!r} is not served here, but {names}")
@@ -102,7 +102,7 @@ def _response(line: Line, status: int, body: dict[str, Any]) -> dict[str, Any]:
 
 def _body(line: Line, request: ReadRequest, output: RequestOutput, model: str) -> dict[str, Any]:
     return completion_body(
-        output,
+        [output],
         is_chat=request.is_chat,
         body_id=f"{'chatcmpl' if request.is_chat else 'cmpl'}-{line.number}",
         model=request.model or model,

@@ -27,11 +27,13 @@ _CHOICES: dict[str, Sequence[str]] = {
 _NOT_FLAGS = {"model", "seed", "skip_tokenizer_init", "r_worker_addresses"}  # given otherwise, or of the API alone
 
 
-def add_engine_flags(parser: argparse.ArgumentParser, names: Sequence[str] | None = None) -> None:
-    """Flags for these options; None: for all that can be given so."""
+def add_engine_flags(
+    parser: argparse.ArgumentParser, names: Sequence[str] | None = None, without: Sequence[str] = ()
+) -> None:
+    """Flags for these options, but for those `without`; None: for all that can be given so."""
     engine = parser.add_argument_group("engine")
     known = {field.name: field for field in fields(EngineConfig) if field.name not in _NOT_FLAGS}
-    chosen = tuple(known) if names is None else tuple(names)
+    chosen = tuple(name for name in (known if names is None else names) if name not in without)
     for name in chosen:
         field = known[name]
         engine.add_argument(

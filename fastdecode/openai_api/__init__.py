@@ -1,6 +1,23 @@
 """OpenAI's request and response bodies, for batch files and for the server.  No engine, no HTTP, no files."""
 
-from fastdecode.openai_api.requests import URLS, ReadRequest, read_request
-from fastdecode.openai_api.responses import completion_body, error_body, status_of
+from fastdecode.openai_api.bodies import ChatBody, CompletionBody
+from fastdecode.openai_api.chunks import ChunkWriter
+from fastdecode.openai_api.errors import KINDS, envelope, error_body, kind_of, status_of
+from fastdecode.openai_api.requests import URLS, ReadRequest, read_line, read_request
+from fastdecode.openai_api.responses import completion_body
 
-__all__ = ["URLS", "ReadRequest", "completion_body", "error_body", "read_request", "status_of"]
+__all__ = [
+    "KINDS",
+    "URLS",
+    "ChatBody",
+    "ChunkWriter",
+    "CompletionBody",
+    "ReadRequest",
+    "completion_body",
+    "envelope",
+    "error_body",
+    "kind_of",
+    "read_line",
+    "read_request",
+    "status_of",
+]

@@ -1,18 +1,17 @@
-"""From a request's body to a prompt and its sampling parameters.  What cannot be done is refused, never left out.
+"""From a request's body to prompts and sampling parameters.  What cannot be done is refused, never left out.
 
-Names are OpenAI's, and vLLM's for what OpenAI has no name for.  What a body does not say comes from the model's
-generation_config.json, as with vLLM.
+What a body does not say comes from the model's generation_config.json, as with vLLM.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import msgspec
-
 from fastdecode.errors import RequestError
+from fastdecode.openai_api.bodies import ChatBody, CompletionBody, read_body
 from fastdecode.prompts import Conversation, Prompt
 from fastdecode.sampling_params import SamplingParams
 
@@ -20,128 +19,115 @@ CHAT_URL, COMPLETIONS_URL = "/v1/chat/completions", "/v1/completions"
 URLS = (CHAT_URL, COMPLETIONS_URL)
 
 _COMPLETION_TOKENS = 16  # OpenAI's default for completions; a chat goes on to the end of the context
+_MAX_PRIORITY = 2**31 - 1
 _AS_THEY_ARE = (
     "n", "temperature", "top_p", "top_k", "min_p", "seed", "stop", "stop_token_ids", "ignore_eos", "min_tokens",
     "presence_penalty", "frequency_penalty", "repetition_penalty", "skip_special_tokens",
     "include_stop_str_in_output",
 )  # fmt: skip
-
-
-class _Body(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    model: str | None = None
-    n: int | None = None
-    max_tokens: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    seed: int | None = None
-    stop: str | list[str] | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    # Of vLLM
-    top_k: int | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
-    min_tokens: int | None = None
-    ignore_eos: bool | None = None
-    stop_token_ids: list[int] | None = None
-    skip_special_tokens: bool | None = None
-    include_stop_str_in_output: bool | None = None
-    # About the caller, not about the answer
-    user: str | None = None
-    metadata: dict[str, Any] | None = None
-    store: bool | None = None
-    service_tier: str | None = None
-
-
-class CompletionBody(_Body):
-    prompt: str | list[int | str]
-    logprobs: int | None = None
-
-
-class ChatBody(_Body):
-    messages: list[dict[str, Any]]
-    max_completion_tokens: int | None = None
-    logprobs: bool | None = None
-    top_logprobs: int | None = None
-    add_generation_prompt: bool = True
+_FIELDS = {*_AS_THEY_ARE, "max_tokens", "logprobs"}  # that SamplingParams may complain about
 
 
 @dataclass(frozen=True)
 class ReadRequest:
     model: str | None  # as the body calls it
-    prompt: Prompt
-    params: SamplingParams
+    prompts: list[Prompt]  # at least one
+    params: SamplingParams  # of each
     is_chat: bool
+    is_streamed: bool = False
+    with_usage: bool = False  # in a last chunk
+    priority: int = 0  # lower goes first
+
+    @property
+    def prompt(self) -> Prompt:
+        """Of a request that has one."""
+        (prompt,) = self.prompts
+        return prompt
+
+
+def read_line(url: str, body: object, defaults: SamplingParams) -> ReadRequest:
+    """Of a batch file: one prompt, answered whole, in the file's turn.  Raises like read_request."""
+    request = read_request(url, body, defaults)
+    if request.is_streamed:
+        raise _wrong("stream", "this answer comes whole; leave it out or set it to false")
+    if len(request.prompts) > 1:
+        raise _wrong("prompt", f"one for each request, not {len(request.prompts)}")
+    if request.priority:
+        raise _wrong("priority", "a batch file has no line that goes first; leave it out")
+    return request
 
 
 def read_request(url: str, body: object, defaults: SamplingParams) -> ReadRequest:
     """defaults: the model's own.  Raises RequestError, which says what field is wrong, and why."""
     if url not in URLS:
         raise RequestError("invalid_request", f"url {url!r} is none of {', '.join(URLS)}")
-    if not isinstance(body, Mapping):
-        raise RequestError("invalid_request", f"body must be a JSON object, not {type(body).__name__}")
-    wanted = {name: value for name, value in body.items() if value is not None}  # null: not said
-    if wanted.pop("stream", False):
-        raise RequestError("invalid_request", "stream: this answer comes whole; leave it out or set it to false")
-    try:
-        if url == CHAT_URL:
-            return _read_chat(msgspec.convert(wanted, ChatBody), defaults)
-        return _read_completion(msgspec.convert(wanted, CompletionBody), defaults)
-    except msgspec.ValidationError as error:
-        raise RequestError("invalid_request", _explain(str(error))) from error
-    except ValueError as error:  # out of SamplingParams' ranges
-        if isinstance(error, RequestError):
-            raise
-        raise RequestError("invalid_request", str(error)) from error
+    return _read_chat(body, defaults) if url == CHAT_URL else _read_completion(body, defaults)
 
 
-def _read_completion(body: CompletionBody, defaults: SamplingParams) -> ReadRequest:
-    prompt: Any = body.prompt
-    if isinstance(prompt, list) and prompt and isinstance(prompt[0], str):
-        if len(prompt) > 1:
-            raise RequestError("invalid_request", f"prompt: one for each request, not {len(prompt)}")
-        prompt = prompt[0]
+def _read_completion(raw: object, defaults: SamplingParams) -> ReadRequest:
+    body = read_body(raw, CompletionBody)
     max_tokens = _COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
     params = _params(body, defaults, max_tokens=max_tokens, logprobs=body.logprobs)
-    return ReadRequest(body.model, prompt, params, is_chat=False)
+    return _request(body, _prompts(body.prompt), params, is_chat=False)
 
 
-def _read_chat(body: ChatBody, defaults: SamplingParams) -> ReadRequest:
+def _read_chat(raw: object, defaults: SamplingParams) -> ReadRequest:
+    body = read_body(raw, ChatBody)
     if not body.messages:
-        raise RequestError("invalid_request", "messages: at least one")
+        raise _wrong("messages", "at least one")
     if body.top_logprobs is not None and not body.logprobs:
-        raise RequestError("invalid_request", "top_logprobs: needs logprobs to be true")
-    conversation = Conversation([_flatten(message) for message in body.messages], None, body.add_generation_prompt)
+        raise _wrong("top_logprobs", "needs logprobs to be true")
+    conversation = Conversation([flatten(message) for message in body.messages], None, body.add_generation_prompt)
     max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    return ReadRequest(
-        body.model, conversation, _params(body, defaults, max_tokens=max_tokens, logprobs=logprobs), True
-    )
+    params = _params(body, defaults, max_tokens=max_tokens, logprobs=logprobs)
+    return _request(body, [conversation], params, is_chat=True)
 
 
-def _params(body: _Body, defaults: SamplingParams, **more: Any) -> SamplingParams:
+def _request(
+    body: CompletionBody | ChatBody, prompts: list[Prompt], params: SamplingParams, *, is_chat: bool
+) -> ReadRequest:
+    if body.stream_options and not body.stream:
+        raise _wrong("stream_options", "needs stream to be true")
+    if abs(body.priority) > _MAX_PRIORITY:
+        raise _wrong("priority", f"from {-_MAX_PRIORITY} to {_MAX_PRIORITY}, lower goes first; got {body.priority}")
+    with_usage = bool(body.stream_options and body.stream_options.include_usage)
+    return ReadRequest(body.model, prompts, params, is_chat, body.stream, with_usage, body.priority)
+
+
+def _prompts(given: str | list[Any]) -> list[Prompt]:
+    """A text, token ids, or a list of either: of one kind."""
+    if isinstance(given, str):
+        return [given]
+    kinds = {type(item) for item in given}
+    if not given or len(kinds) > 1:
+        raise _wrong("prompt", "a text, a list of token ids, or a list of texts or of such lists; with something in it")
+    return [given] if kinds == {int} else list(given)
+
+
+def _params(body: CompletionBody | ChatBody, defaults: SamplingParams, **more: Any) -> SamplingParams:
     said = {name: getattr(body, name) for name in _AS_THEY_ARE if getattr(body, name) is not None}
-    return replace(defaults, **said, **more)
+    try:
+        return replace(defaults, **said, **more)
+    except ValueError as error:  # its first word is the field's name
+        name = (re.match(r"[a-z_]+", str(error)) or [""])[0]
+        raise RequestError("invalid_request", str(error), name if name in _FIELDS else None) from error
 
 
-def _flatten(message: Mapping[str, Any]) -> dict[str, Any]:
+def flatten(message: Mapping[str, Any]) -> dict[str, Any]:
     """Content in parts, as newer clients write it, becomes one text, as chat templates want it."""
     if not isinstance(message.get("role"), str):
-        raise RequestError("invalid_request", "messages: each has a role, like 'user'")
+        raise _wrong("messages", "each has a role, like 'user'")
     parts = message.get("content")
     if not isinstance(parts, list):
         return dict(message)
     texts = []
     for part in parts:
         if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-            raise RequestError("invalid_request", "messages: content may have parts of type 'text' only")
+            raise _wrong("messages", "content may have parts of type 'text' only")
         texts.append(part["text"])
     return {**message, "content": "\n".join(texts)}
 
 
-def _explain(complaint: str) -> str:
-    """msgspec's "Object contains unknown field `tools`", "Expected `int`, got `str` - at `$.n`"."""
-    if "unknown field" in complaint:
-        return f"{complaint.split('unknown field ', 1)[1].split(' ')[0].strip('`')}: not supported here"
-    what, _, where = complaint.partition(" - at `$.")
-    return f"{where.rstrip('`')}: {what}" if where else what
+def _wrong(name: str, why: str) -> RequestError:
+    return RequestError("invalid_request", f"{name}: {why}", name)

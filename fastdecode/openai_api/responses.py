@@ -1,58 +1,76 @@
-"""From an output to a response's body."""
+"""From outputs to a response's body."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from fastdecode.outputs import CompletionOutput, Logprob, OutputError, RequestOutput
-
-_STATUS = {"model_not_found": 404, "timeout": 408, "worker_lost": 500}
-
-
-def status_of(error: OutputError) -> int:
-    """HTTP's word for an error's code; what is not listed is the request's fault."""
-    return _STATUS.get(error.code, 400)
-
-
-def error_body(error: OutputError) -> dict[str, Any]:
-    status = status_of(error)
-    kind = "server_error" if status >= 500 else "timeout_error" if status == 408 else "invalid_request_error"
-    return {"error": {"message": error.message, "type": kind, "param": None, "code": error.code}}
+from fastdecode.outputs import CompletionOutput, Logprob, RequestOutput
 
 
 def completion_body(
-    output: RequestOutput, *, is_chat: bool, body_id: str, model: str, created: int, num_logprobs: int | None
+    outputs: Sequence[RequestOutput],
+    *,
+    is_chat: bool,
+    body_id: str,
+    model: str,
+    created: int,
+    num_logprobs: int | None,
 ) -> dict[str, Any]:
-    """A `chat.completion` or a `text_completion`.  created: seconds since 1970; num_logprobs: as in SamplingParams."""
+    """A `chat.completion` or a `text_completion`.  outputs: one per prompt, of equally many samples; created: seconds
+    since 1970; num_logprobs: as in SamplingParams.
+    """
     make = _chat_choice if is_chat else _text_choice
-    prompt_tokens = len(output.prompt_token_ids)
-    completion_tokens = sum(len(completion.token_ids) for completion in output.outputs)
+    prompt_tokens = sum(len(output.prompt_token_ids) for output in outputs)
+    completions = [completion for output in outputs for completion in output.outputs]
     return {
         "id": body_id,
         "object": "chat.completion" if is_chat else "text_completion",
         "created": created,
         "model": model,
-        "choices": [make(completion, num_logprobs) for completion in output.outputs],
-        "usage": {
-            "prompt_tokens": prompt_tokens,
-            "completion_tokens": completion_tokens,
-            "total_tokens": prompt_tokens + completion_tokens,
-        },
+        "choices": [
+            {"index": index, **make(completion, num_logprobs)}  # prompt * n + sample
+            for index, completion in enumerate(completions)
+        ],
+        "usage": usage(prompt_tokens, sum(len(completion.token_ids) for completion in completions)),
+    }
+
+
+def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+    }
+
+
+def chat_logprobs(token_ids: Sequence[int], logprobs: list[dict[int, Logprob]], num_logprobs: int) -> dict[str, Any]:
+    pairs = zip(token_ids, logprobs, strict=True)
+    return {
+        "content": [
+            {**_token(entries[token_id]), "top_logprobs": [_token(e) for e in _likeliest(entries, num_logprobs)]}
+            for token_id, entries in pairs
+        ]
+    }
+
+
+def text_logprobs(token_ids: Sequence[int], logprobs: list[dict[int, Logprob]], offset: int = 0) -> dict[str, Any]:
+    """offset: characters of the tokens before these."""
+    chosen = [entries[token] for token, entries in zip(token_ids, logprobs, strict=True)]
+    tokens = [_text(entry) for entry in chosen]
+    return {
+        "tokens": tokens,
+        "token_logprobs": [entry.logprob for entry in chosen],
+        "top_logprobs": [{_text(e): e.logprob for e in entries.values()} for entries in logprobs],
+        "text_offset": [offset + sum(map(len, tokens[:i])) for i in range(len(tokens))],
     }
 
 
 def _chat_choice(completion: CompletionOutput, num_logprobs: int | None) -> dict[str, Any]:
     logprobs = None
     if num_logprobs is not None and completion.logprobs is not None:
-        pairs = zip(completion.token_ids, completion.logprobs, strict=True)
-        logprobs = {
-            "content": [
-                {**_token(entries[token_id]), "top_logprobs": [_token(e) for e in _likeliest(entries, num_logprobs)]}
-                for token_id, entries in pairs
-            ]
-        }
+        logprobs = chat_logprobs(completion.token_ids, completion.logprobs, num_logprobs)
     return {
-        "index": completion.index,
         "message": {"role": "assistant", "content": completion.text},
         "logprobs": logprobs,
         "finish_reason": completion.finish_reason,
@@ -63,16 +81,8 @@ def _chat_choice(completion: CompletionOutput, num_logprobs: int | None) -> dict
 def _text_choice(completion: CompletionOutput, num_logprobs: int | None) -> dict[str, Any]:
     logprobs = None
     if num_logprobs is not None and completion.logprobs is not None:
-        chosen = [entries[token] for token, entries in zip(completion.token_ids, completion.logprobs, strict=True)]
-        tokens = [_text(entry) for entry in chosen]
-        logprobs = {
-            "tokens": tokens,
-            "token_logprobs": [entry.logprob for entry in chosen],
-            "top_logprobs": [{_text(e): e.logprob for e in entries.values()} for entries in completion.logprobs],
-            "text_offset": [sum(map(len, tokens[:i])) for i in range(len(tokens))],
-        }
+        logprobs = text_logprobs(completion.token_ids, completion.logprobs)
     return {
-        "index": completion.index,
         "text": completion.text,
         "logprobs": logprobs,
         "finish_reason": completion.finish_reason,

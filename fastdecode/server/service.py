@@ -19,16 +19,18 @@ import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, TypeVar
 
 from fastdecode.errors import FastDecodeError, RequestError, RWorkerError
 from fastdecode.open_engine import OpenEngine
 from fastdecode.outputs import Delta, RequestOutput
 from fastdecode.prompts import Prompt, ReadPrompt, read_prompt
 from fastdecode.sampling_params import SamplingParams
+from fastdecode.text import Tokenizer
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
 State = Literal["loading", "ready", "degraded", "draining", "dead"]
 
 _HEARTBEAT_S = 0.5  # between two, while nothing runs
@@ -167,6 +169,14 @@ class Service:
         made = Stream(self, read.token_ids, params.n)
         self._inbox.put(_Submission(made, read, params, priority, timeout_s, stream))
         return made
+
+    async def with_tokenizer(self, action: Callable[[Tokenizer], T]) -> T:
+        """`action` in one of the tokenizer's threads.  Raises what it raises, and RequestError without a tokenizer."""
+        self._check_open()
+        tokenizer = self.opened.tokenizer
+        if tokenizer is None:
+            raise RequestError("invalid_request", "this needs the tokenizer that skip_tokenizer_init left out")
+        return await asyncio.get_running_loop().run_in_executor(self._tokenizers, action, tokenizer)
 
     def drop(self, stream: Stream) -> None:
         self._inbox.put(stream)

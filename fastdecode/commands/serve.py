@@ -1,0 +1,103 @@
+"""``fastdecode serve MODEL``: OpenAI's API over HTTP."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from pathlib import Path
+
+import fastdecode
+from cpu_attention import parse_bytes
+from fastdecode.commands.engine_flags import add_engine_flags, engine_options, run_on_s_worker
+from fastdecode.errors import ConfigError, FastDecodeError
+from fastdecode.server.options import ServerOptions
+
+_KEY_VARIABLE = "FASTDECODE__API_KEY"
+_NEEDED = ("fastapi", "starlette", "uvicorn", "h11", "pydantic")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="Hugging Face model directory (config.json, *.safetensors)")
+    server = parser.add_argument_group("server")
+    server.add_argument("--host", default=ServerOptions.host, help="the one address to listen on")
+    server.add_argument("--port", type=int, default=ServerOptions.port, help="0: a free one, which is told")
+    server.add_argument(
+        "--served-model-name", nargs="+", metavar="NAME", default=None,
+        help="what requests may call the model (default: its path, and the last part of it)",
+    )  # fmt: skip
+    server.add_argument(
+        "--api-key", action="append", dest="api_keys", metavar="KEY", default=None,
+        help=f"requests must show one of these; several times for several, or one in {_KEY_VARIABLE}, unseen by ps",
+    )  # fmt: skip
+    server.add_argument("--seed", type=int, default=0, help="what requests without a seed derive theirs from")
+    server.add_argument(
+        "--max-queue", type=int, default=ServerOptions.max_queue, metavar="N",
+        help="sequences that may wait; a request that finds so many is answered 429",
+    )  # fmt: skip
+    server.add_argument(
+        "--timeout", type=float, default=None, metavar="SECONDS", help="of one request, from its arrival to its end"
+    )
+    server.add_argument(
+        "--shutdown-timeout", type=float, default=ServerOptions.shutdown_timeout_s, metavar="SECONDS",
+        help="what runs has so long to end after SIGTERM or SIGINT",
+    )  # fmt: skip
+    server.add_argument("--max-body", default="32MiB", metavar="BYTES", help="of a request")
+    server.add_argument(
+        "--client-timeout", type=float, default=ServerOptions.client_timeout_s, metavar="SECONDS",
+        help="a client that neither sends what it began nor reads what it is sent is left after so long",
+    )  # fmt: skip
+    # Waiting is bounded by --max-queue, before the engine.
+    add_engine_flags(parser, without=("max_num_waiting",))
+
+
+def run(args: argparse.Namespace) -> int:
+    """0: a signal ended it.  1: the engine died.  2: it could not start.  130, 143: ended at once, by a second signal."""
+    try:
+        options = _server_options(args)
+        return run_on_s_worker(args, lambda: _serve(args, options))
+    except FastDecodeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _server_options(args: argparse.Namespace) -> ServerOptions:
+    """Raises ConfigError."""
+    try:
+        max_body_bytes = parse_bytes(args.max_body)
+    except ValueError as error:
+        raise ConfigError(f"max_body: {error}") from error
+    keys = args.api_keys
+    if keys is None:
+        keys = [os.environ[_KEY_VARIABLE]] if _KEY_VARIABLE in os.environ else []
+    return ServerOptions(
+        served_model_name=tuple(args.served_model_name or (args.model, Path(args.model).resolve().name)),
+        host=args.host,
+        port=args.port,
+        api_keys=tuple(keys),
+        max_queue=args.max_queue,
+        timeout_s=args.timeout,
+        shutdown_timeout_s=args.shutdown_timeout,
+        max_body_bytes=max_body_bytes,
+        client_timeout_s=args.client_timeout,
+    )
+
+
+def _serve(args: argparse.Namespace, options: ServerOptions) -> int:
+    """On the S-worker.  Returns what `run` does."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    for name in ("uvicorn", "httpx"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    try:
+        run_server = fastdecode.run_server
+    except ModuleNotFoundError as error:
+        if error.name not in _NEEDED:
+            raise
+        raise ConfigError(f"the server needs {error.name}: pip install 'fastdecode[server]'") from error
+    try:
+        config = fastdecode.EngineConfig.from_options({"model": args.model, "seed": args.seed, **engine_options(args)})
+        return int(run_server(config, options))
+    except FastDecodeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2

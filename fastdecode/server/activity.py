@@ -1,0 +1,45 @@
+"""A line in the log now and then, while there is work: what runs, what waits, how fast, how full."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+from fastdecode.step_log import StepRecord
+
+logger = logging.getLogger(__name__)
+
+_EVERY_S = 10.0
+
+
+class Activity:
+    """Told of steps in the engine's thread, read in the event loop; whole numbers, so no lock."""
+
+    def __init__(self) -> None:
+        self._prompt_tokens = self._decodes = 0
+        self._last: StepRecord | None = None
+
+    def note(self, record: StepRecord) -> None:
+        self._prompt_tokens += record.num_prompt_tokens
+        self._decodes += record.num_decodes
+        self._last = record
+
+    def line(self, seconds: float, capacity_tokens: int) -> str | None:
+        """Of the last `seconds`; None if nothing happened.  A request's first token counts with its prompt."""
+        record, self._last = self._last, None
+        if record is None:
+            return None
+        prompt_tokens, self._prompt_tokens = self._prompt_tokens, 0
+        decodes, self._decodes = self._decodes, 0
+        return (
+            f"{record.num_running} running, {record.num_waiting} waiting, {prompt_tokens / seconds:.1f} prompt "
+            f"tokens/s, {decodes / seconds:.1f} generation tokens/s, KV {100 * record.load / capacity_tokens:.1f} % "
+            f"of {capacity_tokens} tokens"
+        )
+
+    async def tell(self, capacity_tokens: int) -> None:
+        """For ever."""
+        while True:
+            await asyncio.sleep(_EVERY_S)
+            if line := self.line(_EVERY_S, capacity_tokens):
+                logger.info("%s", line)

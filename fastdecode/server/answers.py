@@ -1,0 +1,136 @@
+"""What goes back: an answer whole, or as server-sent events; and nothing, if nobody is there any more.
+
+the client ──disconnects──► abort ─► its KV is free after the step at hand
+deltas ─► chunks ─► data: {...}  …  data: [DONE]
+             └─ an error in the middle ─► data: {"error": ...}, and the stream ends
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from abc import abstractmethod
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+import msgspec
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from fastdecode.openai_api import ChunkWriter, ReadRequest, completion_body
+from fastdecode.outputs import Delta
+from fastdecode.server.errors import JSONBody, error_event
+from fastdecode.server.service import Stream
+
+_DONE = b"data: [DONE]\n\n"
+_READY_DELTAS = 64  # of several streams that are sent as one, on their way to the client
+_EVENT_HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),  # for a proxy that would wait for more
+]
+
+
+class Answer(Response):
+    """To a request whose streams run already.  They are over, or aborted, when it has been sent or has failed."""
+
+    def __init__(self, request: ReadRequest, model: str, streams: Sequence[Stream]) -> None:
+        """streams: one per prompt; model: what the answer calls it."""
+        super().__init__()
+        self._request, self._streams = request, streams
+        self._heading: dict[str, Any] = {
+            "is_chat": request.is_chat,
+            "body_id": f"{'chatcmpl' if request.is_chat else 'cmpl'}-{uuid.uuid4().hex}",
+            "model": model,
+            "created": int(time.time()),
+            "num_logprobs": request.params.logprobs,
+        }
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Raises RequestError and RWorkerError before anything was sent, never after."""
+        gone = asyncio.create_task(_until_gone(receive))
+        answered = asyncio.create_task(self._answer(scope, receive, send))
+        try:
+            await asyncio.wait((gone, answered), return_when=asyncio.FIRST_COMPLETED)
+            if answered.done():
+                answered.result()
+        finally:
+            for stream in self._streams:
+                stream.abort()
+            gone.cancel()
+            answered.cancel()
+
+    @abstractmethod
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None: ...
+
+
+class WholeAnswer(Answer):
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        outputs = [await stream.output() for stream in self._streams]
+        await JSONBody(completion_body(outputs, **self._heading))(scope, receive, send)
+
+
+class StreamedAnswer(Answer):
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        events = self._events()
+        event = await anext(events)  # before the status is told: what is refused at once is refused by it
+        await send({"type": "http.response.start", "status": 200, "headers": _EVENT_HEADERS})
+        try:
+            while True:
+                await send({"type": "http.response.body", "body": event, "more_body": True})
+                event = await anext(events)
+        except StopAsyncIteration:
+            event = _DONE
+        except Exception as error:
+            event = _event(error_event(error))
+        await send({"type": "http.response.body", "body": event, "more_body": False})
+
+    async def _events(self) -> AsyncIterator[bytes]:
+        writer = ChunkWriter(**self._heading, with_usage=self._request.with_usage)
+        async for place, delta in _merged(self._streams):
+            for chunk in writer.chunks(place * self._request.params.n + delta.index, delta):
+                yield _event(chunk)
+        if self._request.with_usage:
+            yield _event(writer.usage(sum(len(stream.prompt_token_ids) for stream in self._streams)))
+
+
+async def _merged(streams: Sequence[Stream]) -> AsyncIterator[tuple[int, Delta]]:
+    """(place of the stream, what it brought), as it comes.  Raises the first error of any."""
+    if len(streams) == 1:
+        async for delta in streams[0]:
+            yield 0, delta
+        return
+    ready: asyncio.Queue[tuple[int, Delta | Exception | None]] = asyncio.Queue(_READY_DELTAS)
+
+    async def pump(place: int, stream: Stream) -> None:
+        try:
+            async for delta in stream:
+                await ready.put((place, delta))
+            await ready.put((place, None))
+        except Exception as error:
+            await ready.put((place, error))
+
+    pumps = [asyncio.create_task(pump(place, stream)) for place, stream in enumerate(streams)]
+    try:
+        left = len(pumps)
+        while left:
+            place, event = await ready.get()
+            if isinstance(event, Exception):
+                raise event
+            if event is None:
+                left -= 1
+            else:
+                yield place, event
+    finally:
+        for task in pumps:
+            task.cancel()
+
+
+async def _until_gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def _event(body: dict[str, Any]) -> bytes:
+    return b"data: " + msgspec.json.encode(body) + b"\n\n"

@@ -1,0 +1,67 @@
+"""The application: routes behind the guard, errors in one envelope.
+
+Guard ─► /v1/completions  /v1/chat/completions  /v1/models  /tokenize  /detokenize
+         /health  /ping  /version  and whatever other routers are given
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from fastapi import APIRouter, FastAPI
+from starlette.responses import Response
+
+from fastdecode import __version__
+from fastdecode.openai_api import ChatBody, CompletionBody, envelope, kind_of
+from fastdecode.server.errors import JSONBody, add_error_handlers
+from fastdecode.server.guard import Guard
+from fastdecode.server.life import Life
+from fastdecode.server.openapi import describe
+from fastdecode.server.options import ServerOptions
+from fastdecode.server.routes import openai_router
+from fastdecode.server.service import Health
+from fastdecode.server.tokens import DetokenizeBody, TokenizeBody, tokens_router
+
+_BODIES = (CompletionBody, ChatBody, TokenizeBody, DetokenizeBody)
+_SERVES = {"ready": "ok", "degraded": "degraded"}  # what /health calls it
+_SERVES_NOT = {"loading": ("loading", "Loading model"), "draining": ("draining", "shutting down")}
+
+
+def create_app(life: Life, options: ServerOptions, routers: Iterable[APIRouter] = ()) -> FastAPI:
+    """routers: further ones, behind the same guard."""
+    # No /docs: its page would fetch scripts from elsewhere.
+    app = FastAPI(title="FastDecode", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
+    app.add_middleware(
+        Guard,
+        api_keys=options.api_keys,
+        max_body_bytes=options.max_body_bytes,
+        client_timeout_s=options.client_timeout_s,
+    )
+    add_error_handlers(app)
+    for router in (openai_router(life, options), tokens_router(life), _process_router(life), *routers):
+        app.include_router(router)
+    document = describe(app, _BODIES)
+    app.openapi = lambda: document  # type: ignore[method-assign]
+    return app
+
+
+def _process_router(life: Life) -> APIRouter:
+    router = APIRouter()
+
+    @router.get("/health")
+    @router.get("/ping")
+    async def health() -> Response:
+        return _health_response(life.health())
+
+    @router.get("/version")
+    async def version() -> Response:
+        return JSONBody({"version": __version__})
+
+    return router
+
+
+def _health_response(health: Health) -> Response:
+    if health.state in _SERVES:
+        return JSONBody({"status": _SERVES[health.state], "num_lost_r_workers": len(health.lost)})
+    code, message = _SERVES_NOT.get(health.state, ("engine_dead", "the engine has ended; this process is about to"))
+    return JSONBody({"status": health.state, **envelope(code, message)}, kind_of(code).status)

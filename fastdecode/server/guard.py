@@ -1,0 +1,122 @@
+"""The door: who may come in, and how much may be carried through it.  Knows nothing of what is behind.
+
+key ─► content type ─► body, whole and within its limit ─► the application
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import secrets
+from collections.abc import Sequence
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from fastdecode.server.errors import error_response
+
+OPEN_PATHS = ("/health", "/ping")  # for who looks after the process; they tell nothing of what it does
+_LINGER_S = 2.0  # for a refused body: closing with data unread would reset the connection, and the answer with it
+
+
+class Guard:
+    def __init__(self, app: ASGIApp, *, api_keys: Sequence[str], max_body_bytes: int, client_timeout_s: float) -> None:
+        self._app = app
+        self._digests = [_digest(key.encode()) for key in api_keys]
+        self._max_body_bytes, self._client_timeout_s = max_body_bytes, client_timeout_s
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = dict(scope["headers"])
+        if not self._has_key(scope["path"], headers.get(b"authorization", b"")):
+            await _refuse(
+                scope, receive, send, "invalid_api_key",
+                "this server wants an API key: send the header Authorization: Bearer KEY", WWW_Authenticate="Bearer",
+            )  # fmt: skip
+            return
+        if scope["method"] == "POST" and not _is_json(headers.get(b"content-type", b"")):
+            # Other types need no preflight, so that any page in a browser could post them here.
+            await _refuse(
+                scope, receive, send, "unsupported_media_type", "send JSON, with Content-Type: application/json"
+            )  # fmt: skip
+            return
+        try:
+            body = await asyncio.wait_for(self._body(headers, receive), self._client_timeout_s)
+        except TimeoutError:
+            told = f"the body did not come within {self._client_timeout_s:g} s"
+            await error_response("body_too_slow", told, Connection="close")(scope, receive, send)
+            return
+        except _TooLarge:
+            told = f"the body is larger than {self._max_body_bytes} bytes; --max-body sets the limit"
+            await _refuse(scope, receive, send, "body_too_large", told)
+            return
+        if body is not None:
+            await self._app(scope, _replay(body, receive), send)
+
+    def _has_key(self, path: str, authorization: bytes) -> bool:
+        if not self._digests or path in OPEN_PATHS:
+            return True
+        scheme, _, given = authorization.partition(b" ")
+        digest = _digest(given.strip())
+        matches = [secrets.compare_digest(digest, known) for known in self._digests]  # all, in the same time
+        return scheme.lower() == b"bearer" and any(matches)
+
+    async def _body(self, headers: dict[bytes, bytes], receive: Receive) -> bytes | None:
+        """None: the client went away.  Raises _TooLarge, before reading where the length was told."""
+        length = headers.get(b"content-length", b"0")
+        if length.isdigit() and int(length) > self._max_body_bytes:
+            raise _TooLarge
+        parts, size = [], 0
+        while True:
+            message = await receive()
+            if message["type"] != "http.request":
+                return None
+            parts.append(message.get("body", b""))
+            size += len(parts[-1])
+            if size > self._max_body_bytes:
+                raise _TooLarge
+            if not message.get("more_body", False):
+                return b"".join(parts)
+
+
+class _TooLarge(Exception):
+    pass
+
+
+def _digest(key: bytes) -> bytes:
+    """Of one length whatever the key's, which the time of a comparison would tell otherwise."""
+    return hashlib.sha256(key).digest()
+
+
+def _is_json(content_type: bytes) -> bool:
+    kind = content_type.split(b";")[0].strip().lower()
+    return kind == b"application/json" or (kind.startswith(b"application/") and kind.endswith(b"+json"))
+
+
+async def _refuse(scope: Scope, receive: Receive, send: Send, code: str, message: str, **headers: str) -> None:
+    """Lets the client finish what it says, for a while, so that it can hear the answer."""
+
+    async def hear_out() -> None:
+        while (part := await receive())["type"] == "http.request" and part.get("more_body", False):
+            pass
+
+    try:
+        await asyncio.wait_for(hear_out(), _LINGER_S)
+    except TimeoutError:
+        headers["Connection"] = "close"
+    dashed = {name.replace("_", "-"): value for name, value in headers.items()}
+    await error_response(code, message, **dashed)(scope, receive, send)
+
+
+def _replay(body: bytes, receive: Receive) -> Receive:
+    told = False
+
+    async def replayed() -> Message:
+        nonlocal told
+        if told:
+            return await receive()
+        told = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return replayed
