@@ -135,6 +135,7 @@ def test_nothing_unsafe(path: Path) -> None:
         "fastdecode.cli",
         "fastdecode.commands.rworker",
         "fastdecode.commands.generate",
+        "fastdecode.commands.serve",
         "fastdecode.scheduling.scheduler",
     ],
 )

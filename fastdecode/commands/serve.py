@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """0: a signal ended it.  1: the engine died.  2: it could not start.  130, 143: ended at once, by a second signal."""
+    """0: a signal ended it.  1: the engine died.  2: it could not start.  130, 143: a second signal did."""
     try:
         options = _server_options(args)
         return run_on_s_worker(args, lambda: _serve(args, options))

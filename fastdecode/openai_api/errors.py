@@ -32,6 +32,7 @@ KINDS = {
     "body_too_slow": Kind(408, "timeout_error"),  # it did not come
     "body_too_large": Kind(413, _INVALID),
     "unsupported_media_type": Kind(415, _INVALID),  # not application/json
+    "headers_too_large": Kind(431, _INVALID),
     # Not now
     "timeout": Kind(408, "timeout_error"),  # not finished within --timeout
     "queue_full": Kind(429, "rate_limit_error", retry_after_s=1),

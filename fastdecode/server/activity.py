@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 
+from fastdecode.outputs import RequestOutput
+from fastdecode.server.service import Service
 from fastdecode.step_log import StepRecord
 
 logger = logging.getLogger(__name__)
@@ -18,13 +20,20 @@ class Activity:
     def __init__(self) -> None:
         self._prompt_tokens = self._decodes = 0
         self._last: StepRecord | None = None
+        self._capacity_tokens = 1
 
-    def note(self, record: StepRecord) -> None:
+    def begin(self, service: Service) -> None:
+        self._capacity_tokens = service.opened.kv_capacity_tokens
+
+    def on_step(self, record: StepRecord) -> None:
         self._prompt_tokens += record.num_prompt_tokens
         self._decodes += record.num_decodes
         self._last = record
 
-    def line(self, seconds: float, capacity_tokens: int) -> str | None:
+    def on_finished(self, output: RequestOutput) -> None:
+        pass
+
+    def line(self, seconds: float) -> str | None:
         """Of the last `seconds`; None if nothing happened.  A request's first token counts with its prompt."""
         record, self._last = self._last, None
         if record is None:
@@ -33,13 +42,13 @@ class Activity:
         decodes, self._decodes = self._decodes, 0
         return (
             f"{record.num_running} running, {record.num_waiting} waiting, {prompt_tokens / seconds:.1f} prompt "
-            f"tokens/s, {decodes / seconds:.1f} generation tokens/s, KV {100 * record.load / capacity_tokens:.1f} % "
-            f"of {capacity_tokens} tokens"
+            f"tokens/s, {decodes / seconds:.1f} generation tokens/s, KV "
+            f"{100 * record.load / self._capacity_tokens:.1f} % of {self._capacity_tokens} tokens"
         )
 
-    async def tell(self, capacity_tokens: int) -> None:
+    async def tell(self) -> None:
         """For ever."""
         while True:
             await asyncio.sleep(_EVERY_S)
-            if line := self.line(_EVERY_S, capacity_tokens):
+            if line := self.line(_EVERY_S):
                 logger.info("%s", line)

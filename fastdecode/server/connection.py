@@ -20,9 +20,9 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from fastdecode.errors import ConfigError
 from fastdecode.openai_api import envelope
+from fastdecode.server.guard import MAX_HEADER_BYTES
 from fastdecode.server.options import ServerOptions
 
-_MAX_HEADER_BYTES = 32 << 10  # of a request's line and headers together
 _KEEP_ALIVE_S = 65  # longer than proxies keep theirs, so that they do not use one that is being closed
 _GRACE_S = 5  # for answers still on their way when the server ends
 _BACKLOG = 2048
@@ -50,7 +50,7 @@ class HTTPServer(uvicorn.Server):
                 proxy_headers=False,
                 timeout_keep_alive=_KEEP_ALIVE_S,
                 timeout_graceful_shutdown=_GRACE_S,
-                h11_max_incomplete_event_size=_MAX_HEADER_BYTES,
+                h11_max_incomplete_event_size=MAX_HEADER_BYTES,
             )
         )
 
@@ -100,7 +100,7 @@ class _Connection(H11Protocol):
         if self.conn.our_state is not h11.IDLE and self.conn.our_state is not h11.SEND_RESPONSE:
             self.transport.close()  # in the middle of an answer
             return
-        told = f"{msg} A request's line and headers may have {_MAX_HEADER_BYTES} bytes."
+        told = f"{msg} A request's line and headers may have {MAX_HEADER_BYTES} bytes."
         body = msgspec.json.encode(envelope("invalid_request", told))
         headers = [("content-type", "application/json"), ("content-length", str(len(body))), ("connection", "close")]
         for event in (h11.Response(status_code=400, headers=headers), h11.Data(data=body), h11.EndOfMessage()):

@@ -1,6 +1,6 @@
 """The door: who may come in, and how much may be carried through it.  Knows nothing of what is behind.
 
-key ─► content type ─► body, whole and within its limit ─► the application
+headers' size ─► key ─► content type ─► body, whole and within its limit ─► the application
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from fastdecode.server.errors import error_response
 
 OPEN_PATHS = ("/health", "/ping")  # for who looks after the process; they tell nothing of what it does
+MAX_HEADER_BYTES = 32 << 10  # all of a request's
 _LINGER_S = 2.0  # for a refused body: closing with data unread would reset the connection, and the answer with it
 
 
@@ -29,6 +30,10 @@ class Guard:
             await self._app(scope, receive, send)
             return
         headers = dict(scope["headers"])
+        if sum(len(name) + len(value) for name, value in scope["headers"]) > MAX_HEADER_BYTES:
+            told = f"the headers are larger than {MAX_HEADER_BYTES} bytes"
+            await _refuse(scope, receive, send, "headers_too_large", told)
+            return
         if not self._has_key(scope["path"], headers.get(b"authorization", b"")):
             await _refuse(
                 scope, receive, send, "invalid_api_key",

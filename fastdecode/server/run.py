@@ -14,19 +14,21 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterable
-from typing import NoReturn, TypeVar
+from typing import NoReturn, Protocol, TypeVar
 
 from fastapi import APIRouter
 
 from fastdecode.config import EngineConfig
 from fastdecode.errors import FastDecodeError
 from fastdecode.open_engine import OpenEngine, open_engine
+from fastdecode.outputs import RequestOutput
 from fastdecode.server.activity import Activity
 from fastdecode.server.app import create_app
 from fastdecode.server.connection import HTTPServer, bind
 from fastdecode.server.life import Life
 from fastdecode.server.options import ServerOptions
 from fastdecode.server.service import Service
+from fastdecode.step_log import StepRecord
 
 logger = logging.getLogger(__name__)
 
@@ -35,35 +37,65 @@ T = TypeVar("T")
 _CLOSE_S = 15.0  # for the engine's thread and R-workers to end, once nobody waits for them
 
 
-def run_server(config: EngineConfig, options: ServerOptions, routers: Iterable[APIRouter] = ()) -> int:
+class Watcher(Protocol):
+    """Of what a server does."""
+
+    def begin(self, service: Service) -> None:
+        """The model is loaded."""
+
+    def on_step(self, record: StepRecord) -> None:
+        """In the engine's thread."""
+
+    def on_finished(self, output: RequestOutput) -> None:
+        """In the engine's thread."""
+
+
+def run_server(
+    config: EngineConfig,
+    options: ServerOptions,
+    *,
+    routers: Iterable[APIRouter] = (),
+    watchers: Iterable[Watcher] = (),
+) -> int:
     """Exit code: 0 after SIGTERM or SIGINT, 1 if the engine died.  To be called in the main thread.
 
     routers: further routes.  Raises ConfigError, ModelError, RWorkerError if it cannot start.
     """
-    return asyncio.run(_run(config, options, routers))
+    return asyncio.run(_run(config, options, routers, watchers))
 
 
-async def _run(config: EngineConfig, options: ServerOptions, routers: Iterable[APIRouter]) -> int:
+async def _run(
+    config: EngineConfig, options: ServerOptions, routers: Iterable[APIRouter], watchers: Iterable[Watcher]
+) -> int:
     listener = bind(options.host, options.port)
     host, port = listener.getsockname()[:2]
     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     stop_asked, died = _on_signals(), asyncio.Event()
     life, activity = Life(config.model, options.served_model_name), Activity()
+    watching: list[Watcher] = [activity, *watchers]
     http = HTTPServer(create_app(life, options, routers), options)
     serving = asyncio.create_task(http.serve([listener]))
     try:
         _say(f"loading {config.model}; {url} answers 503 meanwhile")
-        opened = await _load(lambda: open_engine(config, on_step=activity.note), stop_asked)
+        opened = await _load(
+            lambda: open_engine(config, on_step=_each(watcher.on_step for watcher in watching)), stop_asked
+        )
         loop = asyncio.get_running_loop()
 
         def on_death(error: BaseException) -> None:
             loop.call_soon_threadsafe(died.set)
 
-        service = Service(opened, max_queue=options.max_queue, on_death=on_death)
+        service = Service(
+            opened,
+            max_queue=options.max_queue,
+            on_death=on_death,
+            on_finished=_each(watcher.on_finished for watcher in watching),
+        )
         service.start()
-        life.begin(service)
+        for watcher in (life, *watching):
+            watcher.begin(service)
         _say(f"listening on {url}")
-        telling = asyncio.create_task(activity.tell(opened.kv_capacity_tokens))
+        telling = asyncio.create_task(activity.tell())
         await _first(stop_asked, died)
         telling.cancel()
         await _in_time(service.drain(options.shutdown_timeout_s), options.shutdown_timeout_s + _CLOSE_S)
@@ -75,6 +107,16 @@ async def _run(config: EngineConfig, options: ServerOptions, routers: Iterable[A
         _say(f"error: {health.reason}")
     await _in_time(asyncio.to_thread(opened.close), _CLOSE_S)
     return 1 if health.state == "dead" else 0
+
+
+def _each(listeners: Iterable[Callable[[T], None]]) -> Callable[[T], None]:
+    told = list(listeners)
+
+    def tell(event: T) -> None:
+        for listener in told:
+            listener(event)
+
+    return tell
 
 
 def _on_signals() -> asyncio.Event:

@@ -1,0 +1,288 @@
+"""``fastdecode serve`` as its users see it: OpenAI's own client, raw transcripts, errors, and a fuzzer."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+import schemathesis
+from hypothesis import Phase, given, settings
+from serving import ServerProcess, with_chat_template
+
+from fastdecode import LLM, SamplingParams
+
+PROMPT = "def f(x):"
+HI = [{"role": "user", "content": "import os"}]
+
+
+@pytest.fixture(scope="module")
+def chat_model(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return with_chat_template(demo_model, tmp_path_factory.mktemp("chat") / "")
+
+
+@pytest.fixture(scope="module")
+def server(chat_model: Path) -> Iterator[ServerProcess]:
+    with ServerProcess(chat_model, "--served-model-name", "demo", "other", "--num-r-workers", 2) as server:
+        yield server.ready()
+        assert "Traceback" not in server.said
+        server.process.terminate()
+        assert server.ended() == 0 and "Traceback" not in server.said, server.said
+
+
+@pytest.fixture(scope="module")
+def offline(chat_model: Path) -> Iterator[LLM]:
+    with LLM(chat_model, num_r_workers=2) as llm:
+        yield llm
+
+
+@pytest.fixture(scope="module")
+def client(server: ServerProcess) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+def test_openais_client(client: openai.OpenAI, offline: LLM) -> None:
+    assert [model.id for model in client.models.list()] == ["demo", "other"]
+    assert client.models.retrieve("other").model_dump()["max_model_len"] == offline.max_model_len
+    (whole,) = offline.generate([PROMPT], SamplingParams(temperature=0, max_tokens=20), use_tqdm=False)
+    completion = client.completions.create(model="demo", prompt=PROMPT, max_tokens=20)
+    assert completion.choices[0].text == whole.outputs[0].text and completion.choices[0].finish_reason == "length"
+    assert completion.usage and completion.usage.prompt_tokens == len(whole.prompt_token_ids)
+    (whole,) = offline.chat(HI, SamplingParams(temperature=0, max_tokens=20, logprobs=3), use_tqdm=False)  # type: ignore[arg-type]
+    chat = client.chat.completions.create(
+        model="demo", messages=HI, max_completion_tokens=20, logprobs=True, top_logprobs=3  # type: ignore[arg-type]
+    )  # fmt: skip
+    assert chat.choices[0].message.content == whole.outputs[0].text and chat.choices[0].message.role == "assistant"
+    assert chat.choices[0].logprobs and chat.choices[0].logprobs.content
+    assert len(chat.choices[0].logprobs.content) == 20
+    streamed = client.chat.completions.create(
+        model="demo", messages=HI, max_tokens=20, stream=True, stream_options={"include_usage": True}  # type: ignore[arg-type]
+    )  # fmt: skip
+    *chunks, last = list(streamed)
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == whole.outputs[0].text
+    assert last.usage and last.usage.completion_tokens == 20 and not last.choices
+
+
+def test_64_at_once_are_what_they_are_offline(server: ServerProcess, offline: LLM) -> None:
+    """Of all kinds: streamed and whole, texts and tokens, greedy and drawn, with stops, penalties, several samples."""
+    bodies: list[dict[str, Any]] = []
+    for i in range(64):
+        body: dict[str, Any] = {"model": "demo", "max_tokens": 5 + i % 40, "seed": i, "temperature": (i % 3) * 0.5}
+        body["prompt"] = [[5 + i, 9, 11], PROMPT, "class A" + "b" * i][i % 3]
+        body["n"] = 2 if i % 3 and i % 5 == 0 else 1
+        body |= [{}, {"stop": ["\n", "se"]}, {"frequency_penalty": 0.7}, {"top_p": 0.8, "logprobs": 2}][i % 4]
+        bodies.append(body)
+
+    async def ask(client: openai.AsyncOpenAI, i: int) -> list[str]:
+        if i % 2:
+            return [choice.text for choice in (await client.completions.create(**bodies[i])).choices]
+        texts = [""] * bodies[i]["n"]
+        async for chunk in await client.completions.create(**bodies[i], stream=True):
+            texts[chunk.choices[0].index] += chunk.choices[0].text
+        return texts
+
+    async def run() -> list[list[str]]:
+        async with openai.AsyncOpenAI(base_url=server.url + "/v1", api_key="x", max_retries=0) as client:
+            return await asyncio.gather(*(ask(client, i) for i in range(64)))
+
+    got = asyncio.run(run())
+    params = [SamplingParams(**{k: v for k, v in body.items() if k not in ("model", "prompt")}) for body in bodies]
+    outputs = offline.generate([body["prompt"] for body in bodies], params, use_tqdm=False)
+    assert got == [[completion.text for completion in output.outputs] for output in outputs]
+    assert any(output.outputs[0].finish_reason == "stop" for output in outputs)
+
+
+def transcript(server: ServerProcess, path: str, **body: Any) -> list[Any]:
+    """The events of a streamed answer; the last must be [DONE]."""
+    with httpx.stream("POST", server.url + path, json={**body, "stream": True}, timeout=60) as answer:
+        assert answer.status_code == 200 and answer.headers["content-type"] == "text/event-stream; charset=utf-8"
+        text = answer.read().decode()
+    assert text.endswith("\n\n")
+    events = text.removesuffix("\n\n").split("\n\n")
+    assert all(event.startswith("data: ") and "\n" not in event for event in events)
+    assert events.pop() == "data: [DONE]"
+    return [json.loads(event.removeprefix("data: ")) for event in events]
+
+
+def test_chat_transcript(server: ServerProcess, offline: LLM) -> None:
+    options = {"include_usage": True}
+    events = transcript(
+        server, "/v1/chat/completions", messages=HI, max_tokens=3, logprobs=True, top_logprobs=2, stream_options=options
+    )
+    (whole,) = offline.chat(HI, SamplingParams(temperature=0, max_tokens=3), use_tqdm=False)  # type: ignore[arg-type]
+    heads = [{name: event[name] for name in ("id", "object", "created", "model")} for event in events]
+    assert heads == [heads[0]] * 6 and heads[0]["object"] == "chat.completion.chunk" and heads[0]["model"] == "demo"
+    first, *middle, end, usage = events
+    no_end = {"logprobs": None, "stop_reason": None}
+    assert set(first) == {"id", "object", "created", "model", "choices", "usage"} and first["usage"] is None
+    assert first["choices"] == [
+        {"index": 0, "delta": {"role": "assistant", "content": ""}, **no_end, "finish_reason": None}
+    ]
+    assert "".join(event["choices"][0]["delta"]["content"] for event in middle) == whole.outputs[0].text
+    for event in middle:
+        (choice,) = event["choices"]
+        (token,) = choice["logprobs"]["content"]
+        assert choice["finish_reason"] is None and set(choice["delta"]) == {"content"} and event["usage"] is None
+        assert len(token["top_logprobs"]) == 2 and token["top_logprobs"][0]["token"] == token["token"]
+    assert end["choices"] == [
+        {"index": 0, "delta": {}, "logprobs": None, "finish_reason": "length", "stop_reason": None}
+    ]
+    assert usage["choices"] == []
+    tokens = len(whole.prompt_token_ids)
+    assert usage["usage"] == {"prompt_tokens": tokens, "completion_tokens": 3, "total_tokens": tokens + 3}
+
+
+def test_text_transcript_of_several_prompts_and_samples(server: ServerProcess) -> None:
+    """Choices are numbered prompt * n + sample, and each is what it is in the answer that comes whole."""
+    body = {
+        "prompt": [PROMPT, "import"],
+        "n": 2,
+        "temperature": 1.0,
+        "seed": 3,
+        "max_tokens": 12,
+        "logprobs": 1,
+        "stop": "e",
+    }
+    whole = httpx.post(server.url + "/v1/completions", json=body, timeout=60).json()
+    assert [choice["index"] for choice in whole["choices"]] == [0, 1, 2, 3] and whole["object"] == "text_completion"
+    events = transcript(server, "/v1/completions", **body)
+    assert {event["object"] for event in events} == {"text_completion"} and not any(
+        "usage" in event for event in events
+    )
+    for choice in whole["choices"]:
+        own = [event["choices"][0] for event in events if event["choices"][0]["index"] == choice["index"]]
+        assert "".join(part["text"] for part in own) == choice["text"]
+        assert [part["finish_reason"] for part in own] == [None] * (len(own) - 1) + [choice["finish_reason"]]
+        assert own[-1]["stop_reason"] == choice["stop_reason"]
+        for name, values in choice["logprobs"].items():
+            assert [value for part in own if part["logprobs"] for value in part["logprobs"][name]] == values
+    tokens = [[5, 6], [7]]
+    assert len(httpx.post(server.url + "/v1/completions", json={"prompt": tokens}, timeout=60).json()["choices"]) == 2
+
+
+TEXT, CHAT = "/v1/completions", "/v1/chat/completions"
+
+
+def check_error(answer: httpx.Response, status: int, code: str, param: str | None, text: str) -> None:
+    assert answer.status_code == status and answer.headers["content-type"] == "application/json"
+    assert set(answer.json()) == {"error"}
+    error = answer.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"} and isinstance(error["type"], str)
+    assert (error["code"], error["param"]) == (code, param) and text in error["message"]
+
+
+@pytest.mark.parametrize(
+    "method, path, body, status, code, param, text",
+    [
+        ("GET", "/nope", None, 404, "not_found", None, "GET /nope"),
+        ("GET", "/v1/models/", None, 404, "model_not_found", "model", "'' is not"),
+        ("GET", "/v1/models/gpt", None, 404, "model_not_found", "model", "'demo' or 'other'"),
+        ("GET", TEXT, None, 405, "method_not_allowed", None, "Method Not Allowed"),
+        ("POST", "/health", {}, 405, "method_not_allowed", None, "Method Not Allowed"),
+        ("POST", TEXT, {"prompt": "x", "model": "gpt"}, 404, "model_not_found", "model", "is not served"),
+        ("POST", TEXT, {"prompt": [5] * 1024}, 400, "context_length_exceeded", None, "1024 tokens; with one"),
+        ("POST", TEXT, {"prompt": "x" * 9000}, 400, "context_length_exceeded", None, "max_model_len = 1024"),
+        ("POST", TEXT, {"prompt": [4096]}, 400, "invalid_request", None, "from 0 to 4095"),
+        ("POST", TEXT, [1], 400, "invalid_request", None, "JSON object"),
+    ],
+)
+def test_errors(
+    method: str, path: str, body: Any, status: int, code: str, param: str | None, text: str, server: ServerProcess
+) -> None:
+    check_error(httpx.request(method, server.url + path, json=body), status, code, param, text)
+    if method == "POST" and isinstance(body, dict):
+        check_error(httpx.post(server.url + path, json={**body, "stream": True}), status, code, param, text)
+
+
+@pytest.mark.parametrize(
+    "path, body, param, text",
+    [
+        (TEXT, {}, "prompt", "is required"),
+        (TEXT, {"prompt": ""}, None, "the prompt is empty"),
+        (TEXT, {"prompt": []}, "prompt", "a list of texts"),
+        (TEXT, {"prompt": ["x", 5]}, "prompt", "a list of texts"),
+        (TEXT, {"prompt": {"a": 1}}, "prompt", "Expected"),
+        (TEXT, {"prompt": "x", "n": "2"}, "n", "Expected `int"),
+        (TEXT, {"prompt": "x", "n": 10**6}, "n", "from 1 to 1024"),
+        (TEXT, {"prompt": "x", "seed": 2**70}, "seed", ""),
+        (TEXT, {"prompt": "x", "logprobs": 10**6}, "logprobs", "to 1000"),
+        (TEXT, {"prompt": "x", "max_tokens": 0}, "max_tokens", "from 1"),
+        (TEXT, {"prompt": "x", "min_tokens": 20}, "min_tokens", "at most max_tokens"),
+        (TEXT, {"prompt": "x", "stop": ["x"] * 1000}, "stop", "at most 256"),
+        (TEXT, {"prompt": "x", "priority": 2**40}, "priority", "lower goes first"),
+        (TEXT, {"prompt": "x", "stream_options": {}}, "stream_options", "needs stream"),
+        (TEXT, {"prompt": "x", "echo": True}, "echo", "not supported"),
+        (TEXT, {"prompt": "x", "suffix": "y"}, "suffix", "not supported"),
+        (TEXT, {"prompt": "x", "best_of": 2}, "best_of", "not supported"),
+        (TEXT, {"prompt": "x", "logit_bias": {"5": 1}}, "logit_bias", "not supported"),
+        (TEXT, {"prompt": "x", "use_beam_search": True}, "use_beam_search", "not supported"),
+        (CHAT, {"messages": HI, "tools": [{}]}, "tools", "not supported"),
+        (CHAT, {"messages": HI, "response_format": {"type": "json_object"}}, "response_format", "not supported"),
+        (CHAT, {"messages": HI, "chat_template": "{{ x }}"}, "chat_template", "not supported"),
+        (CHAT, {"messages": HI, "stream": True, "stream_options": {"x": 1}}, "stream_options.x", "not supported"),
+        (CHAT, {"messages": []}, "messages", "at least one"),
+        (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages", "'text' only"),
+        ("/tokenize", {}, "prompt", "either"),
+        ("/tokenize", {"messages": [{}]}, "messages", "role"),
+        ("/detokenize", {"tokens": [-1]}, "tokens", "0 to 4095"),
+        ("/detokenize", {"tokens": [2**80]}, "tokens", "0 to 4095"),
+    ],
+)
+def test_wrong_fields_are_named(path: str, body: Any, param: str | None, text: str, server: ServerProcess) -> None:
+    check_error(httpx.post(server.url + path, json=body), 400, "invalid_request", param, text)
+
+
+def test_defaults_written_out_are_no_error(server: ServerProcess) -> None:
+    body = {
+        "prompt": "x", "echo": False, "best_of": 1, "logit_bias": {}, "suffix": None, "use_beam_search": False,
+        "stream": False, "user": "me", "priority": 5, "max_tokens": 1,
+    }  # fmt: skip
+    assert httpx.post(server.url + "/v1/completions", json=body).status_code == 200
+
+
+def test_tokens_and_texts(server: ServerProcess, offline: LLM) -> None:
+    def post(path: str, **body: Any) -> Any:
+        return httpx.post(server.url + path, json=body).json()
+
+    (whole,) = offline.generate([PROMPT], SamplingParams(temperature=0, max_tokens=1), use_tqdm=False)
+    made = post("/tokenize", prompt=PROMPT, model="other", return_token_strs=True)
+    assert made == {
+        "count": len(whole.prompt_token_ids), "max_model_len": offline.max_model_len,
+        "tokens": whole.prompt_token_ids, "token_strs": ["def", " f", "(", "x", "):"],
+    }  # fmt: skip
+    assert post("/detokenize", tokens=made["tokens"]) == {"prompt": PROMPT}
+    (whole,) = offline.chat(HI, SamplingParams(temperature=0, max_tokens=1), use_tqdm=False)  # type: ignore[arg-type]
+    assert post("/tokenize", messages=HI)["tokens"] == whole.prompt_token_ids
+    assert len(post("/tokenize", messages=HI, add_generation_prompt=False)["tokens"]) < len(whole.prompt_token_ids)
+    assert post("/tokenize", prompt="")["tokens"] == []
+    assert httpx.get(server.url + "/version").json()["version"].count(".") == 2
+
+
+def test_fuzzed_by_its_own_description(server: ServerProcess) -> None:
+    """What /openapi.json describes, and what it does not: never a 500, and errors only in the envelope."""
+    schema = schemathesis.openapi.from_url(server.url + "/openapi.json")
+    seen: Counter[tuple[str, int]] = Counter()
+
+    def call(case: schemathesis.Case) -> None:
+        answer = case.call(timeout=60)
+        seen[case.path, answer.status_code] += 1
+        assert answer.status_code < 500
+        if answer.status_code >= 400:
+            assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+
+    for result in schema.get_all_operations():
+        modes = (schemathesis.GenerationMode.POSITIVE, schemathesis.GenerationMode.NEGATIVE)
+        right, wrong = (result.ok().as_strategy(generation_mode=mode) for mode in modes)
+        bounded = settings(max_examples=40, database=None, phases=[Phase.generate])
+        bounded(given(case=right | wrong)(lambda case: call(case)))()
+    assert seen.total() > 150
+    for path in (TEXT, "/tokenize", "/detokenize"):
+        assert seen[path, 200] and seen[path, 400]
+    assert httpx.get(server.url + "/health").json() == {"status": "ok", "num_lost_r_workers": 0}

@@ -1,0 +1,217 @@
+"""A server's process from its first answer to its exit code."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from serving import ROOT, ServerProcess, free_port
+
+from fastdecode.server.activity import Activity
+from fastdecode.step_log import StepRecord
+
+LONG = {"prompt": "def f(x):", "max_tokens": 700, "ignore_eos": True, "temperature": 1.0, "seed": 4}
+
+
+class Asking(threading.Thread):
+    """A streamed request on its way."""
+
+    def __init__(self, server: ServerProcess, **more: Any) -> None:
+        super().__init__(daemon=True)
+        self._url, self._body = server.url + "/v1/completions", {**LONG, **more, "stream": True}
+        self.events: list[Any] = []
+        self.has_begun = threading.Event()
+        self.start()
+
+    def run(self) -> None:
+        with httpx.stream("POST", self._url, json=self._body, timeout=100) as answer:
+            for line in answer.iter_lines():
+                if line:
+                    self.events.append(line.removeprefix("data: "))
+                    self.has_begun.set()
+
+    def begun(self) -> Asking:
+        assert self.has_begun.wait(60)
+        return self
+
+    def text(self) -> str:
+        self.join(100)
+        assert self.events.pop() == "[DONE]"
+        return "".join(json.loads(event)["choices"][0]["text"] for event in self.events)
+
+
+def test_from_loading_to_drained(demo_model: Path) -> None:
+    """503 while it loads; after SIGTERM what runs ends, what comes is refused, and the exit code is 0."""
+    port = free_port()
+    with ServerProcess(demo_model, port=port) as server:
+        server.wait_for("loading ")
+        url = f"http://127.0.0.1:{port}"
+        health = httpx.get(url + "/health")
+        assert health.status_code == 503 and health.json()["status"] == "loading"
+        assert health.json()["error"]["message"] == "Loading model" and health.headers["retry-after"]
+        for answer in (httpx.get(url + "/v1/models"), httpx.post(url + "/v1/completions", json=LONG)):
+            assert (answer.status_code, answer.json()["error"]["code"]) == (503, "loading")
+        assert httpx.get(url + "/version").status_code == 200
+        assert server.ready().url == url
+        assert httpx.get(url + "/health").json()["status"] == "ok"
+        alone = Asking(server).text()
+
+        running = Asking(server).begun()
+        server.process.send_signal(signal.SIGTERM)
+        server.wait_for("SIGTERM")
+        health = httpx.get(url + "/health")
+        assert health.status_code == 503 and health.json()["status"] == "draining"
+        refused = httpx.post(url + "/v1/completions", json=LONG)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "draining")
+        assert running.text() == alone
+        assert server.ended() == 0 and "Traceback" not in server.said
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(url + "/health")
+
+
+def test_what_takes_too_long_to_drain(demo_model: Path) -> None:
+    """It is told, and the exit code is still 0: the end was asked for."""
+    with ServerProcess(demo_model, "--shutdown-timeout", 0.3) as server:
+        running = Asking(server.ready(), n=30).begun()
+        server.process.send_signal(signal.SIGINT)
+        assert server.ended(20) == 0
+        running.join(20)
+        assert json.loads(running.events[-1])["error"]["code"] == "cancelled"
+
+
+def test_a_second_signal(demo_model: Path) -> None:
+    with ServerProcess(demo_model, "--transport", "shm") as server:
+        running = Asking(server.ready(), n=30).begun()
+        server.process.send_signal(signal.SIGTERM)
+        server.wait_for("SIGTERM")
+        server.process.send_signal(signal.SIGTERM)
+        assert server.ended(5) == 143
+        with pytest.raises(httpx.RemoteProtocolError):
+            raise running_error(running)
+        for process in r_workers(server):
+            wait_until_gone(process)
+
+
+def running_error(asking: Asking) -> BaseException:
+    """What a client that is cut off hears."""
+    asking.join(10)
+    assert not asking.is_alive() and "[DONE]" not in asking.events
+    return httpx.RemoteProtocolError("cut off")
+
+
+def r_workers(server: ServerProcess) -> list[int]:
+    return [int(process) for process in re.findall(r"R-worker \d+ \(process (\d+)\)", server.said)]
+
+
+def wait_until_gone(process: int) -> None:
+    deadline = time.monotonic() + 20
+    while Path(f"/proc/{process}").exists():
+        assert time.monotonic() < deadline, f"process {process} is still there"
+        time.sleep(0.05)
+
+
+def test_the_engine_dies(demo_model: Path) -> None:
+    """One R-worker lost costs nothing; all lost: whoever waits is told, and the exit code is 1, within seconds."""
+    with ServerProcess(demo_model, "--transport", "shm", "--num-r-workers", 2) as server:
+        alone = Asking(server.ready()).text()
+        first, second = r_workers(server)
+        running = Asking(server).begun()
+        os.kill(first, signal.SIGKILL)
+        assert running.text() == alone
+
+    with ServerProcess(demo_model, "--transport", "shm") as server:
+        running = Asking(server.ready(), n=8).begun()
+        (only,) = r_workers(server)
+        os.kill(only, signal.SIGKILL)
+        began = time.monotonic()
+        assert server.ended(30) == 1 and time.monotonic() - began < 20
+        running.join(20)
+        assert json.loads(running.events[-1])["error"]["code"] == "engine_dead"
+        assert "error: R-worker 0" in server.said
+
+
+@pytest.mark.parametrize(
+    "arguments, text",
+    [
+        (["nowhere"], "error: nowhere is no directory"),
+        (["MODEL", "--max-body", "3 potatoes"], "error: max_body: '3 potatoes' is no amount"),
+        (["MODEL", "--max-queue", "0"], "error: max_queue must be from 1 to"),
+        (["MODEL", "--api-key", ""], "error: api_key: an empty one would let everybody in"),
+        (["MODEL", "--host", "no.such.host.invalid"], "error: cannot listen on no.such.host.invalid"),
+        (["MODEL", "--kv-cache-memory", "1KiB"], "raise kv_cache_memory"),
+    ],
+)
+def test_what_cannot_start_says_so(arguments: list[str], text: str, demo_model: Path) -> None:
+    with ServerProcess(*[demo_model if argument == "MODEL" else argument for argument in arguments]) as server:
+        assert server.ended() == 2
+        assert text in server.said and "Traceback" not in server.said
+
+
+def test_a_port_that_is_taken(demo_model: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with ServerProcess(demo_model, port=port) as server:
+            assert server.ended() == 2 and f"error: cannot listen on 127.0.0.1:{port}" in server.said
+
+
+def test_the_key_from_the_environment_and_a_signal_while_loading(demo_model: Path) -> None:
+    with ServerProcess(demo_model, env={"FASTDECODE__API_KEY": "sesame"}) as server:
+        url = server.wait_for("loading ").split("; ")[1].split()[0]
+        assert httpx.get(url + "/v1/models").status_code == 401
+        assert httpx.get(url + "/v1/models", headers={"Authorization": "Bearer sesame"}).status_code == 503
+        server.process.send_signal(signal.SIGTERM)
+        assert server.ended(10) == 0
+
+
+def test_without_the_extra(demo_model: Path) -> None:
+    code = (
+        "import sys; sys.modules['uvicorn'] = None\n"
+        f"from fastdecode.cli import main\nsys.exit(main(['serve', {str(demo_model)!r}]))"
+    )
+    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert out.returncode == 2 and "pip install 'fastdecode[server]'" in out.stderr and "Traceback" not in out.stderr
+
+
+def test_the_line_of_activity() -> None:
+    activity = Activity()
+    assert activity.line(10) is None
+    for number in range(2):
+        activity.on_step(
+            StepRecord(
+                number=number, begin_s=0, seconds=1, num_decodes=30, num_prompt_tokens=100, num_running=31, num_waiting=4,
+                num_preempted=0, kv_tokens=(100, 150),
+            )
+        )  # fmt: skip
+    activity._capacity_tokens = 1000
+    assert activity.line(10) == (
+        "31 running, 4 waiting, 20.0 prompt tokens/s, 6.0 generation tokens/s, KV 25.0 % of 1000 tokens"
+    )
+    assert activity.line(10) is None
+
+
+def test_mpirun(mpirun: list[str], demo_model: Path) -> None:
+    """Rank 0 serves, the others are its R-workers; a signal to rank 0 ends the job in order."""
+    arguments = [demo_model, "--transport", "mpi", "--kv-cache-memory", "64MiB"]
+    with ServerProcess(*arguments, launcher=[*mpirun, "-n", "3"]) as server:
+        server.ready()
+        answer = httpx.post(server.url + "/v1/completions", json={**LONG, "max_tokens": 20}, timeout=60).json()
+        assert answer["usage"]["completion_tokens"] == 20
+        assert server.said.count("64.0 MiB of float32 KV") == 2
+        running = Asking(server).begun()
+        rank_0 = next(
+            int(line.split()[3]) for line in server.said.splitlines() if line.split()[:2] == ["0", "S-worker"]
+        )
+        os.kill(rank_0, signal.SIGTERM)
+        running.text()
+        assert server.ended(60) == 0, server.said
