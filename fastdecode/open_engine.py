@@ -37,7 +37,6 @@ class OpenEngine:
     default_params: SamplingParams  # the model's own
     max_model_len: int
     kv_places: list[str]  # a line per R-worker: where its KV is, and how much
-    kv_capacity_tokens: int  # of all R-workers
     cleanup: ExitStack
 
     def close(self) -> None:
@@ -77,10 +76,7 @@ def open_engine(config: EngineConfig, on_step: Callable[[StepRecord], None] | No
         for line in places:
             logger.info("%s", line)
         default_params = _default_params(runtime.sworker)
-        capacity = sum(welcome.num_blocks * welcome.block_tokens for welcome in runtime.welcomes)
-        return OpenEngine(
-            config, engine, tokenizer, facts, default_params, longest, places, capacity, cleanup.pop_all()
-        )
+        return OpenEngine(config, engine, tokenizer, facts, default_params, longest, places, cleanup.pop_all())
 
 
 def _all_of(listeners: list[Callable[[StepRecord], None]]) -> Callable[[StepRecord], None] | None:

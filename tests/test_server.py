@@ -14,6 +14,7 @@ import openai
 import pytest
 import schemathesis
 from hypothesis import Phase, given, settings
+from prometheus_client.parser import text_string_to_metric_families
 from serving import ServerProcess, with_chat_template
 
 from fastdecode import LLM, SamplingParams
@@ -285,4 +286,23 @@ def test_fuzzed_by_its_own_description(server: ServerProcess) -> None:
     assert seen.total() > 150
     for path in (TEXT, "/tokenize", "/detokenize"):
         assert seen[path, 200] and seen[path, 400]
-    assert httpx.get(server.url + "/health").json() == {"status": "ok", "num_lost_r_workers": 0}
+    assert httpx.get(server.url + "/health").json() == {"status": "ok", "lost_r_workers": []}
+
+
+def test_metrics_and_dashboard(server: ServerProcess) -> None:
+    """Behind the same door as the rest: what was generated is counted, and the page has its data."""
+    asked = {"prompt": "Once", "max_tokens": 5, "ignore_eos": True}
+    before = _counted(server)
+    httpx.post(server.url + "/v1/completions", json=asked, timeout=60).raise_for_status()
+    assert _counted(server) >= before + 5
+    page = httpx.get(server.url + "/dashboard")
+    assert page.status_code == 200 and "default-src 'none'" in page.headers["content-security-policy"]
+    told = httpx.get(server.url + "/dashboard/data").json()
+    assert told["state"] == "ready" and sum(told["capacity"]) > 0
+
+
+def _counted(server: ServerProcess) -> float:
+    answer = httpx.get(server.url + "/metrics")
+    assert answer.headers["content-type"].startswith("text/plain")
+    [family] = [f for f in text_string_to_metric_families(answer.text) if f.name == "vllm:generation_tokens"]
+    return float(family.samples[0].value)

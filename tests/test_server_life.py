@@ -125,7 +125,7 @@ def test_the_engine_dies(demo_model: Path) -> None:
     """One R-worker lost costs nothing; all lost: whoever waits is told, and the exit code is 1, within seconds."""
     with ServerProcess(demo_model, "--transport", "shm", "--num-r-workers", 2) as server:
         alone = Asking(server.ready()).text()
-        first, second = r_workers(server)
+        first, _second = r_workers(server)
         running = Asking(server).begun()
         os.kill(first, signal.SIGKILL)
         assert running.text() == alone
@@ -189,8 +189,8 @@ def test_the_line_of_activity() -> None:
     for number in range(2):
         activity.on_step(
             StepRecord(
-                number=number, begin_s=0, seconds=1, num_decodes=30, num_prompt_tokens=100, num_running=31, num_waiting=4,
-                num_preempted=0, kv_tokens=(100, 150),
+                number=number, begin_s=0, seconds=1, num_decodes=30, num_prompt_tokens=100, num_running=31,
+                num_waiting=4, num_preempted=0, kv_tokens=(100, 150),
             )
         )  # fmt: skip
     activity._capacity_tokens = 1000

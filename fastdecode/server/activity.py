@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 
-from fastdecode.outputs import RequestOutput
 from fastdecode.server.service import Service
 from fastdecode.step_log import StepRecord
 
@@ -23,15 +22,12 @@ class Activity:
         self._capacity_tokens = 1
 
     def begin(self, service: Service) -> None:
-        self._capacity_tokens = service.opened.kv_capacity_tokens
+        self._capacity_tokens = sum(service.opened.engine.kv_capacity_tokens)
 
     def on_step(self, record: StepRecord) -> None:
         self._prompt_tokens += record.num_prompt_tokens
         self._decodes += record.num_decodes
         self._last = record
-
-    def on_finished(self, output: RequestOutput) -> None:
-        pass
 
     def line(self, seconds: float) -> str | None:
         """Of the last `seconds`; None if nothing happened.  A request's first token counts with its prompt."""

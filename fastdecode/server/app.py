@@ -62,6 +62,7 @@ def _process_router(life: Life) -> APIRouter:
 
 def _health_response(health: Health) -> Response:
     if health.state in _SERVES:
-        return JSONBody({"status": _SERVES[health.state], "num_lost_r_workers": len(health.lost)})
+        lost = [name.partition(" (")[0] for name in health.lost]  # without address and process: no key is asked for
+        return JSONBody({"status": _SERVES[health.state], "lost_r_workers": lost})
     code, message = _SERVES_NOT.get(health.state, ("engine_dead", "the engine has ended; this process is about to"))
     return JSONBody({"status": health.state, **envelope(code, message)}, kind_of(code).status)

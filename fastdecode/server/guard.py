@@ -12,9 +12,11 @@ from collections.abc import Sequence
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from fastdecode.server.dashboard import PAGE_PATH
 from fastdecode.server.errors import error_response
 
-OPEN_PATHS = ("/health", "/ping")  # for who looks after the process; they tell nothing of what it does
+# For who looks after the process; they tell nothing of what it does.  And a page without data, which asks for the key.
+OPEN_PATHS = ("/health", "/ping", PAGE_PATH)
 MAX_HEADER_BYTES = 32 << 10  # all of a request's
 _LINGER_S = 2.0  # for a refused body: closing with data unread would reset the connection, and the answer with it
 

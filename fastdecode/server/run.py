@@ -14,21 +14,20 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterable
-from typing import NoReturn, Protocol, TypeVar
-
-from fastapi import APIRouter
+from typing import NoReturn, TypeVar
 
 from fastdecode.config import EngineConfig
 from fastdecode.errors import FastDecodeError
 from fastdecode.open_engine import OpenEngine, open_engine
-from fastdecode.outputs import RequestOutput
 from fastdecode.server.activity import Activity
 from fastdecode.server.app import create_app
 from fastdecode.server.connection import HTTPServer, bind
+from fastdecode.server.dashboard import dashboard_router
+from fastdecode.server.history import History
 from fastdecode.server.life import Life
+from fastdecode.server.metrics import Metrics, metrics_router
 from fastdecode.server.options import ServerOptions
 from fastdecode.server.service import Service
-from fastdecode.step_log import StepRecord
 
 logger = logging.getLogger(__name__)
 
@@ -37,62 +36,35 @@ T = TypeVar("T")
 _CLOSE_S = 15.0  # for the engine's thread and R-workers to end, once nobody waits for them
 
 
-class Watcher(Protocol):
-    """Of what a server does."""
-
-    def begin(self, service: Service) -> None:
-        """The model is loaded."""
-
-    def on_step(self, record: StepRecord) -> None:
-        """In the engine's thread."""
-
-    def on_finished(self, output: RequestOutput) -> None:
-        """In the engine's thread."""
-
-
-def run_server(
-    config: EngineConfig,
-    options: ServerOptions,
-    *,
-    routers: Iterable[APIRouter] = (),
-    watchers: Iterable[Watcher] = (),
-) -> int:
+def run_server(config: EngineConfig, options: ServerOptions) -> int:
     """Exit code: 0 after SIGTERM or SIGINT, 1 if the engine died.  To be called in the main thread.
 
-    routers: further routes.  Raises ConfigError, ModelError, RWorkerError if it cannot start.
+    Raises ConfigError, ModelError, RWorkerError if it cannot start.
     """
-    return asyncio.run(_run(config, options, routers, watchers))
+    return asyncio.run(_run(config, options))
 
 
-async def _run(
-    config: EngineConfig, options: ServerOptions, routers: Iterable[APIRouter], watchers: Iterable[Watcher]
-) -> int:
+async def _run(config: EngineConfig, options: ServerOptions) -> int:
     listener = bind(options.host, options.port)
     host, port = listener.getsockname()[:2]
     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     stop_asked, died = _on_signals(), asyncio.Event()
-    life, activity = Life(config.model, options.served_model_name), Activity()
-    watching: list[Watcher] = [activity, *watchers]
-    http = HTTPServer(create_app(life, options, routers), options)
+    names = options.served_model_name
+    life, activity, metrics, history = Life(config.model, names), Activity(), Metrics(names[0]), History(names[0])
+    http = HTTPServer(create_app(life, options, (metrics_router(metrics), dashboard_router(history))), options)
     serving = asyncio.create_task(http.serve([listener]))
     try:
         _say(f"loading {config.model}; {url} answers 503 meanwhile")
-        opened = await _load(
-            lambda: open_engine(config, on_step=_each(watcher.on_step for watcher in watching)), stop_asked
-        )
+        on_step = _each((activity.on_step, metrics.on_step, history.on_step))
+        opened = await _load(lambda: open_engine(config, on_step=on_step), stop_asked)
         loop = asyncio.get_running_loop()
 
         def on_death(error: BaseException) -> None:
             loop.call_soon_threadsafe(died.set)
 
-        service = Service(
-            opened,
-            max_queue=options.max_queue,
-            on_death=on_death,
-            on_finished=_each(watcher.on_finished for watcher in watching),
-        )
+        service = Service(opened, max_queue=options.max_queue, on_death=on_death, on_finished=metrics.on_finished)
         service.start()
-        for watcher in (life, *watching):
+        for watcher in (life, activity, metrics, history):
             watcher.begin(service)
         _say(f"listening on {url}")
         telling = asyncio.create_task(activity.tell())
