@@ -31,15 +31,17 @@ class Asking(threading.Thread):
         super().__init__(daemon=True)
         self._url, self._body = server.url + "/v1/completions", {**LONG, **more, "stream": True}
         self.events: list[Any] = []
-        self.has_begun = threading.Event()
+        self.has_begun, self.is_cut_off = threading.Event(), False
         self.start()
 
     def run(self) -> None:
-        with httpx.stream("POST", self._url, json=self._body, timeout=100) as answer:
-            for line in answer.iter_lines():
-                if line:
+        try:
+            with httpx.stream("POST", self._url, json=self._body, timeout=100) as answer:
+                for line in filter(None, answer.iter_lines()):
                     self.events.append(line.removeprefix("data: "))
                     self.has_begun.set()
+        except httpx.RemoteProtocolError:
+            self.is_cut_off = True
 
     def begun(self) -> Asking:
         assert self.has_begun.wait(60)
@@ -96,22 +98,15 @@ def test_a_second_signal(demo_model: Path) -> None:
         server.process.send_signal(signal.SIGTERM)
         server.wait_for("SIGTERM")
         server.process.send_signal(signal.SIGTERM)
-        assert server.ended(5) == 143
-        with pytest.raises(httpx.RemoteProtocolError):
-            raise running_error(running)
-        for process in r_workers(server):
-            wait_until_gone(process)
-
-
-def running_error(asking: Asking) -> BaseException:
-    """What a client that is cut off hears."""
-    asking.join(10)
-    assert not asking.is_alive() and "[DONE]" not in asking.events
-    return httpx.RemoteProtocolError("cut off")
+        assert server.ended(10) == 143
+        running.join(10)
+        assert running.is_cut_off and "[DONE]" not in running.events
+        (r_worker,) = r_workers(server)
+        wait_until_gone(r_worker)
 
 
 def r_workers(server: ServerProcess) -> list[int]:
-    return [int(process) for process in re.findall(r"R-worker \d+ \(process (\d+)\)", server.said)]
+    return [int(process) for process in re.findall(r"R-worker \d+ .* process (\d+):", server.said)]
 
 
 def wait_until_gone(process: int) -> None:
@@ -125,7 +120,7 @@ def test_the_engine_dies(demo_model: Path) -> None:
     """One R-worker lost costs nothing; all lost: whoever waits is told, and the exit code is 1, within seconds."""
     with ServerProcess(demo_model, "--transport", "shm", "--num-r-workers", 2) as server:
         alone = Asking(server.ready()).text()
-        first, _second = r_workers(server)
+        first, _ = r_workers(server)
         running = Asking(server).begun()
         os.kill(first, signal.SIGKILL)
         assert running.text() == alone
@@ -187,12 +182,11 @@ def test_the_line_of_activity() -> None:
     activity = Activity()
     assert activity.line(10) is None
     for number in range(2):
-        activity.on_step(
-            StepRecord(
-                number=number, begin_s=0, seconds=1, num_decodes=30, num_prompt_tokens=100, num_running=31,
-                num_waiting=4, num_preempted=0, kv_tokens=(100, 150),
-            )
+        record = StepRecord(
+            number=number, begin_s=0, seconds=1, num_decodes=30, num_prompt_tokens=100, num_running=31,
+            num_waiting=4, num_preempted=0, kv_tokens=(100, 150),
         )  # fmt: skip
+        activity.on_step(record)
     activity._capacity_tokens = 1000
     assert activity.line(10) == (
         "31 running, 4 waiting, 20.0 prompt tokens/s, 6.0 generation tokens/s, KV 25.0 % of 1000 tokens"
@@ -207,7 +201,7 @@ def test_mpirun(mpirun: list[str], demo_model: Path) -> None:
         server.ready()
         answer = httpx.post(server.url + "/v1/completions", json={**LONG, "max_tokens": 20}, timeout=60).json()
         assert answer["usage"]["completion_tokens"] == 20
-        assert server.said.count("64.0 MiB of float32 KV") == 2
+        assert server.said.count(" of float32 KV") == 2
         running = Asking(server).begun()
         rank_0 = next(
             int(line.split()[3]) for line in server.said.splitlines() if line.split()[:2] == ["0", "S-worker"]

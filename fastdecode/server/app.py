@@ -12,8 +12,8 @@ from fastapi import APIRouter, FastAPI
 from starlette.responses import Response
 
 from fastdecode import __version__
-from fastdecode.openai_api import ChatBody, CompletionBody, envelope, kind_of
-from fastdecode.server.errors import JSONBody, add_error_handlers
+from fastdecode.openai_api import ChatBody, CompletionBody
+from fastdecode.server.errors import JSONBody, add_error_handlers, error_response
 from fastdecode.server.guard import Guard
 from fastdecode.server.life import Life
 from fastdecode.server.openapi import describe
@@ -65,4 +65,4 @@ def _health_response(health: Health) -> Response:
         lost = [name.partition(" (")[0] for name in health.lost]  # without address and process: no key is asked for
         return JSONBody({"status": _SERVES[health.state], "lost_r_workers": lost})
     code, message = _SERVES_NOT.get(health.state, ("engine_dead", "the engine has ended; this process is about to"))
-    return JSONBody({"status": health.state, **envelope(code, message)}, kind_of(code).status)
+    return error_response(code, message, beside={"status": health.state})

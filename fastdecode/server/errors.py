@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
@@ -32,11 +33,18 @@ def add_error_handlers(app: FastAPI) -> None:
         app.add_exception_handler(kind, _answer)
 
 
-def error_response(code: str, message: str, param: str | None = None, **headers: str) -> Response:
+def error_response(
+    code: str,
+    message: str,
+    param: str | None = None,
+    *,
+    beside: Mapping[str, Any] | None = None,
+    headers: Mapping[str, str] | None = None,
+) -> Response:
+    """beside: more of the body."""
     kind = kind_of(code)
-    if kind.retry_after_s is not None:
-        headers["Retry-After"] = str(kind.retry_after_s)
-    return JSONBody(envelope(code, message, param), kind.status, headers)
+    retry = {} if kind.retry_after_s is None else {"Retry-After": str(kind.retry_after_s)}
+    return JSONBody({**(beside or {}), **envelope(code, message, param)}, kind.status, {**(headers or {}), **retry})
 
 
 def error_event(error: Exception) -> dict[str, Any]:

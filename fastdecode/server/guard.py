@@ -52,7 +52,7 @@ class Guard:
             body = await asyncio.wait_for(self._body(headers, receive), self._client_timeout_s)
         except TimeoutError:
             told = f"the body did not come within {self._client_timeout_s:g} s"
-            await error_response("body_too_slow", told, Connection="close")(scope, receive, send)
+            await error_response("body_too_slow", told, headers={"Connection": "close"})(scope, receive, send)
             return
         except _TooLarge:
             told = f"the body is larger than {self._max_body_bytes} bytes; --max-body sets the limit"
@@ -113,7 +113,7 @@ async def _refuse(scope: Scope, receive: Receive, send: Send, code: str, message
     except TimeoutError:
         headers["Connection"] = "close"
     dashed = {name.replace("_", "-"): value for name, value in headers.items()}
-    await error_response(code, message, **dashed)(scope, receive, send)
+    await error_response(code, message, headers=dashed)(scope, receive, send)
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:

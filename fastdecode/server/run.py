@@ -64,8 +64,9 @@ async def _run(config: EngineConfig, options: ServerOptions) -> int:
 
         service = Service(opened, max_queue=options.max_queue, on_death=on_death, on_finished=metrics.on_finished)
         service.start()
-        for watcher in (life, activity, metrics, history):
+        for watcher in (activity, metrics, history):
             watcher.begin(service)
+        life.begin(service)
         _say(f"listening on {url}")
         telling = asyncio.create_task(activity.tell())
         await _first(stop_asked, died)
