@@ -6,6 +6,7 @@ As a script (``python bench/fuzz_codec.py ... CORPUS``, with libFuzzer's flags) 
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import re
 import subprocess
@@ -25,7 +26,7 @@ except ImportError:
 # isort: split
 if atheris and __name__ == "__main__":
     with atheris.instrument_imports(include=["transport.codec", "transport.messages"]):
-        pass
+        importlib.import_module("transport")
 import numpy as np
 
 from bench.fuzz_messages import Frames, Maker
@@ -96,7 +97,7 @@ def guided(num_frames: int, seed: int) -> dict[str, Any]:
         "frames": max(done, default=0), "seconds": seconds, "coverage": max(coverage, default=0),
         "memory_over_start_mib": max(memory) - memory[0] if memory else None,
     }  # fmt: skip
-    if said.returncode or record["frames"] < num_frames:
+    if said.returncode or record["frames"] < num_frames or not record["coverage"]:
         record |= {"failure": f"exit code {said.returncode}; --seed {seed}: {text[-2000:]}", "frames_hex": crashes}
     return record
 

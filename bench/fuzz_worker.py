@@ -17,36 +17,27 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from bench.fuzz_messages import SPECS, Maker
+from bench.fuzz_messages import Maker
 from bench.fuzz_peers import HANG_S, Peer, make_peer
+from bench.fuzz_session import KV_MIB, Untouched, equal, session
 from bench.fuzz_talk import Talk
-from cpu_attention import RWorker
 from transport import (
-    Admit,
-    Attend,
-    Attended,
     Codec,
     Failure,
     Goodbye,
-    Hello,
     Message,
     Ping,
     Pong,
-    Release,
-    Step,
-    Welcome,
     connect,
 )
 
 ROOT = Path(__file__).parents[1]
-KV_MIB = 64
 # What an R-worker may take beside its KV budget: kernels of the strange layers, messages on their way, block tables.
 STAGING_MIB = 384
 _MORE_FILES = 12  # pyzmq opens a context of its own for the first large answer; a peer may not have been missed yet
 _BATCH = 400
 _CHECK_EVERY = 50  # batches
+_ASK_AGAIN_S = 10.0
 
 
 class Broken(Exception):
@@ -64,7 +55,7 @@ class Victim:
         )  # fmt: skip
         assert self._process.stdout
         self.address = self._process.stdout.readline().removeprefix("listening on ").strip()
-        self._expected = list(_session(_Untouched()))
+        self._expected = list(session(Untouched()))
         self.check_serves()
         self._start_mib, self._start_files = self._peak_mib(), self._num_files()
 
@@ -88,7 +79,7 @@ class Victim:
         while True:
             try:
                 with connect(self.address) as channel:
-                    answers = list(_session(channel))
+                    answers = list(session(channel))
                     channel.send(Goodbye(), timeout_s=10)
                     channel.send(Ping(1), timeout_s=10)  # what was sent before has arrived when this is answered
                     channel.recv(timeout_s=10)
@@ -103,7 +94,7 @@ class Victim:
                 time.sleep(0.05)  # a peer that left has not been missed yet
                 continue
             break
-        if len(answers) != len(self._expected) or not all(map(_equal, answers, self._expected)):
+        if len(answers) != len(self._expected) or not all(map(equal, answers, self._expected)):
             raise Broken(f"other answers than an R-worker that was left alone: {str(answers)[:500]}")
 
     def check_files(self) -> None:
@@ -189,12 +180,16 @@ def _batch(victim: Victim, maker: Maker, size: int, answers: Counter[str], stran
 
 
 def _await_pong(peer: Peer, maker: Maker, answers: Counter[str]) -> None:
+    """Asks again now and then: on a busy machine libzmq hangs up on peers with late heartbeats, and connects anew."""
     ping = Ping(maker.random.getrandbits(62) | 1 << 62)
-    peer.send(maker.frames(ping, session=0))
-    deadline = time.monotonic() + HANG_S
+    began, asked = time.monotonic(), float("-inf")
     while Pong(ping.token) not in _count(peer, answers):
-        if time.monotonic() > deadline:
+        now = time.monotonic()
+        if now > began + HANG_S:
             raise TimeoutError(f"no answer to a ping in {HANG_S:.0f} s")
+        if now > asked + _ASK_AGAIN_S:
+            peer.send(maker.frames(ping, session=0))
+            asked = now
         peer.wait(1.0)
 
 
@@ -206,49 +201,3 @@ def _count(peer: Peer, answers: Counter[str]) -> list[Message]:
         if isinstance(message, Failure) and message.kind == "InternalError":
             raise Broken(message.text)
     return messages
-
-
-class _Untouched:
-    """An R-worker that is called by hand, in the place of a channel to one."""
-
-    def __init__(self) -> None:
-        self._worker = RWorker(kv_cache_bytes=KV_MIB << 20)
-        self._reply: Message | None = None
-
-    def send(self, message: Message, timeout_s: float) -> None:
-        self._reply = self._worker.handle(1, message)
-
-    def recv(self, timeout_s: float) -> Message:
-        assert self._reply
-        return self._reply
-
-
-def _session(channel: Any) -> Any:
-    """Prompts, then decode steps of two sequences: the answers, Welcome first."""
-    generator = np.random.default_rng(0)
-
-    def ask(message: Message) -> Message:
-        channel.send(message, timeout_s=HANG_S)
-        return channel.recv(timeout_s=HANG_S)
-
-    welcome = ask(Hello(SPECS, "float32", 16))
-    yield welcome
-    if not isinstance(welcome, Welcome):
-        return
-    ids, stored = np.array([3, 7], np.int64), np.array([0, 0], np.int32)
-    channel.send(Admit(ids, np.array([100, 100], np.int32)), timeout_s=HANG_S)
-    for step in range(6):
-        counts = np.array([1, 1] if step else [40, 33], np.int32)
-        channel.send(Step(step, 0, ids, stored, counts, np.array([1, 1], np.int32)), timeout_s=HANG_S)
-        for layer, spec in enumerate(SPECS):
-            shapes = ((2, spec.num_q_heads), (counts.sum(), spec.num_kv_heads), (counts.sum(), spec.num_kv_heads))
-            q, k, v = (generator.standard_normal((*shape, spec.head_dim)).astype(np.float32) for shape in shapes)
-            yield ask(Attend(step, 0, layer, q, k, v))
-        stored = stored + counts
-    channel.send(Release(ids), timeout_s=HANG_S)
-
-
-def _equal(one: Message, other: Message) -> bool:
-    if isinstance(one, Attended) and isinstance(other, Attended):
-        return one.o.shape == other.o.shape and bool(np.allclose(one.o, other.o, atol=1e-6))
-    return isinstance(one, Welcome) and isinstance(other, Welcome) and one.num_blocks == other.num_blocks

@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 
 from bench import fuzz_codec
-from bench.fuzz_codec import feed, mutate, pack, unpack
+from bench.fuzz_codec import feed, guided, mutate, pack, unpack
 from bench.fuzz_messages import Maker
 from bench.fuzz_worker import KV_MIB, STAGING_MIB, attack
 from transport import Codec, ProtocolError
@@ -20,6 +20,12 @@ def test_codec() -> None:
     record = mutate(30_000, SEED)
     assert "failure" not in record, record
     assert 1_000 < record["valid"] < 29_000, "harms that leave a message, and harms that do not"
+
+
+@pytest.mark.skipif(not fuzz_codec.IS_GUIDED, reason="atheris is not installed")
+def test_guided() -> None:
+    record = guided(5_000, SEED)
+    assert "failure" not in record and record["coverage"] > 50, record
 
 
 def test_makers_reach_everything() -> None:
