@@ -16,6 +16,7 @@ import zmq
 
 from bench.fuzz_messages import Frames, Maker
 from transport.arena import WriteArena
+from transport.multipart import checksum
 from transport.packets import PacketSocket, make_socket
 
 HANG_S = 120.0  # an R-worker that compiles takes nothing meanwhile, but not for as long as this
@@ -100,6 +101,7 @@ class ZeroMQPeer:
 
     def __init__(self, address: str) -> None:
         self._address, self._bare = address, list[socket.socket]()
+        self._has_checksum = address.startswith("tcp://")
         self._socket = self._context.socket(zmq.DEALER)
         self._socket.linger, self._socket.sndhwm, self._socket.rcvhwm = 0, 200, 0
         self._socket.connect(address)
@@ -107,13 +109,17 @@ class ZeroMQPeer:
     def send(self, frames: Frames) -> None:
         if not self._socket.poll(int(HANG_S * 1000), zmq.POLLOUT):
             raise TimeoutError(f"takes nothing for {HANG_S:.0f} s")
-        self._socket.send_multipart(frames or [b""])
+        frames = frames or [b""]
+        # A right one, or nothing would get past it; wrong ones come by `send_raw`.
+        self._socket.send_multipart([*frames, checksum(frames)] if self._has_checksum else frames)
 
     def send_raw(self, maker: Maker, frames: Frames) -> None:
         r = maker.random
         if not self._bare or r.random() < 0.3:
             self._bare.append(_bare_socket(self._address))
             self._write(_greeting(maker))
+        if self._has_checksum and r.random() < 0.8:
+            frames = [*frames, checksum(frames)]
         self._write(b"".join(_zmtp(maker, frames)) if r.random() < 0.9 else r.randbytes(r.choice((1, 64, 4000))))
         if len(self._bare) > 4:
             self._bare.pop(0).close()
@@ -121,7 +127,8 @@ class ZeroMQPeer:
     def replies(self) -> Iterator[Frames]:
         while True:
             try:
-                yield self._socket.recv_multipart(zmq.NOBLOCK)
+                frames = self._socket.recv_multipart(zmq.NOBLOCK)
+                yield frames[:-1] if self._has_checksum else frames
             except zmq.Again:
                 return
 
