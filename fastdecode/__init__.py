@@ -30,6 +30,7 @@ _DOORS = {
     "calibrate_model": "fastdecode.calibrate",
     "run_batch": "fastdecode.batch.runner",
     "run_server": "fastdecode.server.run",
+    "send_all": "fastdecode.benchmark.http_client",
 }
 
 __all__ = ["__version__", *_DOORS]  # noqa: PLE0604

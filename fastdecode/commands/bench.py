@@ -1,4 +1,4 @@
-"""``fastdecode bench WHAT``: throughput beside other engines, latency of a batch, the wire, grids of these, plots."""
+"""``fastdecode bench WHAT``: throughput beside other engines, latency, a server, the wire, grids of these, plots."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import fastdecode
 from fastdecode.benchmark.engines import BACKENDS, FastDecodeEngine, PeerPlaces, close_engines, open_engines
 from fastdecode.benchmark.llamacpp import WEIGHT_TYPES
 from fastdecode.benchmark.sweep import Sweep, read_records, run_process, run_sweep
@@ -21,14 +20,9 @@ from fastdecode.benchmark.throughput import (
     measure_throughput,
 )
 from fastdecode.benchmark.wire import SCHEMES, measure_wire
-from fastdecode.benchmark.workload import (
-    DATASETS,
-    BenchRequest,
-    Encode,
-    custom_requests,
-    random_requests,
-    sharegpt_requests,
-)
+from fastdecode.benchmark.workload import random_requests
+from fastdecode.commands.bench_dataset import add_dataset_flags, positive, read_dataset, vocab_size
+from fastdecode.commands.bench_serve import add_serve_arguments, run_serve
 from fastdecode.commands.engine_flags import add_engine_flags, engine_options
 from fastdecode.errors import ConfigError, FastDecodeError
 from fastdecode.plots import plot_rates, plot_steps
@@ -41,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name, text, add, do in (
         ("throughput", "tokens/s of a batch, beside other engines", add_throughput_arguments, run_throughput),
         ("latency", "seconds of one batch from prompts to last tokens", add_latency_arguments, run_latency),
+        ("serve", "a server under load: TTFT, TPOT, ITL, E2EL", add_serve_arguments, run_serve),
         ("transport", "round trips of a layer's q, k, v and o", add_transport_arguments, run_transport),
         ("sweep", "a grid of runs from a YAML file, which can be resumed", add_sweep_arguments, run_grid),
         ("plot", "draw records, or the load over a run's steps", add_plot_arguments, run_plot),
@@ -60,19 +55,12 @@ def run(args: argparse.Namespace) -> int:
 
 def add_throughput_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="Hugging Face model directory (config.json, *.safetensors)")
-    work = parser.add_argument_group("workload")
-    work.add_argument("--dataset-name", choices=DATASETS, default="random", help="random tokens, or read from a file")
-    work.add_argument("--dataset-path", metavar="FILE", help="of sharegpt (JSON) or custom (JSON lines)")
-    work.add_argument("--num-prompts", type=_positive, default=64, help="requests")
-    work.add_argument("--input-len", type=_positive, default=128, help="prompt tokens of a random request")
-    work.add_argument("--output-len", type=_positive, default=64, help="new tokens; sharegpt: those of its answers")
-    work.add_argument("--random-range-ratio", type=float, default=0.0, help="lengths vary by this share, both ways")
-    work.add_argument("--seed", type=int, default=0, help="of the workload")
+    add_dataset_flags(parser, num_prompts=64)
     peers = parser.add_argument_group("engines")
     peers.add_argument(
         "--backend", nargs="+", choices=BACKENDS, default=["fastdecode"], help="in turns, round by round"
     )
-    peers.add_argument("--repeats", type=_positive, default=3, help="rounds, after one that warms up")
+    peers.add_argument("--repeats", type=positive, default=3, help="rounds, after one that warms up")
     peers.add_argument("--hf-python", default=sys.executable, help="interpreter with transformers")
     peers.add_argument("--vllm-python", help="interpreter with vLLM")
     peers.add_argument("--llamacpp-binary", help="llama-batched-bench")
@@ -85,7 +73,7 @@ def add_throughput_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_throughput(args: argparse.Namespace) -> int:
     options = {"model": args.model} | engine_options(args)
-    requests, workload = _requests(args)
+    requests, workload = read_dataset(args, args.tokenizer or args.model)
     options["max_num_seqs"] = min(options["max_num_seqs"], len(requests))
     places = PeerPlaces(args.hf_python, args.vllm_python, args.llamacpp_binary, args.llamacpp_weights)
     engines = open_engines(args.backend, options, requests, places)
@@ -106,10 +94,10 @@ def run_throughput(args: argparse.Namespace) -> int:
 
 def add_latency_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="Hugging Face model directory (config.json, *.safetensors)")
-    parser.add_argument("--batch-size", type=_positive, default=1, help="sequences")
-    parser.add_argument("--input-len", type=_positive, default=128, help="prompt tokens of each")
-    parser.add_argument("--output-len", type=_positive, default=64, help="new tokens of each")
-    parser.add_argument("--num-iters", type=_positive, default=10, help="batches, after one that warms up")
+    parser.add_argument("--batch-size", type=positive, default=1, help="sequences")
+    parser.add_argument("--input-len", type=positive, default=128, help="prompt tokens of each")
+    parser.add_argument("--output-len", type=positive, default=64, help="new tokens of each")
+    parser.add_argument("--num-iters", type=positive, default=10, help="batches, after one that warms up")
     parser.add_argument("--seed", type=int, default=0, help="of the prompts")
     parser.add_argument("--output-json", metavar="FILE", help="appends a JSON line")
     add_engine_flags(parser)
@@ -119,7 +107,7 @@ def run_latency(args: argparse.Namespace) -> int:
     options = {"model": args.model} | engine_options(args)
     options["max_num_seqs"] = max(options["max_num_seqs"], args.batch_size)
     requests = random_requests(
-        args.batch_size, args.input_len, args.output_len, vocab_size=_vocab_size(args.model), seed=args.seed
+        args.batch_size, args.input_len, args.output_len, vocab_size=vocab_size(args.model), seed=args.seed
     )
     engine = FastDecodeEngine(options)
     try:
@@ -135,9 +123,9 @@ def run_latency(args: argparse.Namespace) -> int:
 
 def add_transport_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--scheme", nargs="+", choices=SCHEMES, default=list(SCHEMES), help="one after another")
-    parser.add_argument("--tokens", nargs="+", type=_positive, default=[1, 16, 64, 256, 1024, 4096], help="each")
+    parser.add_argument("--tokens", nargs="+", type=positive, default=[1, 16, 64, 256, 1024, 4096], help="each")
     for name, default in (("q-heads", 8), ("kv-heads", 8), ("head-dim", 128)):
-        parser.add_argument(f"--{name}", type=_positive, default=default, help="of the layer")
+        parser.add_argument(f"--{name}", type=positive, default=default, help="of the layer")
     parser.add_argument("--dtype", choices=FLOAT_DTYPES, default="float32", help="on the wire")
     parser.add_argument("--output-json", metavar="FILE", help="appends a JSON line per row")
 
@@ -194,48 +182,6 @@ def run_plot(args: argparse.Namespace) -> int:
     return 0
 
 
-def _requests(args: argparse.Namespace) -> tuple[list[BenchRequest], dict[str, Any]]:
-    """The requests, and what to say of them in a record."""
-    if (args.dataset_path is None) != (args.dataset_name == "random"):
-        raise ConfigError("sharegpt and custom read --dataset-path FILE; random reads none")
-    workload: dict[str, Any] = {"dataset": args.dataset_name, "num_prompts": args.num_prompts}
-    match args.dataset_name:
-        case "random":
-            if not 0 <= args.random_range_ratio < 1:
-                raise ConfigError("--random-range-ratio is a share from 0 to below 1")
-            workload |= {"input_len": args.input_len, "output_len": args.output_len, "seed": args.seed}
-            workload["range_ratio"] = args.random_range_ratio
-            requests = random_requests(
-                args.num_prompts,
-                args.input_len,
-                args.output_len,
-                vocab_size=_vocab_size(args.model),
-                range_ratio=args.random_range_ratio,
-                seed=args.seed,
-            )
-        case "sharegpt":
-            workload |= {"path": args.dataset_path, "seed": args.seed}
-            requests = sharegpt_requests(
-                args.dataset_path, args.num_prompts, _encode(args), output_len=None, seed=args.seed
-            )
-        case _:
-            workload |= {"path": args.dataset_path, "output_len": args.output_len}
-            requests = custom_requests(args.dataset_path, args.num_prompts, _encode(args), output_len=args.output_len)
-    return requests, workload
-
-
-def _encode(args: argparse.Namespace) -> Encode:
-    return fastdecode.Tokenizer(args.tokenizer or args.model).encode
-
-
-def _vocab_size(model: str) -> int:
-    try:
-        config = json.loads((Path(model) / "config.json").read_text())
-        return int((config.get("text_config") or config)["vocab_size"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{model} has no config.json that tells vocab_size: {error!r}") from error
-
-
 def _append(path: str | None, records: list[dict[str, Any]]) -> None:
     if path is None:
         return
@@ -244,9 +190,3 @@ def _append(path: str | None, records: list[dict[str, Any]]) -> None:
             file.writelines(json.dumps(record) + "\n" for record in records)
     except OSError as error:
         raise ConfigError(f"cannot write {path}: {error}") from error
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
-    return int(text)
