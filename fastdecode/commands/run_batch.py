@@ -18,6 +18,7 @@ from fastdecode.batch.journal import Journal
 from fastdecode.batch.result import BatchResult
 from fastdecode.batch.survey import Survey, survey
 from fastdecode.commands.engine_flags import add_engine_flags, engine_options, run_on_s_worker
+from fastdecode.config_file import add_config_flags
 from fastdecode.errors import FastDecodeError
 
 _MAX_NUM_WAITING = 1024  # unless the flag says otherwise: memory is not to grow with the file
@@ -45,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--request-timeout-s", type=float, default=None, metavar="SECONDS", help="of one line, from its turn to its end"
     )
     add_engine_flags(parser)
+    add_config_flags(parser)
 
 
 def run(args: argparse.Namespace) -> int:
