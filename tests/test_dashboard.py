@@ -19,6 +19,7 @@ from test_metrics import step
 from fastdecode import SamplingParams
 from fastdecode.config import EngineConfig
 from fastdecode.open_engine import open_engine
+from fastdecode.outputs import RequestOutput
 from fastdecode.server import dashboard
 from fastdecode.server.dashboard import dashboard_router
 from fastdecode.server.history import KEPT_S, History
@@ -56,6 +57,7 @@ def test_seconds() -> None:
     history.begin(served([64, 0], Health("degraded", ["R-worker 1"])))
     history.on_step(step(0, seconds=0.2, num_decodes=0, num_prompt_tokens=7, num_sampled=2, attention_s=(0.1, None)))
     history.on_step(step(1, seconds=0.4, num_waiting=5, num_sampled=3, wait_s=0.15, attention_s=(0.2, None)))
+    history.on_finished(RequestOutput("0", None, [1], []))
     clock.now += 2
     history.on_step(step(2, seconds=0.1, num_sampled=1, kv_tokens=(9,), attention_s=(0.3,)))  # of a broken one, too
     assert [row["new_tokens"] for row in history.told(60)["seconds"]] == [*[0] * 8, 5, 0]  # the last one is not over
@@ -65,7 +67,8 @@ def test_seconds() -> None:
     first, idle, last = told["seconds"][-3:]
     assert first == {
         "load": 8, "step_ms": pytest.approx(300), "longest_step_ms": 400, "running": 1, "waiting": 5, "new_tokens": 5,
-        "prompt_tokens": 7, "kv": [8, 0], "s_idle": pytest.approx(0.25), "r_idle": [pytest.approx(0.5), None],
+        "prompt_tokens": 7, "ended": 1, "kv": [8, 0], "s_idle": pytest.approx(0.25),
+        "r_idle": [pytest.approx(0.5), None],
     }  # fmt: skip
     assert idle["step_ms"] is None and idle["load"] == idle["running"] == 0 and idle["r_idle"] == [None, None]
     assert last["kv"] == [9, 0] and last["r_idle"] == [0, None] and last["s_idle"] == 0
@@ -106,7 +109,7 @@ def test_data(llama: Case) -> None:
     )
 
     async def run() -> int:
-        service = Service(opened, max_queue=100)
+        service = Service(opened, max_queue=100, on_finished=history.on_finished)
         service.start()
         history.begin(service)
         params = SamplingParams(temperature=0, max_tokens=32)
@@ -125,6 +128,7 @@ def test_data(llama: Case) -> None:
         rows = answer.json()["seconds"]
         assert sum(row["new_tokens"] for row in rows) == num_new
         assert sum(row["prompt_tokens"] for row in rows) == sum(map(len, llama.prompts))
+        assert sum(row["ended"] for row in rows) == len(llama.prompts)
         assert max(row["load"] for row in rows) > 0 and all(len(row["kv"]) == 2 for row in rows)
         assert answer.json()["state"] == "draining"
     finally:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from fastdecode.outputs import RequestOutput
 from fastdecode.server.service import Service
 from fastdecode.step_log import StepRecord
 
@@ -25,6 +26,7 @@ class _Second:
 
     number: int
     num_steps: int = 0
+    num_ended: int = 0  # requests
     step_s: float = 0.0
     longest_step_s: float = 0.0
     new_tokens: int = 0
@@ -58,6 +60,7 @@ class _Second:
             "waiting": self.num_waiting,
             "new_tokens": self.new_tokens,
             "prompt_tokens": self.prompt_tokens,
+            "ended": self.num_ended,
             "kv": [*self.kv_tokens, *([0] * num_workers)][:num_workers],
             "s_idle": min(1.0, self.wait_s / busy) if self.num_steps else None,
             "r_idle": [
@@ -68,7 +71,7 @@ class _Second:
 
 
 class History:
-    """Pass `on_step` to `open_engine`, then `begin`; asked before, it is loading."""
+    """Pass `on_step` to `open_engine` and `on_finished` to `Service`, then `begin`; asked before, it is loading."""
 
     def __init__(self, model_name: str, clock: Callable[[], float] = time.monotonic) -> None:
         self.model_name = model_name
@@ -82,11 +85,19 @@ class History:
 
     def on_step(self, record: StepRecord) -> None:
         """In the engine's thread, when the step has ended."""
-        number = int(self._clock())
         with self._lock:
-            if not self._seconds or self._seconds[-1].number != number:
-                self._seconds.append(_Second(number))
-            self._seconds[-1].add(record)
+            self._this_second().add(record)
+
+    def on_finished(self, output: RequestOutput) -> None:
+        """In the engine's thread."""
+        with self._lock:
+            self._this_second().num_ended += 1
+
+    def _this_second(self) -> _Second:
+        number = int(self._clock())
+        if not self._seconds or self._seconds[-1].number != number:
+            self._seconds.append(_Second(number))
+        return self._seconds[-1]
 
     def told(self, num_seconds: int) -> dict[str, Any]:
         """For JSON: the last whole seconds, oldest first, and how things stand.
