@@ -44,18 +44,19 @@ class Intake:
         facts = self._facts
         if not prompt_token_ids:
             raise RequestError("invalid_request", "the prompt is empty: it has no tokens; give at least one")
-        bad = next((t for t in prompt_token_ids if type(t) is not int or not 0 <= t < facts.vocab_size), None)
-        if bad is not None:
-            raise RequestError(
-                "invalid_request",
-                f"token id {bad!r} is not in the vocabulary; ids are whole numbers from 0 to {facts.vocab_size - 1}",
-            )
         left = self._max_model_len - len(prompt_token_ids)
         if left < 1:
             raise RequestError(
                 "context_length_exceeded",
                 f"the prompt has {len(prompt_token_ids)} tokens; with one of output the limit is max_model_len = "
                 f"{self._max_model_len}: shorten it, or raise max_model_len if the model and the KV budget allow",
+            )
+        # After the length, which is cheaper to see: steps wait meanwhile.
+        bad = next((t for t in prompt_token_ids if type(t) is not int or not 0 <= t < facts.vocab_size), None)
+        if bad is not None:
+            raise RequestError(
+                "invalid_request",
+                f"token id {bad!r} is not in the vocabulary; ids are whole numbers from 0 to {facts.vocab_size - 1}",
             )
         return Request(
             request_id=request_id,

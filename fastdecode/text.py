@@ -29,6 +29,7 @@ class Tokenizer:
                 f"no tokenizer could be loaded from {directory} ({type(error).__name__}: {str(error)[:200]}); give one "
                 "with tokenizer=DIR, or pass token ids and skip_tokenizer_init=True"
             ) from error
+        self._longest_token = max(map(len, self._tokenizer.get_vocab()), default=1)  # characters
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """With the special tokens (a beginning of sequence, say) that the tokenizer adds by itself, or without.
@@ -39,6 +40,10 @@ class Tokenizer:
             return list(self._tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])
         except (TypeError, ValueError, UnicodeError) as error:
             raise RequestError("invalid_request", f"the tokenizer does not take this prompt: {error}") from error
+
+    def fewest_tokens(self, text: str) -> int:
+        """That it can have, without encoding it; a tokenizer that drops parts of texts may make fewer of it."""
+        return -(-len(text) // self._longest_token)
 
     def has_chat_template(self) -> bool:
         return bool(self._tokenizer.chat_template)

@@ -52,7 +52,9 @@ def test_a_client_that_goes_frees_its_kv(is_streamed: bool, how: str, demo_model
                 writer.close()
             steps = live.service._engine._scheduler._num_steps
             await until(lambda: live.service.num_running == 1)
-            assert live.service._engine._scheduler._num_steps - steps <= 60  # of the 900 that it asked for
+            assert (
+                live.service._engine._scheduler._num_steps - steps <= 10
+            )  # the step at hand, and what the network takes
             assert not other.done()
             answer = (await other).json()
             assert answer["usage"]["completion_tokens"] == 300

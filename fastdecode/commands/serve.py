@@ -1,4 +1,8 @@
-"""``fastdecode serve MODEL``: OpenAI's API over HTTP."""
+"""``fastdecode serve MODEL``: OpenAI's API over HTTP.
+
+Under ``mpirun -n 3 fastdecode serve MODEL --transport mpi`` rank 0 serves.  A signal to it (its process is in the table
+of roles) drains; one to mpirun itself does not: Open MPI ends all ranks at once, with a code that is not 0.
+"""
 
 from __future__ import annotations
 
@@ -48,6 +52,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--client-timeout", type=float, default=ServerOptions.client_timeout_s, metavar="SECONDS",
         help="a client that neither sends what it began nor reads what it is sent is left after so long",
     )  # fmt: skip
+    server.add_argument(
+        "--chat-template", default=None, metavar="FILE", help="instead of the one that the model's tokenizer has; Jinja"
+    )
     # Waiting is bounded by --max-queue, before the engine.
     add_engine_flags(parser, without=("max_num_waiting",))
 
@@ -81,7 +88,16 @@ def _server_options(args: argparse.Namespace) -> ServerOptions:
         shutdown_timeout_s=args.shutdown_timeout,
         max_body_bytes=max_body_bytes,
         client_timeout_s=args.client_timeout,
+        chat_template=None if args.chat_template is None else _read(Path(args.chat_template)),
     )
+
+
+def _read(path: Path) -> str:
+    """Raises ConfigError."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the chat template: {error}") from error
 
 
 def _serve(args: argparse.Namespace, options: ServerOptions) -> int:

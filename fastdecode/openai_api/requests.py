@@ -57,11 +57,14 @@ def read_line(url: str, body: object, defaults: SamplingParams) -> ReadRequest:
     return request
 
 
-def read_request(url: str, body: object, defaults: SamplingParams) -> ReadRequest:
-    """defaults: the model's own.  Raises RequestError, which says what field is wrong, and why."""
+def read_request(url: str, body: object, defaults: SamplingParams, chat_template: str | None = None) -> ReadRequest:
+    """defaults: the model's own; chat_template: None: the tokenizer's.
+
+    Raises RequestError, which says what field is wrong, and why.
+    """
     if url not in URLS:
         raise RequestError("invalid_request", f"url {url!r} is none of {', '.join(URLS)}")
-    return _read_chat(body, defaults) if url == CHAT_URL else _read_completion(body, defaults)
+    return _read_chat(body, defaults, chat_template) if url == CHAT_URL else _read_completion(body, defaults)
 
 
 def _read_completion(raw: object, defaults: SamplingParams) -> ReadRequest:
@@ -71,13 +74,14 @@ def _read_completion(raw: object, defaults: SamplingParams) -> ReadRequest:
     return _request(body, _prompts(body.prompt), params, is_chat=False)
 
 
-def _read_chat(raw: object, defaults: SamplingParams) -> ReadRequest:
+def _read_chat(raw: object, defaults: SamplingParams, chat_template: str | None) -> ReadRequest:
     body = read_body(raw, ChatBody)
     if not body.messages:
         raise _wrong("messages", "at least one")
     if body.top_logprobs is not None and not body.logprobs:
         raise _wrong("top_logprobs", "needs logprobs to be true")
-    conversation = Conversation([flatten(message) for message in body.messages], None, body.add_generation_prompt)
+    messages = [flatten(message) for message in body.messages]
+    conversation = Conversation(messages, chat_template, body.add_generation_prompt)
     max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     params = _params(body, defaults, max_tokens=max_tokens, logprobs=logprobs)

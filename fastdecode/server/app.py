@@ -38,7 +38,7 @@ def create_app(life: Life, options: ServerOptions, routers: Iterable[APIRouter] 
         client_timeout_s=options.client_timeout_s,
     )
     add_error_handlers(app)
-    for router in (openai_router(life, options), tokens_router(life), _process_router(life), *routers):
+    for router in (openai_router(life, options), tokens_router(life, options), _process_router(life), *routers):
         app.include_router(router)
     document = describe(app, _BODIES)
     app.openapi = lambda: document  # type: ignore[method-assign]

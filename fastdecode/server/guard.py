@@ -37,16 +37,13 @@ class Guard:
             await _refuse(scope, receive, send, "headers_too_large", told)
             return
         if not self._has_key(scope["path"], headers.get(b"authorization", b"")):
-            await _refuse(
-                scope, receive, send, "invalid_api_key",
-                "this server wants an API key: send the header Authorization: Bearer KEY", WWW_Authenticate="Bearer",
-            )  # fmt: skip
+            told = "this server wants an API key: send the header Authorization: Bearer KEY"
+            await _refuse(scope, receive, send, "invalid_api_key", told)
             return
         if scope["method"] == "POST" and not _is_json(headers.get(b"content-type", b"")):
             # Other types need no preflight, so that any page in a browser could post them here.
-            await _refuse(
-                scope, receive, send, "unsupported_media_type", "send JSON, with Content-Type: application/json"
-            )  # fmt: skip
+            told = "send JSON, with the header Content-Type: application/json"
+            await _refuse(scope, receive, send, "unsupported_media_type", told)
             return
         try:
             body = await asyncio.wait_for(self._body(headers, receive), self._client_timeout_s)
@@ -101,19 +98,19 @@ def _is_json(content_type: bytes) -> bool:
     return kind == b"application/json" or (kind.startswith(b"application/") and kind.endswith(b"+json"))
 
 
-async def _refuse(scope: Scope, receive: Receive, send: Send, code: str, message: str, **headers: str) -> None:
+async def _refuse(scope: Scope, receive: Receive, send: Send, code: str, message: str) -> None:
     """Lets the client finish what it says, for a while, so that it can hear the answer."""
 
     async def hear_out() -> None:
         while (part := await receive())["type"] == "http.request" and part.get("more_body", False):
             pass
 
+    headers = {"WWW-Authenticate": "Bearer"} if code == "invalid_api_key" else {}
     try:
         await asyncio.wait_for(hear_out(), _LINGER_S)
     except TimeoutError:
         headers["Connection"] = "close"
-    dashed = {name.replace("_", "-"): value for name, value in headers.items()}
-    await error_response(code, message, headers=dashed)(scope, receive, send)
+    await error_response(code, message, headers=headers)(scope, receive, send)
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:

@@ -18,6 +18,7 @@ class ServerOptions:
     timeout_s: of one request, from its arrival to its end; None: any time.
     shutdown_timeout_s: what runs has so long to end after SIGTERM.
     max_body_bytes: of a request.
+    chat_template: instead of the one that the model's tokenizer has; Jinja.
     client_timeout_s: a client that neither sends what it began nor reads what it is sent is left after so long.
     """
 
@@ -30,6 +31,7 @@ class ServerOptions:
     shutdown_timeout_s: float = 30.0
     max_body_bytes: int = 32 << 20
     client_timeout_s: float = 60.0
+    chat_template: str | None = None
 
     def __post_init__(self) -> None:
         if not self.served_model_name or not all(self.served_model_name):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import msgspec
@@ -10,12 +11,15 @@ from starlette.responses import Response
 
 from fastdecode.errors import RequestError
 from fastdecode.openai_api import ChatBody, CompletionBody, ReadRequest, read_request
+from fastdecode.prompts import Prompt
 from fastdecode.server.answers import Answer, StreamedAnswer, WholeAnswer
 from fastdecode.server.errors import JSONBody
 from fastdecode.server.life import Life
 from fastdecode.server.openapi import takes
 from fastdecode.server.options import ServerOptions
-from fastdecode.server.service import Stream
+from fastdecode.server.service import Service, Stream
+
+_LARGE_BYTES = 1 << 18  # bodies that are read beside the event loop
 
 
 def openai_router(life: Life, options: ServerOptions) -> APIRouter:
@@ -39,13 +43,23 @@ def openai_router(life: Life, options: ServerOptions) -> APIRouter:
 
     async def answer(request: Request) -> Answer:
         service = life.service
-        read = read_request(request.url.path, read_json(await request.body()), service.opened.default_params)
+        read = await read_body(request, service)
         name = life.check_model(read.model)
         streams = await submit(read)
         return (StreamedAnswer if read.is_streamed else WholeAnswer)(read, name, streams)
 
+    async def read_body(request: Request, service: Service) -> ReadRequest:
+        body, path, defaults = await request.body(), request.url.path, service.opened.default_params
+
+        def read() -> ReadRequest:
+            return read_request(path, read_json(body), defaults, options.chat_template)
+
+        return await asyncio.to_thread(read) if len(body) > _LARGE_BYTES else read()
+
     async def submit(read: ReadRequest) -> list[Stream]:
         """A stream per prompt: all or none."""
+        for prompt in read.prompts:
+            _check_length(prompt, life.service)
         num_sequences = len(read.prompts) * read.params.n
         if len(read.prompts) > 1 and num_sequences > options.max_queue:
             told = f"{len(read.prompts)} prompts x n = {read.params.n} are {num_sequences} sequences"
@@ -71,6 +85,15 @@ def openai_router(life: Life, options: ServerOptions) -> APIRouter:
         return streams
 
     return router
+
+
+def _check_length(prompt: Prompt, service: Service) -> None:
+    """Raises RequestError for what would keep a tokenizer's thread busy only to be refused."""
+    tokenizer, limit = service.opened.tokenizer, service.opened.max_model_len
+    text = prompt if isinstance(prompt, str) else ""
+    if tokenizer and tokenizer.fewest_tokens(text) > limit:
+        told = f"{len(text)} characters, at least {tokenizer.fewest_tokens(text)} tokens; the limit is max_model_len"
+        raise RequestError("context_length_exceeded", f"the prompt has {told} = {limit}: shorten it")
 
 
 def read_json(body: bytes) -> Any:

@@ -14,6 +14,7 @@ from fastdecode.openai_api.requests import flatten
 from fastdecode.server.errors import JSONBody
 from fastdecode.server.life import Life
 from fastdecode.server.openapi import takes
+from fastdecode.server.options import ServerOptions
 from fastdecode.server.routes import read_json
 from fastdecode.text import Tokenizer
 
@@ -34,7 +35,7 @@ class DetokenizeBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     tokens: list[int]
 
 
-def tokens_router(life: Life) -> APIRouter:
+def tokens_router(life: Life, options: ServerOptions) -> APIRouter:
     router = APIRouter()
 
     @router.post("/tokenize", openapi_extra=takes(TokenizeBody))
@@ -44,7 +45,9 @@ def tokens_router(life: Life) -> APIRouter:
         life.check_model(body.model)
         if (body.prompt is None) == (body.messages is None):
             raise RequestError("invalid_request", "prompt: give either prompt or messages", "prompt")
-        token_ids, texts = await service.with_tokenizer(lambda tokenizer: _encode(tokenizer, body))
+        token_ids, texts = await service.with_tokenizer(
+            lambda tokenizer: _encode(tokenizer, body, options.chat_template)
+        )
         length = service.opened.max_model_len
         return JSONBody({"count": len(token_ids), "max_model_len": length, "tokens": token_ids, "token_strs": texts})
 
@@ -64,13 +67,13 @@ def tokens_router(life: Life) -> APIRouter:
     return router
 
 
-def _encode(tokenizer: Tokenizer, body: TokenizeBody) -> tuple[list[int], list[str] | None]:
+def _encode(tokenizer: Tokenizer, body: TokenizeBody, chat_template: str | None) -> tuple[list[int], list[str] | None]:
     """In a tokenizer's thread.  Raises RequestError."""
     if body.messages is None:
         token_ids = tokenizer.encode(body.prompt or "", add_special_tokens=body.add_special_tokens)
     else:
         messages = [flatten(message) for message in body.messages]
         token_ids = tokenizer.encode_chat(
-            messages, chat_template=None, add_generation_prompt=body.add_generation_prompt
+            messages, chat_template=chat_template, add_generation_prompt=body.add_generation_prompt
         )
     return token_ids, [tokenizer.token_text(token) for token in token_ids] if body.return_token_strs else None
