@@ -169,6 +169,21 @@ def test_the_key_from_the_environment_and_a_signal_while_loading(demo_model: Pat
         assert server.ended(10) == 0
 
 
+def test_flags_from_a_file(demo_model: Path, tmp_path: Path) -> None:
+    """The model, too; the command line (here the port) goes first."""
+    (tmp_path / "serve.yaml").write_text(
+        f"model: {demo_model}\nport: 1\napi-key: [sesame, open]\nserved-model-name: [demo]\nmax-body: 1KiB\n"
+    )
+    with ServerProcess("--config", tmp_path / "serve.yaml") as server:
+        server.ready()
+        for key, status in (("sesame", 200), ("open", 200), ("x", 401)):
+            asked = {"Authorization": f"Bearer {key}"}
+            assert httpx.get(server.url + "/v1/models", headers=asked).status_code == status
+        large = {"prompt": "x" * 2000}
+        asked = {"Authorization": "Bearer open"}
+        assert httpx.post(server.url + "/v1/completions", json=large, headers=asked).status_code == 413
+
+
 def test_without_the_extra(demo_model: Path) -> None:
     code = (
         "import sys; sys.modules['uvicorn'] = None\n"

@@ -15,6 +15,7 @@ from pathlib import Path
 import fastdecode
 from cpu_attention import parse_bytes
 from fastdecode.commands.engine_flags import add_engine_flags, engine_options, run_on_s_worker
+from fastdecode.config_file import add_config_flags
 from fastdecode.errors import ConfigError, FastDecodeError
 from fastdecode.server.options import ServerOptions
 
@@ -57,6 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     # Waiting is bounded by --max-queue, before the engine.
     add_engine_flags(parser, without=("max_num_waiting",))
+    add_config_flags(parser)
 
 
 def run(args: argparse.Namespace) -> int:
