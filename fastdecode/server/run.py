@@ -62,7 +62,8 @@ async def _run(config: EngineConfig, options: ServerOptions) -> int:
         def on_death(error: BaseException) -> None:
             loop.call_soon_threadsafe(died.set)
 
-        service = Service(opened, max_queue=options.max_queue, on_death=on_death, on_finished=metrics.on_finished)
+        on_finished = _each((metrics.on_finished, history.on_finished))
+        service = Service(opened, max_queue=options.max_queue, on_death=on_death, on_finished=on_finished)
         service.start()
         for watcher in (activity, metrics, history):
             watcher.begin(service)
