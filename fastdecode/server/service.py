@@ -34,7 +34,7 @@ T = TypeVar("T")
 State = Literal["loading", "ready", "degraded", "draining", "dead"]
 
 _HEARTBEAT_S = 0.5  # between two, while nothing runs
-_ANSWER_S = 1.0  # what an R-worker with nothing to do has for its answer
+_ANSWER_S = 1.5  # what an R-worker with nothing to do has for its answer; health is to be true within two seconds
 _TOKENIZER_THREADS = 2
 
 
