@@ -18,6 +18,7 @@ from cpu_attention.machine import (
     numa_nodes,
     parse_bytes,
     pin_thread,
+    share_of_cores,
 )
 from cpu_attention.process import KERNELS, LISTENING
 from cpu_attention.process import add_arguments as add_process_arguments
@@ -58,4 +59,5 @@ __all__ = [
     "pin_thread",
     "run_process",
     "serve",
+    "share_of_cores",
 ]

@@ -66,6 +66,21 @@ def available_cores() -> tuple[int, ...]:
     return tuple(sorted(os.sched_getaffinity(0)))
 
 
+def share_of_cores(index: int, num_workers: int, cores: Sequence[int], nodes: Sequence[NumaNode]) -> tuple[int, ...]:
+    """Of `cores` those of one of several workers: on one NUMA node each, or on whole nodes if those are more.
+
+    None if the cores do not go round.
+    """
+    near = [own for node in nodes if (own := sorted(set(node.cores) & set(cores)))]
+    if sum(map(len, near)) != len(cores):  # a machine that does not tell
+        near = [sorted(cores)]
+    if num_workers < len(near):
+        return tuple(core for own in near[index::num_workers] for core in own)
+    own, place = near[index % len(near)], index // len(near)
+    share = len(own) // len(range(index % len(near), num_workers, len(near)))
+    return tuple(own[place * share :][:share])
+
+
 def pin_thread(core: int) -> None:
     """The calling thread to one core.  A thread that is woken is often put beside the one that woke it, and moved
     away only milliseconds later: a whole attention call would then run on half the cores."""

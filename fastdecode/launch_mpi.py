@@ -20,7 +20,17 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from cpu_attention import RWorker, available_cores, available_memory_bytes, default_kv_cache_bytes, format_bytes, serve
+from cpu_attention import (
+    RWorker,
+    available_cores,
+    available_memory_bytes,
+    default_kv_cache_bytes,
+    format_bytes,
+    format_cores,
+    numa_nodes,
+    serve,
+    share_of_cores,
+)
 from fastdecode.errors import ConfigError
 from transport import AddressError, Goodbye, TransportError, connect, import_mpi, keep_freed_memory, listen
 
@@ -28,6 +38,7 @@ logger = logging.getLogger(__name__)
 
 _DISMISS_TIMEOUT_S = 10.0
 _ROLE_BYTES = 512
+_MAX_CORES = 4096
 _END_TAG = 7103  # what a rank says last
 _LOOK_S = 0.002
 
@@ -59,7 +70,8 @@ def mpi_main(main: Callable[[], int], *, kv_cache_bytes: int | None = None, num_
     comm = _world()
     rank = comm.Get_rank()
     try:
-        _print_roles(comm)
+        num_sharing, cores = _place(comm)
+        _print_roles(comm, cores)
         if rank == 0:
             try:
                 code = main()
@@ -70,12 +82,13 @@ def mpi_main(main: Callable[[], int], *, kv_cache_bytes: int | None = None, num_
                 raise
             _dismiss(comm)
             return code
-        num_sharing = max(1, _ranks_on_this_host(comm) - 1)
         keep_freed_memory()
-        worker = RWorker(
-            kv_cache_bytes=kv_cache_bytes or default_kv_cache_bytes() // num_sharing,
-            num_threads=num_threads or max(1, len(available_cores()) // num_sharing),
-        )
+        kv_cache_bytes = kv_cache_bytes or default_kv_cache_bytes() // num_sharing
+        num_threads = num_threads or max(1, len(cores))
+        if cores:
+            os.sched_setaffinity(0, cores)  # before the KV is touched: memory is taken where its first user runs
+        pinned = cores[:num_threads] if num_threads <= len(cores) else ()
+        worker = RWorker(kv_cache_bytes=kv_cache_bytes, num_threads=num_threads, cores=pinned)
         with listen("mpi://") as listener:
             serve(listener, worker, dismissable=True)
         worker.close()
@@ -101,11 +114,11 @@ class _Role(msgspec.Struct):
     host: str
     role: str
     pid: int
-    cores: int
+    cores: str
     memory_bytes: int
 
 
-def _print_roles(comm: Any) -> None:
+def _print_roles(comm: Any, cores: tuple[int, ...]) -> None:
     """A table of who does what, printed by rank 0 before anything is loaded."""
     rank, size = comm.Get_rank(), comm.Get_size()
     own = _Role(
@@ -113,7 +126,7 @@ def _print_roles(comm: Any) -> None:
         platform.node()[:200],
         "S-worker" if rank == 0 else "R-worker",
         os.getpid(),
-        len(available_cores()),
+        format_cores(cores or available_cores())[:100],
         available_memory_bytes(),
     )
     sent = np.zeros(_ROLE_BYTES, np.uint8)
@@ -123,11 +136,11 @@ def _print_roles(comm: Any) -> None:
     comm.Gather(sent, received, root=0)
     if received is None:
         return
-    print(f"{'rank':>4}  {'role':8}  {'host':20}  {'pid':>8}  {'cores':>5}  free memory", file=sys.stderr)
+    print(f"{'rank':>4}  {'role':8}  {'host':20}  {'pid':>8}  {'cores':>9}  free memory", file=sys.stderr)
     for row in received:
         role = msgspec.json.decode(row.tobytes().rstrip(b"\0"), type=_Role)
         print(
-            f"{role.rank:>4}  {role.role:8}  {role.host:20}  {role.pid:>8}  {role.cores:>5}  "
+            f"{role.rank:>4}  {role.role:8}  {role.host:20}  {role.pid:>8}  {role.cores:>9}  "
             f"{format_bytes(role.memory_bytes)}",
             file=sys.stderr,
             flush=True,
@@ -136,11 +149,26 @@ def _print_roles(comm: Any) -> None:
     print("if a rank ends, mpirun ends the whole job: MPI has no recovery", file=sys.stderr, flush=True)
 
 
-def _ranks_on_this_host(comm: Any) -> int:
-    for name in ("OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS", "SLURM_NTASKS_PER_NODE"):
-        if os.environ.get(name, "").isdecimal():
-            return int(os.environ[name])
-    return int(comm.Get_size())
+def _place(comm: Any) -> tuple[int, tuple[int, ...]]:
+    """How many R-workers there are on this host, and the cores of this rank; none: wherever the system likes.
+
+    Ranks that mpirun or srun has bound, each to cores of its own, stay there.  Otherwise R-workers share what all of
+    them may use, a NUMA node each where there is one for all.
+    """
+    local = comm.Split_type(import_mpi().COMM_TYPE_SHARED)
+    own = np.zeros(1 + _MAX_CORES, np.uint8)
+    own[0] = comm.Get_rank() != 0
+    own[[1 + core for core in available_cores() if core < _MAX_CORES]] = 1
+    rows = np.zeros((local.Get_size(), 1 + _MAX_CORES), np.uint8)
+    local.Allgather(own, rows)
+    is_r_worker, masks = rows[:, 0] == 1, rows[:, 1:]
+    num_sharing = max(1, int(is_r_worker.sum()))
+    if comm.Get_rank() == 0:
+        return num_sharing, ()
+    if not (masks[is_r_worker] == own[1:]).all():
+        return num_sharing, available_cores()
+    index = int(is_r_worker[: local.Get_rank()].sum())
+    return num_sharing, share_of_cores(index, num_sharing, available_cores(), numa_nodes())
 
 
 def _dismiss(comm: Any) -> None:

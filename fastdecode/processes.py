@@ -14,7 +14,7 @@ import time
 from functools import partial
 from pathlib import Path
 
-from cpu_attention import LISTENING, available_cores, format_cores
+from cpu_attention import LISTENING, available_cores, format_cores, numa_nodes, share_of_cores
 from fastdecode.errors import RWorkerUnreachable
 from fastdecode.rejoin import RWorkerHandle
 from transport import Keys, connect
@@ -110,9 +110,8 @@ class Processes:
 
 def cores_of(index: int, num_workers: int, num_threads: int) -> tuple[int, ...]:
     """For the threads of one of several R-workers on this machine; none if there are not enough for all."""
-    cores = available_cores()
-    share = len(cores) // num_workers
-    return cores[index * share :][:num_threads] if num_threads <= share else ()
+    share = share_of_cores(index, num_workers, available_cores(), numa_nodes())
+    return share[:num_threads] if num_threads <= len(share) else ()
 
 
 def _close_pipes(process: subprocess.Popen[bytes]) -> None:

@@ -8,6 +8,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cpu_attention import share_of_cores
+from cpu_attention.machine import NumaNode
 from cpu_attention.work import cut_tokens, cut_work
 
 SPANS = st.lists(st.tuples(st.integers(0, 300), st.integers(1, 3000)), max_size=40)
@@ -59,3 +61,22 @@ def test_one_long_sequence_keeps_all_threads_busy() -> None:
     work = cut_work(np.zeros(1, np.int64), np.full(1, 100_000), 4, 64)
     sizes = [int((work.pieces.ends[s] - work.pieces.begins[s]).sum()) for s in work.shares]
     assert len(sizes) == 4 and max(sizes) - min(sizes) <= 128
+
+
+def test_each_worker_has_cores_of_one_numa_node() -> None:
+    def nodes(*cores: tuple[int, ...]) -> list[NumaNode]:
+        return [NumaNode(index, own, 0, 0) for index, own in enumerate(cores)]
+
+    two = nodes((0, 1, 2, 3), (4, 5, 6, 7))
+    shares = [share_of_cores(i, 2, range(8), two) for i in range(2)]
+    assert shares == [(0, 1, 2, 3), (4, 5, 6, 7)]
+    shares = [share_of_cores(i, 3, range(8), two) for i in range(3)]
+    assert shares == [(0, 1), (4, 5, 6, 7), (2, 3)]
+    assert [share_of_cores(i, 1, range(8), two) for i in range(1)] == [tuple(range(8))]
+    four = nodes((0, 4), (1, 5), (2, 6), (3, 7))  # numbered across the nodes
+    assert [share_of_cores(i, 4, range(8), four) for i in range(4)] == [(0, 4), (1, 5), (2, 6), (3, 7)]
+    assert share_of_cores(1, 2, range(8), four) == (1, 5, 3, 7)
+    allowed = (1, 2, 5, 6)  # what a container may use
+    assert [share_of_cores(i, 2, allowed, four) for i in range(2)] == [(1, 5), (2, 6)]
+    assert share_of_cores(0, 2, (0, 1), []) == (0,)  # a machine that tells nothing
+    assert share_of_cores(0, 3, (0, 1), nodes((0, 1))) == ()
