@@ -288,7 +288,7 @@ def test_end_of_sequence(case: Callable[[str], Case]) -> None:
     llama = case("llama")
     end = llama.reference[0][5]
     with LLM(llama.directory, skip_tokenizer_init=True) as llm:
-        llm._engine._sworker.facts = dataclasses.replace(llm.facts, eos_token_ids=(end,))
+        llm._engine._intake._facts = dataclasses.replace(llm.facts, eos_token_ids=(end,))
         first = llama.reference[0].index(end)
         (output,) = quiet(llm, [llama.prompts[0]], SamplingParams(temperature=0, max_tokens=32))
         assert output.outputs[0].token_ids == llama.reference[0][: first + 1]
