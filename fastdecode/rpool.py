@@ -121,7 +121,7 @@ class RPool:
         joined = self._rejoin.take() if self._rejoin else []
         for new in joined:
             self._workers[new.worker] = new.handle
-            self._patience[new.worker] = Patience(self._timeout_s)
+            self._patience.setdefault(new.worker, Patience(self._timeout_s))  # whoever comes back is known
             self._alive = sorted({*self._alive, new.worker})
             self.totals.workers.setdefault(new.worker, WorkerTotals())
             self.totals.num_joined += 1

@@ -147,6 +147,17 @@ def test_one_that_hangs(llama: Case, places: list[Place]) -> None:
         wait_for(lambda: llm._engine._rpool._rejoin._joined.qsize())  # type: ignore[union-attr]
         run(llm, llama)
         assert llm._engine._rpool.alive == (0, 1)
+        # And again, at the first thing that it is asked in its new life: it is known by the earlier one.
+        places[1].close()
+        run(llm, llama)
+        goes_on.clear()
+        places[1].open()
+        places[1].before_attend = lambda: goes_on.wait() and None
+        wait_for(lambda: llm._engine._rpool._rejoin._joined.qsize())  # type: ignore[union-attr]
+        started = time.monotonic()
+        run(llm, llama)
+        assert time.monotonic() - started < 10 and llm._engine._rpool.alive == (0,)
+        goes_on.set()
 
 
 def test_closing_while_one_is_looked_for(llama: Case, places: list[Place]) -> None:
