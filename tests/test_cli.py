@@ -216,7 +216,7 @@ def test_mpirun_with_a_lost_r_worker(harm: signal.Signals, mpirun: list[str], ll
     )
     assert out.returncode != 0 and time.monotonic() - started < 60
     assert "rank 2" in out.stdout + out.stderr
-    assert harm == signal.SIGKILL or "RWorkerTimeout: R-worker 1 (mpi://2): no answer" in out.stderr
+    assert harm == signal.SIGKILL or "RWorkerTimeout: R-worker 1 (mpi://2): no answer from rank 2" in out.stderr
 
 
 def test_without_mpi4py(demo_model: Path) -> None:

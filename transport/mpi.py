@@ -130,7 +130,7 @@ class _Refused(ProtocolError):
 
 class MPILink:
     def __init__(self, rank: int) -> None:
-        self.peer = f"R-worker at mpi://{rank}"
+        self.peer = f"rank {rank}"
         self._rank = rank
         self._mailbox = _Mailbox(_TO_R_WORKER, _TO_S_WORKER)
         self._closed = False
