@@ -74,6 +74,11 @@ class Engine:
         return self._scheduler.num_running
 
     @property
+    def num_places(self) -> int:
+        """Sequences that run or can at once: `max_num_seqs` of them, or fewer while KV or the load limit is short."""
+        return self._scheduler.num_places
+
+    @property
     def lost_workers(self) -> list[str]:
         """Names of R-workers that do not serve now; all of them if no step is possible any more."""
         return self._rpool.lost

@@ -347,6 +347,31 @@ def test_the_queue_is_bounded() -> None:
     scheduler.add(a_sequence(2), a_sequence(3), a_sequence(4))  # an empty queue takes them all
 
 
+def test_places() -> None:
+    """Every seat, unless a step has shown that KV is what is short."""
+    scheduler = create_scheduler(capacity_blocks=(4,), start_policy="eager")
+    sequences = [a_sequence(i, prompt=5, output=4) for i in range(3)]  # 2 blocks each
+    scheduler.add(*sequences)
+    assert scheduler.num_places == 8
+    scheduler.schedule()
+    assert (scheduler.num_running, scheduler.num_places) == (2, 2)
+    scheduler.remove(sequences[2:])
+    scheduler.schedule()
+    assert (scheduler.num_running, scheduler.num_places) == (2, 8)
+    scheduler.add(a_sequence(3))
+    scheduler.schedule()
+    assert scheduler.num_places == 2
+    scheduler.remove(sequences[:2])
+    assert (scheduler.num_running, scheduler.num_places) == (0, 8)
+
+
+def test_a_spent_budget_tells_nothing_of_places() -> None:
+    scheduler = create_scheduler(max_num_batched_tokens=12)
+    scheduler.add(*(a_sequence(i) for i in range(5)))
+    scheduler.schedule()
+    assert (scheduler.num_running, scheduler.num_waiting, scheduler.num_places) == (3, 2, 8)
+
+
 def test_remove_waiting_and_running() -> None:
     scheduler = create_scheduler(max_num_seqs=1)
     sequences = [a_sequence(i) for i in range(3)]

@@ -128,6 +128,45 @@ def test_queue_timeout_and_bad_requests(llama: Case) -> None:
     asyncio.run(run())
 
 
+def test_a_burst_fills_seats_and_queue(llama: Case) -> None:
+    """All at once, before any step was run."""
+
+    async def run() -> None:
+        async with serving(llama.directory, 3, skip_tokenizer_init=True, max_num_seqs=4) as service:
+            for _ in range(2):
+                made = await asyncio.gather(
+                    *(service.submit([5 + i], GREEDY) for i in range(8)), return_exceptions=True
+                )
+                *taken, last = made
+                assert isinstance(last, RequestError) and last.code == "queue_full"
+                for stream in taken:
+                    assert isinstance(stream, Stream) and (await stream.output()).outputs[0].token_ids
+                await idle(service)
+            assert service.num_ended["queue_full"] == 2
+
+    asyncio.run(run())
+
+
+def test_the_queue_is_no_longer_where_kv_is_short(llama: Case) -> None:
+    """Seats that no KV is left for are no places."""
+
+    async def run() -> None:
+        options = {"num_r_workers": 1, "kv_cache_memory": "256KiB", "start_policy": "eager", "max_num_seqs": 64}
+        async with serving(llama.directory, 5, skip_tokenizer_init=True, **options) as service:
+            streams = [await service.submit([5 + i], LONG) for i in range(4)]
+            while not service.num_waiting:
+                await asyncio.sleep(0.001)
+            with pytest.raises(RequestError, match="5 sequences wait already"):
+                for i in range(64):
+                    streams.append(await service.submit([5 + i], LONG))
+            assert 0 < service.num_running < 4 and len(streams) == service.num_running + 5
+            for stream in streams:
+                stream.abort()
+            await idle(service)
+
+    asyncio.run(run())
+
+
 def test_an_urgent_request_takes_a_seat(llama: Case) -> None:
     """All seats are taken by long ones; it comes first all the same, and they lose nothing."""
 

@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     server.add_argument("--seed", type=int, default=0, help="what requests without a seed derive theirs from")
     server.add_argument(
         "--max-queue", type=int, default=ServerOptions.max_queue, metavar="N",
-        help="sequences that may wait; a request that finds so many is answered 429",
+        help="sequences that may wait, beside those that run or can at once; who finds so many is answered 429",
     )  # fmt: skip
     server.add_argument(
         "--timeout", type=float, default=None, metavar="SECONDS", help="of one request, from its arrival to its end"

@@ -77,6 +77,7 @@ class Scheduler:
         )
         self._num_steps = 0
         self._load_step = 0  # the steps in which what runs grows
+        self._num_places = config.num_seats
 
     @property
     def num_waiting(self) -> int:
@@ -85,6 +86,11 @@ class Scheduler:
     @property
     def num_running(self) -> int:
         return len(self._running)
+
+    @property
+    def num_places(self) -> int:
+        """Sequences that run or can at once: all seats, or what ran when a step with budget left let others wait."""
+        return max(self._num_places, len(self._running)) if self._running else self._config.num_seats
 
     @property
     def kv_tokens(self) -> tuple[int, ...]:
@@ -302,6 +308,7 @@ class Scheduler:
                 left -= prompts[-1].num_tokens
         if left > 0 or len(self._running) >= config.num_seats:
             self._load.close_batch()
+            self._num_places = len(self._running) if self._waiting else config.num_seats
         return admissions, prompts
 
     def _chunk(self, sequence: Sequence, most: int) -> Segment:

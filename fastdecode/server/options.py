@@ -14,7 +14,8 @@ class ServerOptions:
     host: the one address to listen on.
     port: 0 takes a free one.
     api_keys: whoever has one of them is served; none: everybody is.
-    max_queue: sequences that may wait; a request that finds so many is answered 429.
+    max_queue: sequences that may wait, beside those that run or can at once (`EngineConfig.max_num_seqs` of them, or
+        fewer where KV is short); a request that finds so many is answered 429.
     timeout_s: of one request, from its arrival to its end; None: any time.
     shutdown_timeout_s: what runs has so long to end after SIGTERM.
     max_body_bytes: of a request.

@@ -64,7 +64,7 @@ def openai_router(life: Life, options: ServerOptions) -> APIRouter:
         if len(read.prompts) > 1 and num_sequences > options.max_queue:
             told = f"{len(read.prompts)} prompts x n = {read.params.n} are {num_sequences} sequences"
             raise RequestError(
-                "invalid_request", f"prompt: {told}; a queue of {options.max_queue} never has room for all", "prompt"
+                "invalid_request", f"prompt: {told}; a list has to fit in the queue, of {options.max_queue}", "prompt"
             )
         streams: list[Stream] = []
         try:

@@ -107,6 +107,7 @@ class Service:
         on_finished: Callable[[RequestOutput], None] = lambda output: None,
     ) -> None:
         """max_queue: sequences (a request has n of them) that may wait; a request that finds so many is refused.
+        Who can start in the very next step does not wait, so an idle engine takes a burst of its seats and the queue.
 
         on_death: called in the engine's thread when it ends by an error; on_finished: there, of every request.
         """
@@ -154,7 +155,7 @@ class Service:
     ) -> Stream:
         """stream: deltas are wanted.  Raises RequestError (the request, or ``queue_full``, or ``draining``)."""
         self._check_open()
-        if self._num_inside - self.num_running >= self._max_queue:
+        if self._num_inside >= self._engine.num_places + self._max_queue:
             self.num_ended["queue_full"] += 1
             raise RequestError("queue_full", f"{self._max_queue} sequences wait already; try again later")
         self._num_inside += params.n
