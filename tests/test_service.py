@@ -15,7 +15,8 @@ from fastdecode import SamplingParams
 from fastdecode.config import EngineConfig
 from fastdecode.errors import RequestError, RWorkerError
 from fastdecode.open_engine import open_engine
-from fastdecode.server.service import Service, Stream
+from fastdecode.server.service import Service
+from fastdecode.server.stream import Stream
 from transport import PeerLost
 
 GREEDY = SamplingParams(temperature=0, max_tokens=32)

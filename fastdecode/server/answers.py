@@ -21,7 +21,7 @@ from starlette.types import Receive, Scope, Send
 from fastdecode.openai_api import ChunkWriter, ReadRequest, completion_body
 from fastdecode.outputs import Delta
 from fastdecode.server.errors import JSONBody, error_event
-from fastdecode.server.service import Stream
+from fastdecode.server.stream import Stream
 
 _DONE = b"data: [DONE]\n\n"
 _READY_DELTAS = 64  # of several streams that are sent as one, on their way to the client

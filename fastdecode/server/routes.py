@@ -17,7 +17,8 @@ from fastdecode.server.errors import JSONBody
 from fastdecode.server.life import Life
 from fastdecode.server.openapi import takes
 from fastdecode.server.options import ServerOptions
-from fastdecode.server.service import Service, Stream
+from fastdecode.server.service import Service
+from fastdecode.server.stream import Stream
 
 _LARGE_BYTES = 1 << 18  # bodies that are read beside the event loop
 

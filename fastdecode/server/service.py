@@ -16,7 +16,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Literal, TypeVar
@@ -26,6 +26,7 @@ from fastdecode.open_engine import OpenEngine
 from fastdecode.outputs import Delta, RequestOutput
 from fastdecode.prompts import Prompt, ReadPrompt, read_prompt
 from fastdecode.sampling_params import SamplingParams
+from fastdecode.server.stream import Event, Stream
 from fastdecode.text import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -55,48 +56,6 @@ class _Submission:
     deltas_wanted: bool
 
 
-class Stream:
-    """A request on its way.  Iterate over it for deltas, or await `output`; leave it by `abort`."""
-
-    def __init__(self, service: Service, prompt_token_ids: list[int], num_samples: int) -> None:
-        self.prompt_token_ids, self.num_samples = prompt_token_ids, num_samples
-        self.request_id = ""  # of the engine, once it has it
-        self._service = service
-        self._events: asyncio.Queue[Delta | RequestOutput | FastDecodeError] = asyncio.Queue()
-        self._is_over = False
-
-    async def __aiter__(self) -> AsyncIterator[Delta]:
-        """Raises RequestError (timeout, worker_lost, cancelled, ...), RWorkerError (the engine is dead)."""
-        while not self._is_over:
-            event = await self._next()
-            if isinstance(event, Delta):
-                yield event
-
-    async def output(self) -> RequestOutput:
-        """The whole of it.  Raises like iterating."""
-        while True:
-            event = await self._next()
-            if isinstance(event, RequestOutput):
-                return event
-
-    def abort(self) -> None:
-        """Nobody wants it any more: its KV is free after the step at hand.  Can be called at any time, and twice."""
-        if not self._is_over:
-            self._is_over = True
-            self._service.drop(self)
-
-    async def _next(self) -> Delta | RequestOutput:
-        event = await self._events.get()
-        if isinstance(event, FastDecodeError):
-            self._is_over = True
-            raise event
-        if isinstance(event, RequestOutput):
-            self._is_over = True
-            if event.error:
-                raise RequestError(event.error.code, event.error.message)
-        return event
-
-
 class Service:
     def __init__(
         self,
@@ -119,7 +78,7 @@ class Service:
         self._tokenizers = ThreadPoolExecutor(_TOKENIZER_THREADS, "tokenizer")
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._live: dict[str, _Live] = {}  # the engine's thread alone
-        self._pending: list[tuple[Stream, Delta | RequestOutput | FastDecodeError]] = []  # for the event loop
+        self._pending: list[tuple[Stream, Event]] = []  # for the event loop
         self._num_inside = 0  # sequences submitted and not over; the event loop alone
         self.num_ended = {"queue_full": 0, "timeout": 0, "cancelled": 0}  # by RequestError.code; each has one writer
         self._death: FastDecodeError | None = None
@@ -167,7 +126,7 @@ class Service:
         except BaseException:
             self._num_inside -= params.n
             raise
-        made = Stream(self, read.token_ids, params.n)
+        made = Stream(read.token_ids, params.n, self._inbox.put)
         self._inbox.put(_Submission(made, read, params, priority, timeout_s, stream))
         return made
 
@@ -178,9 +137,6 @@ class Service:
         if tokenizer is None:
             raise RequestError("invalid_request", "this needs the tokenizer that skip_tokenizer_init left out")
         return await asyncio.get_running_loop().run_in_executor(self._tokenizers, action, tokenizer)
-
-    def drop(self, stream: Stream) -> None:
-        self._inbox.put(stream)
 
     async def drain(self, timeout_s: float) -> bool:
         """Takes nothing new and lets the rest end.  Whether all did; what did not is aborted."""
@@ -303,11 +259,11 @@ class Service:
             except RuntimeError:  # the event loop has ended; nobody waits any more
                 logger.debug("%d events for nobody", len(pending))
 
-    def _deliver(self, events: list[tuple[Stream, Delta | RequestOutput | FastDecodeError]]) -> None:
+    def _deliver(self, events: list[tuple[Stream, Event]]) -> None:
         """In the event loop."""
         for stream, event in events:
             self._num_inside -= 0 if isinstance(event, Delta) else stream.num_samples
-            stream._events.put_nowait(event)
+            stream.put(event)
 
 
 @dataclass(frozen=True)
