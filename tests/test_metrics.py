@@ -24,6 +24,7 @@ from fastdecode.outputs import CompletionOutput, RequestOutput
 from fastdecode.server.counts import Histogram
 from fastdecode.server.metrics import Metrics, metrics_router
 from fastdecode.server.service import Service
+from fastdecode.server.stream import deltas_of
 from fastdecode.step_log import StepRecord
 from transport import PeerLost
 
@@ -142,7 +143,7 @@ def test_what_went_wrong(llama: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     async def run() -> None:
         async with serving(llama.directory, 3, max_num_seqs=1, transport="shm") as (service, client):
             first = await service.submit([5], LONG, stream=True)
-            async for _ in first:
+            async for _ in deltas_of([first]):
                 break
             late = [await service.submit([6], GREEDY, timeout_s=0.01) for _ in range(3)]
             with pytest.raises(RequestError):

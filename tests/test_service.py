@@ -16,7 +16,7 @@ from fastdecode.config import EngineConfig
 from fastdecode.errors import RequestError, RWorkerError
 from fastdecode.open_engine import open_engine
 from fastdecode.server.service import Service
-from fastdecode.server.stream import Stream
+from fastdecode.server.stream import Stream, deltas_of
 from transport import PeerLost
 
 GREEDY = SamplingParams(temperature=0, max_tokens=32)
@@ -54,7 +54,12 @@ def test_equal_to_the_offline_api(llama: Case) -> None:
 
             async def tokens(index: int, stream: Stream) -> list[int]:
                 if index % 2:
-                    return [token async for delta in stream for token in delta.token_ids]
+                    return [
+                        token
+                        async for deltas in deltas_of([stream])
+                        for _, delta in deltas
+                        for token in delta.token_ids
+                    ]
                 return (await stream.output()).outputs[0].token_ids
 
             got = await asyncio.gather(*(tokens(*pair) for pair in enumerate(streams)))
@@ -75,7 +80,7 @@ def test_streamed_text_is_the_text(stop: list[str] | None, demo_model: Path) -> 
             whole = await (await service.submit("Once upon a time", params)).output()
             stream = await service.submit("Once upon a time", params, stream=True)
             texts, tokens, logprobs, ends = [""] * 3, [[], [], []], [[], [], []], [None] * 3  # type: ignore[var-annotated]
-            async for delta in stream:
+            async for delta in (delta async for deltas in deltas_of([stream]) for _, delta in deltas):
                 texts[delta.index] += delta.text
                 tokens[delta.index] += delta.token_ids
                 logprobs[delta.index] += delta.logprobs
@@ -94,7 +99,7 @@ def test_whoever_leaves_frees_its_kv(llama: Case) -> None:
     async def run() -> None:
         async with serving(llama.directory, skip_tokenizer_init=True, max_num_seqs=4) as service:
             streams = [await service.submit([5 + i], LONG, stream=True) for i in range(12)]
-            async for _ in streams[0]:
+            async for _ in deltas_of(streams[:1]):
                 break
             for stream in streams:
                 stream.abort()
@@ -109,7 +114,7 @@ def test_queue_timeout_and_bad_requests(llama: Case) -> None:
     async def run() -> None:
         async with serving(llama.directory, 3, skip_tokenizer_init=True, max_num_seqs=1) as service:
             first = await service.submit([5], LONG, stream=True)
-            async for _ in first:
+            async for _ in deltas_of([first]):
                 break
             waiting = [await service.submit([6], GREEDY, timeout_s=0.05) for _ in range(3)]
             with pytest.raises(RequestError, match="3 sequences wait already") as full:

@@ -19,12 +19,10 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from fastdecode.openai_api import ChunkWriter, ReadRequest, completion_body
-from fastdecode.outputs import Delta
 from fastdecode.server.errors import JSONBody, error_event
-from fastdecode.server.stream import Stream
+from fastdecode.server.stream import Stream, deltas_of
 
 _DONE = b"data: [DONE]\n\n"
-_READY_DELTAS = 64  # of several streams that are sent as one, on their way to the client
 _EVENT_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
@@ -73,58 +71,33 @@ class WholeAnswer(Answer):
 
 class StreamedAnswer(Answer):
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        events = self._events()
-        event = await anext(events)  # before the status is told: what is refused at once is refused by it
+        bodies = self._bodies()
+        body = await anext(bodies)  # before the status is told: what is refused at once is refused by it
         await send({"type": "http.response.start", "status": 200, "headers": _EVENT_HEADERS})
         try:
             while True:
-                await send({"type": "http.response.body", "body": event, "more_body": True})
-                event = await anext(events)
+                await send({"type": "http.response.body", "body": body, "more_body": True})
+                body = await anext(bodies)
         except StopAsyncIteration:
-            event = _DONE
+            body = _DONE
         except Exception as error:
-            event = _event(error_event(error))
-        await send({"type": "http.response.body", "body": event, "more_body": False})
+            body = _event(error_event(error))
+        await send({"type": "http.response.body", "body": body, "more_body": False})
 
-    async def _events(self) -> AsyncIterator[bytes]:
+    async def _bodies(self) -> AsyncIterator[bytes]:
+        """Events; those that are there at a time go out as one, for a send costs more than all that makes an event."""
         writer = ChunkWriter(**self._heading, with_usage=self._request.with_usage)
-        async for place, delta in _merged(self._streams):
-            for chunk in writer.chunks(place * self._request.params.n + delta.index, delta):
-                yield _event(chunk)
+        num_samples = self._request.params.n
+        async for deltas in deltas_of(self._streams):
+            events = [
+                _event(chunk)
+                for place, delta in deltas
+                for chunk in writer.chunks(place * num_samples + delta.index, delta)
+            ]
+            if events:
+                yield b"".join(events)
         if self._request.with_usage:
             yield _event(writer.usage(sum(len(stream.prompt_token_ids) for stream in self._streams)))
-
-
-async def _merged(streams: Sequence[Stream]) -> AsyncIterator[tuple[int, Delta]]:
-    """(place of the stream, what it brought), as it comes.  Raises the first error of any."""
-    if len(streams) == 1:
-        async for delta in streams[0]:
-            yield 0, delta
-        return
-    ready: asyncio.Queue[tuple[int, Delta | Exception | None]] = asyncio.Queue(_READY_DELTAS)
-
-    async def pump(place: int, stream: Stream) -> None:
-        try:
-            async for delta in stream:
-                await ready.put((place, delta))
-            await ready.put((place, None))
-        except Exception as error:
-            await ready.put((place, error))
-
-    pumps = [asyncio.create_task(pump(place, stream)) for place, stream in enumerate(streams)]
-    try:
-        left = len(pumps)
-        while left:
-            place, event = await ready.get()
-            if isinstance(event, Exception):
-                raise event
-            if event is None:
-                left -= 1
-            else:
-                yield place, event
-    finally:
-        for task in pumps:
-            task.cancel()
 
 
 async def _until_gone(receive: Receive) -> None:
