@@ -16,7 +16,7 @@ _INT_MAX = 2**31 - 1
 class SamplingParams:
     """Every field has a range; a value outside it raises ValueError naming field, value and range.
 
-    n: continuations per prompt.
+    n: continuations per prompt; of temperature 0, too (vLLM refuses that), where all of them are equal.
     temperature: 0 takes the most likely token; otherwise logits are divided by it, or by 0.01 if that is more.
     top_p, top_k, min_p: keep the likeliest tokens with this mass / this many (0: all) / at least this
         fraction of the likeliest one's probability.
@@ -101,10 +101,6 @@ class SamplingParams:
     def _check_contradictions(self) -> None:
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise ValueError(f"min_tokens ({self.min_tokens}) must be at most max_tokens ({self.max_tokens})")
-        if self.temperature == 0 and self.n > 1:
-            raise ValueError(
-                f"n={self.n} with temperature=0 would give the same text {self.n} times; set temperature > 0"
-            )
         if self.stop_strings and not self.detokenize:
             raise ValueError("stop strings are looked for in the text: set detokenize=True, or use stop_token_ids")
 

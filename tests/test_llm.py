@@ -226,6 +226,12 @@ def test_n_samples(llm: LLM) -> None:
     assert token_ids([again])[0] == token_ids([output])[0][:2]  # sample i is the same for every n
 
 
+def test_greedy_samples_are_all_the_same(llm: LLM) -> None:
+    """As with OpenAI's API; vLLM refuses to compute the same n times."""
+    (one,), (three,) = quiet(llm, CODE, GREEDY), quiet(llm, CODE, dataclasses.replace(GREEDY, n=3))
+    assert token_ids([three])[0] == token_ids([one])[0] * 3
+
+
 def test_logprobs(llm: LLM) -> None:
     (output,) = quiet(llm, CODE, SamplingParams(temperature=0, max_tokens=5, logprobs=3))
     completion = output.outputs[0]

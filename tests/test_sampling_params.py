@@ -33,7 +33,6 @@ from fastdecode import SamplingParams
         ({"stop_token_ids": [-1]}, "stop_token_ids must be from 0"),
         ({"ignore_eos": "yes"}, "ignore_eos must be True or False"),
         ({"min_tokens": 9, "max_tokens": 8}, "min_tokens \\(9\\) must be at most max_tokens \\(8\\)"),
-        ({"temperature": 0, "n": 2}, "n=2 with temperature=0"),
         ({"stop": "x", "detokenize": False}, "set detokenize=True"),
         ({"stop": ["a"] * 300}, "at most 256"),
     ],

@@ -168,6 +168,18 @@ def test_text_transcript_of_several_prompts_and_samples(server: ServerProcess) -
     assert len(httpx.post(server.url + "/v1/completions", json={"prompt": tokens}, timeout=60).json()["choices"]) == 2
 
 
+def test_greedy_choices_are_all_the_same(server: ServerProcess) -> None:
+    """A model that is greedy by itself, too: then n alone asks for them."""
+    one = httpx.post(server.url + TEXT, json={"prompt": PROMPT, "temperature": 0}, timeout=60).json()["choices"]
+    for body in ({"prompt": PROMPT, "n": 3}, {"prompt": PROMPT, "n": 3, "temperature": 0}):
+        choices = httpx.post(server.url + TEXT, json=body, timeout=60).json()["choices"]
+        assert [choice["index"] for choice in choices] == [0, 1, 2]
+        assert [choice["text"] for choice in choices] == [one[0]["text"]] * 3
+        streamed = [event["choices"][0] for event in transcript(server, TEXT, **body)]
+        texts = ["".join(part["text"] for part in streamed if part["index"] == index) for index in range(3)]
+        assert texts == [one[0]["text"]] * 3
+
+
 TEXT, CHAT = "/v1/completions", "/v1/chat/completions"
 
 
