@@ -194,17 +194,18 @@ def test_without_the_extra(demo_model: Path) -> None:
 
 
 def test_the_line_of_activity() -> None:
+    """First tokens count, too, which their prompts' steps bring."""
     activity = Activity()
     assert activity.line(10) is None
     for number in range(2):
         record = StepRecord(
             number=number, begin_s=0, seconds=1, num_decodes=30, num_prompt_tokens=100, num_running=31,
-            num_waiting=4, num_preempted=0, kv_tokens=(100, 150),
+            num_waiting=4, num_preempted=0, kv_tokens=(100, 150), num_sampled=31 - number,
         )  # fmt: skip
         activity.on_step(record)
     activity._capacity_tokens = 1000
     assert activity.line(10) == (
-        "31 running, 4 waiting, 20.0 prompt tokens/s, 6.0 generation tokens/s, KV 25.0 % of 1000 tokens"
+        "31 running, 4 waiting, 20.0 prompt tokens/s, 6.1 generation tokens/s, KV 25.0 % of 1000 tokens"
     )
     assert activity.line(10) is None
 

@@ -17,7 +17,7 @@ class Activity:
     """Told of steps in the engine's thread, read in the event loop; whole numbers, so no lock."""
 
     def __init__(self) -> None:
-        self._prompt_tokens = self._decodes = 0
+        self._prompt_tokens = self._new_tokens = 0
         self._last: StepRecord | None = None
         self._capacity_tokens = 1
 
@@ -26,19 +26,19 @@ class Activity:
 
     def on_step(self, record: StepRecord) -> None:
         self._prompt_tokens += record.num_prompt_tokens
-        self._decodes += record.num_decodes
+        self._new_tokens += record.num_sampled
         self._last = record
 
     def line(self, seconds: float) -> str | None:
-        """Of the last `seconds`; None if nothing happened.  A request's first token counts with its prompt."""
+        """Of the last `seconds`; None if nothing happened.  Prompts that are computed again count again."""
         record, self._last = self._last, None
         if record is None:
             return None
         prompt_tokens, self._prompt_tokens = self._prompt_tokens, 0
-        decodes, self._decodes = self._decodes, 0
+        new_tokens, self._new_tokens = self._new_tokens, 0
         return (
             f"{record.num_running} running, {record.num_waiting} waiting, {prompt_tokens / seconds:.1f} prompt "
-            f"tokens/s, {decodes / seconds:.1f} generation tokens/s, KV "
+            f"tokens/s, {new_tokens / seconds:.1f} generation tokens/s, KV "
             f"{100 * record.load / self._capacity_tokens:.1f} % of {self._capacity_tokens} tokens"
         )
 
