@@ -1,9 +1,10 @@
-"""One mpirun, many ranks: rank 0 is the S-worker, every other rank an R-worker.
+"""One mpirun, many ranks: one is the S-worker, every other rank an R-worker; `mpi_roles` says who is what.
 
-rank 0      table of roles ─► main() ──────────────────────► dismiss the others ─► exit code
-rank 1…     table of roles ─► serve an R-worker … until dismissed ───────────────► exit code 0
+S-worker    table of roles ─► main() ──────────────────────► dismiss the others ─► exit code
+R-workers   table of roles ─► serve an R-worker … until dismissed ───────────────► exit code 0
+all ranks   roles that do not fit: rank 0 tells ─────────────────────────────────► exit code 2
 any rank    an exception: the message, then MPI_Abort, which ends all of them
-rank 0      one that does not end when it is dismissed: its name, then MPI_Abort
+S-worker    one that does not end when it is dismissed: its name, then MPI_Abort
 """
 
 from __future__ import annotations
@@ -17,89 +18,131 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-import msgspec
 import numpy as np
 
-from cpu_attention import (
-    RWorker,
-    available_cores,
-    available_memory_bytes,
-    default_kv_cache_bytes,
-    format_bytes,
-    format_cores,
-    numa_nodes,
-    serve,
-    share_of_cores,
-)
+from cpu_attention import KERNELS, RWorker, default_kv_cache_bytes, format_bytes, serve
 from fastdecode.errors import ConfigError
+from fastdecode.mpi_roles import Roles, exchange_claims
 from transport import AddressError, Goodbye, TransportError, connect, import_mpi, keep_freed_memory, listen
 
 logger = logging.getLogger(__name__)
 
 _DISMISS_TIMEOUT_S = 10.0
-_ROLE_BYTES = 512
-_MAX_CORES = 4096
 _END_TAG = 7103  # what a rank says last
 _LOOK_S = 0.002
 
+# Of this process, like COMM_WORLD, and only while `main` runs here: an LLM may be made in any thread of it.
+_roles: Roles | None = None
+
 
 def mpi_addresses() -> list[str]:
-    """Every rank but this one, which must be rank 0 of at least two.  Raises ConfigError."""
-    comm = _world()
-    if comm.Get_size() < 2:
+    """Of all R-workers, by rank, where `mpi_main` runs the S-worker.  Raises ConfigError."""
+    if _world().Get_size() < 2:
         raise ConfigError(
             "transport 'mpi' wants one rank for the S-worker and one or more for R-workers; start it "
             "with, for example, mpirun -n 3 fastdecode generate MODEL --transport mpi"
         )
-    if comm.Get_rank() != 0:
+    if _roles is None:
         raise ConfigError(
-            "only rank 0 runs the S-worker; start scripts through fastdecode.mpi_main, which makes the "
+            "only the S-worker's rank has R-workers; start scripts through fastdecode.mpi_main, which makes the "
             "other ranks R-workers"
         )
-    return [f"mpi://{rank}" for rank in range(1, comm.Get_size())]
+    return [f"mpi://{rank}" for rank in _roles.r_worker_ranks]
 
 
-def mpi_main(main: Callable[[], int], *, kv_cache_bytes: int | None = None, num_threads: int | None = None) -> int:
-    """Runs `main` on rank 0 and an R-worker on every other rank, until `main` returns.  Returns the exit code.
+def mpi_main(
+    main: Callable[[], int],
+    *,
+    s_worker_rank: int | None = None,
+    kv_cache_bytes: int | None = None,
+    num_threads: int | None = None,
+) -> int:
+    """Runs `main` on the S-worker's rank and an R-worker on every other one, until `main` returns.
 
+    Returns the exit code: what `main` returns, 0 of an R-worker, 2 if the roles do not fit, which rank 0 tells.
     A rank that fails ends the whole job with a non-zero code: MPI has no recovery.  The other way round, when
-    rank 0 ends, well or not, the R-workers are dismissed.  Raises ConfigError without MPI.
+    the S-worker ends, well or not, the R-workers are dismissed.  Raises ConfigError without MPI.
 
-    kv_cache_bytes, num_threads: of each R-worker; None: a share of what its host has.
+    s_worker_rank: the same on every rank; None: 0, or the one rank not started by ``fastdecode rworker``.
+    kv_cache_bytes, num_threads: of an R-worker on this rank; None: a share of what its host has.
     """
+    return _take_part(main, s_worker_rank, kv_cache_bytes=kv_cache_bytes, num_threads=num_threads, kernel="numba")
+
+
+def mpi_r_worker(*, kv_cache_bytes: int | None = None, num_threads: int | None = None, kernel: str = "numba") -> int:
+    """Runs an R-worker on this rank, for the rank that calls `mpi_main`; as there, with a `kernel` of KERNELS."""
+    return _take_part(None, None, kv_cache_bytes=kv_cache_bytes, num_threads=num_threads, kernel=kernel)
+
+
+def _take_part(
+    main: Callable[[], int] | None,
+    s_worker_rank: int | None,
+    *,
+    kv_cache_bytes: int | None,
+    num_threads: int | None,
+    kernel: str,
+) -> int:
+    """main: None if this rank was started as an R-worker."""
     comm = _world()
     rank = comm.Get_rank()
     try:
-        num_sharing, cores = _place(comm)
-        _print_roles(comm, cores)
-        if rank == 0:
-            try:
-                code = main()
-            except Exception:
-                raise  # told below, and all are ended
-            except BaseException:
-                _dismiss(comm)
-                raise
-            _dismiss(comm)
-            return code
-        keep_freed_memory()
-        kv_cache_bytes = kv_cache_bytes or default_kv_cache_bytes() // num_sharing
-        num_threads = num_threads or max(1, len(cores))
-        if cores:
-            os.sched_setaffinity(0, cores)  # before the KV is touched: memory is taken where its first user runs
-        pinned = cores[:num_threads] if num_threads <= len(cores) else ()
-        worker = RWorker(kv_cache_bytes=kv_cache_bytes, num_threads=num_threads, cores=pinned)
-        with listen("mpi://") as listener:
-            serve(listener, worker, dismissable=True)
-        worker.close()
-        comm.Isend(np.empty(0, np.uint8), dest=0, tag=_END_TAG).Free()
-        return 0
+        claims = exchange_claims(comm, is_r_worker=main is None, s_worker_rank=s_worker_rank)
+        try:
+            roles = Roles.of(claims)
+        except ConfigError as error:
+            if rank == 0:
+                print(f"error: {error}", file=sys.stderr, flush=True)
+            comm.Barrier()  # the first rank that ends may end the others
+            return 2
+        if main is None or rank != roles.s_worker_rank:
+            _serve_r_worker(comm, roles, kv_cache_bytes=kv_cache_bytes, num_threads=num_threads, kernel=kernel)
+            return 0
+        return _run_s_worker(comm, roles, main)
     except Exception:
         print(f"rank {rank} on {platform.node()} failed and ends the job:", file=sys.stderr)
         traceback.print_exc()
         sys.stderr.flush()
         comm.Abort(1)
         raise
+
+
+def _run_s_worker(comm: Any, roles: Roles, main: Callable[[], int]) -> int:
+    global _roles
+    for line in roles.table():
+        print(line, file=sys.stderr)
+    print("if a rank ends, mpirun ends the whole job: MPI has no recovery", file=sys.stderr, flush=True)
+    _roles = roles
+    try:
+        code = main()
+    except Exception:
+        raise  # told by who calls, and all are ended
+    except BaseException:
+        _dismiss(comm, roles)
+        raise
+    finally:
+        _roles = None
+    _dismiss(comm, roles)
+    return code
+
+
+def _serve_r_worker(
+    comm: Any, roles: Roles, *, kv_cache_bytes: int | None, num_threads: int | None, kernel: str
+) -> None:
+    """Until it is dismissed."""
+    rank = comm.Get_rank()
+    cores = roles.cores(rank)
+    keep_freed_memory()
+    kv_cache_bytes = kv_cache_bytes or default_kv_cache_bytes() // len(roles.r_workers_beside(rank))
+    num_threads = num_threads or max(1, len(cores))
+    if cores:
+        os.sched_setaffinity(0, cores)  # before the KV is touched: memory is taken where its first user runs
+    pinned = cores[:num_threads] if num_threads <= len(cores) else ()
+    worker = RWorker(kv_cache_bytes=kv_cache_bytes, num_threads=num_threads, kernel=KERNELS[kernel], cores=pinned)
+    logger.info("%s of KV, %d threads, %s kernel", format_bytes(kv_cache_bytes), num_threads, kernel)
+    with listen("mpi://") as listener:
+        serve(listener, worker, dismissable=True)
+    worker.close()
+    comm.Isend(np.empty(0, np.uint8), dest=roles.s_worker_rank, tag=_END_TAG).Free()
 
 
 def _world() -> Any:
@@ -109,71 +152,9 @@ def _world() -> Any:
         raise ConfigError(str(error)) from error
 
 
-class _Role(msgspec.Struct):
-    rank: int
-    host: str
-    role: str
-    pid: int
-    cores: str
-    memory_bytes: int
-
-
-def _print_roles(comm: Any, cores: tuple[int, ...]) -> None:
-    """A table of who does what, printed by rank 0 before anything is loaded."""
-    rank, size = comm.Get_rank(), comm.Get_size()
-    own = _Role(
-        rank,
-        platform.node()[:200],
-        "S-worker" if rank == 0 else "R-worker",
-        os.getpid(),
-        format_cores(cores or available_cores())[:100],
-        available_memory_bytes(),
-    )
-    sent = np.zeros(_ROLE_BYTES, np.uint8)
-    encoded = msgspec.json.encode(own)
-    sent[: len(encoded)] = np.frombuffer(encoded, np.uint8)
-    received = np.zeros((size, _ROLE_BYTES), np.uint8) if rank == 0 else None
-    comm.Gather(sent, received, root=0)
-    if received is None:
-        return
-    print(f"{'rank':>4}  {'role':8}  {'host':20}  {'pid':>8}  {'cores':>9}  free memory", file=sys.stderr)
-    for row in received:
-        role = msgspec.json.decode(row.tobytes().rstrip(b"\0"), type=_Role)
-        print(
-            f"{role.rank:>4}  {role.role:8}  {role.host:20}  {role.pid:>8}  {role.cores:>9}  "
-            f"{format_bytes(role.memory_bytes)}",
-            file=sys.stderr,
-            flush=True,
-        )
-
-    print("if a rank ends, mpirun ends the whole job: MPI has no recovery", file=sys.stderr, flush=True)
-
-
-def _place(comm: Any) -> tuple[int, tuple[int, ...]]:
-    """How many R-workers there are on this host, and the cores of this rank; none: wherever the system likes.
-
-    Ranks that mpirun or srun has bound, each to cores of its own, stay there.  Otherwise R-workers share what all of
-    them may use, a NUMA node each where there is one for all.
-    """
-    local = comm.Split_type(import_mpi().COMM_TYPE_SHARED)
-    own = np.zeros(1 + _MAX_CORES, np.uint8)
-    own[0] = comm.Get_rank() != 0
-    own[[1 + core for core in available_cores() if core < _MAX_CORES]] = 1
-    rows = np.zeros((local.Get_size(), 1 + _MAX_CORES), np.uint8)
-    local.Allgather(own, rows)
-    is_r_worker, masks = rows[:, 0] == 1, rows[:, 1:]
-    num_sharing = max(1, int(is_r_worker.sum()))
-    if comm.Get_rank() == 0:
-        return num_sharing, ()
-    if not (masks[is_r_worker] == own[1:]).all():
-        return num_sharing, available_cores()
-    index = int(is_r_worker[: local.Get_rank()].sum())
-    return num_sharing, share_of_cores(index, num_sharing, available_cores(), numa_nodes())
-
-
-def _dismiss(comm: Any) -> None:
-    """Every rank but this one; who does not end is named, and made to, because MPI would wait for it for ever."""
-    staying = set(range(1, comm.Get_size()))
+def _dismiss(comm: Any, roles: Roles) -> None:
+    """Every R-worker; who does not end is named, and made to, because MPI would wait for it for ever."""
+    staying = set(roles.r_worker_ranks)
     for rank in staying:
         try:
             with connect(f"mpi://{rank}") as channel:

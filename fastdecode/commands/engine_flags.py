@@ -10,6 +10,7 @@ from typing import Any
 import fastdecode
 from cpu_attention import KV_DTYPES
 from fastdecode.config import DTYPE_NAMES, LENGTH_PREDICTORS, LINEAR_KERNELS, TRANSPORTS, EngineConfig
+from fastdecode.errors import ConfigError
 from fastdecode.scheduling.kv_credits import KV_POLICIES
 from fastdecode.scheduling.load_control import START_POLICIES
 from fastdecode.scheduling.waiting import ORDERS
@@ -44,6 +45,12 @@ def add_engine_flags(
             default=field.default,
             help=option_help(name),
         )
+    if "transport" in chosen:
+        engine.add_argument(
+            "--s-worker-rank", type=int, default=None, metavar="RANK",
+            help="with --transport mpi: who is the S-worker; the same on all ranks (default: 0, or the one that is no "
+            "fastdecode rworker)",
+        )  # fmt: skip
     engine.add_argument(
         "--r-worker-address",
         action="append",
@@ -60,11 +67,23 @@ def engine_options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def run_on_s_worker(args: argparse.Namespace, action: Callable[[], int]) -> int:
-    """Exit code of `action`; with ``--transport mpi`` it runs on rank 0, and the other ranks are its R-workers."""
+    """Exit code of `action`; with ``--transport mpi`` it runs on one rank, and the other ranks are its R-workers.
+
+    Raises ConfigError.
+    """
     if args.transport != "mpi":
+        if args.s_worker_rank is not None:
+            raise ConfigError("--s-worker-rank is for --transport mpi; leave it out")
         return action()
     budget = EngineConfig.from_options({"model": args.model, "kv_cache_memory": args.kv_cache_memory})
-    return int(fastdecode.mpi_main(action, kv_cache_bytes=budget.kv_cache_memory, num_threads=args.r_worker_threads))
+    return int(
+        fastdecode.mpi_main(
+            action,
+            s_worker_rank=args.s_worker_rank,
+            kv_cache_bytes=budget.kv_cache_memory,
+            num_threads=args.r_worker_threads,
+        )
+    )
 
 
 def option_help(option: str) -> str:
