@@ -15,12 +15,13 @@ from cpu_attention.machine import (
     default_kv_cache_bytes,
     format_bytes,
     format_cores,
+    keep_to_cores,
     numa_nodes,
     parse_bytes,
     pin_thread,
     share_of_cores,
 )
-from cpu_attention.process import KERNELS, LISTENING
+from cpu_attention.process import KERNELS, LISTENING, start_logging
 from cpu_attention.process import add_arguments as add_process_arguments
 from cpu_attention.process import run as run_process
 from cpu_attention.roofs import measure_read_bandwidth
@@ -53,6 +54,7 @@ __all__ = [
     "default_kv_cache_bytes",
     "format_bytes",
     "format_cores",
+    "keep_to_cores",
     "measure_read_bandwidth",
     "numa_nodes",
     "parse_bytes",
@@ -60,4 +62,5 @@ __all__ = [
     "run_process",
     "serve",
     "share_of_cores",
+    "start_logging",
 ]

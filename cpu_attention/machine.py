@@ -66,6 +66,14 @@ def available_cores() -> tuple[int, ...]:
     return tuple(sorted(os.sched_getaffinity(0)))
 
 
+def keep_to_cores(cores: Sequence[int]) -> None:
+    """This process, but for threads that it has already.  Raises ValueError."""
+    try:
+        os.sched_setaffinity(0, cores)
+    except OSError as error:
+        raise ValueError(f"this process may use {format_cores(available_cores())} only") from error
+
+
 def share_of_cores(index: int, num_workers: int, cores: Sequence[int], nodes: Sequence[NumaNode]) -> tuple[int, ...]:
     """Of `cores` those of one of several workers: on one NUMA node each, or on whole nodes if those are more.
 

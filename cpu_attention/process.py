@@ -20,7 +20,7 @@ from cpu_attention.machine import (
     available_cores,
     default_kv_cache_bytes,
     format_bytes,
-    format_cores,
+    keep_to_cores,
     parse_bytes,
     parse_cores,
     pin_thread,
@@ -41,7 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         required=True,
         metavar="ADDRESS",
         help="shm://PATH (shared memory: the fastest), ipc://PATH, tcp://127.0.0.1:PORT (port 0: a free one); with a "
-        "key also tcp://10.0.0.5:PORT, the one address of the network that S-workers come over",
+        "key also tcp://10.0.0.5:PORT, the one address of the network that S-workers come over; with `fastdecode "
+        "rworker` also mpi://, as one rank of an mpirun",
     )
     parser.add_argument(
         "--key-file",
@@ -87,14 +88,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Serves until SIGTERM, SIGINT or the parent's end.  Returns the exit code."""
-    logging.basicConfig(level=args.log_level.upper(), format="r-worker %(process)d: %(message)s", stream=sys.stderr)
+    if args.bind.startswith("mpi:"):  # which rank is what is not known here
+        print("error: --bind: start R-workers of an mpirun with: fastdecode rworker --bind mpi://", file=sys.stderr)
+        return 2
+    start_logging(args)
     signal.signal(signal.SIGTERM, _exit)
     signal.signal(signal.SIGINT, _exit)
     if args.cores:
         try:
-            os.sched_setaffinity(0, args.cores)  # before anything starts a thread
-        except OSError:
-            print(f"error: --cores: this process may use {format_cores(available_cores())} only", file=sys.stderr)
+            keep_to_cores(args.cores)  # before anything starts a thread
+        except ValueError as error:
+            print(f"error: --cores: {error}", file=sys.stderr)
             return 2
     keep_freed_memory()
     kv_cache_bytes = args.kv_cache_memory if args.kv_cache_memory is not None else default_kv_cache_bytes()
@@ -120,6 +124,10 @@ def run(args: argparse.Namespace) -> int:
         worker.close()
         listener.close()
     return 0
+
+
+def start_logging(args: argparse.Namespace) -> None:
+    logging.basicConfig(level=args.log_level.upper(), format="r-worker %(process)d: %(message)s", stream=sys.stderr)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

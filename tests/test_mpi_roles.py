@@ -124,6 +124,24 @@ def _roles(told: str) -> list[tuple[str, str]]:
     return re.findall(r"^ +\d  ([SR])-worker  \S+ +\d+ +(\S+)", told, re.MULTILINE)
 
 
+@pytest.mark.parametrize("order", ["SRR", "RRS"])
+def test_roles_by_command(order: str, mpirun: list[str], demo_model: Path, expected: str) -> None:
+    """Each R-worker has flags of its own."""
+    parts = {
+        "S": [["-n", "1", *PROGRAM, *_for(demo_model, GENERATE), "--transport", "mpi"]],
+        "R": [
+            ["-n", "1", *PROGRAM, "rworker", "--bind", "mpi://", "--threads", "1", "--kv-cache-memory", memory]
+            for memory in ("64MiB", "32MiB")
+        ],
+    }
+    first, second, third = [*parts[order[0]], *parts[order[-1]]]
+    out = _run([*mpirun, *first, ":", *second, ":", *third])
+    assert out.returncode == 0, out.stderr
+    assert out.stdout == expected
+    assert [role for role, _ in _roles(out.stderr)] == list(order)
+    assert re.findall(r"([\d.]+) MiB of float32 KV = .*, 1 threads", out.stderr) == ["63.8", "31.9"]
+
+
 def test_roles_by_rank_file(mpirun: list[str], demo_model: Path, expected: str, tmp_path: Path) -> None:
     """The flag comes from a file as well; the ranks run where theirs says."""
     if "--oversubscribe" not in mpirun or len(os.sched_getaffinity(0)) < 2:
@@ -158,15 +176,18 @@ def test_a_script_with_the_last_rank(mpirun: list[str], demo_model: Path, expect
 @pytest.mark.parametrize(
     "ranks, text",
     [
+        ([("2", "S"), ("1", "R")], "ranks 0-1 would each be the S-worker"),
+        ([("2", "R")], "no rank runs the S-worker: ranks 0-1"),
         ([("3", "S3")], "there is no rank 3; this mpirun has ranks 0-2"),
     ],
+    ids=["two", "none", "out of range"],
 )
 def test_roles_that_do_not_fit_end_all_ranks(
     ranks: list[tuple[str, str]], text: str, mpirun: list[str], demo_model: Path
 ) -> None:
     """Told once, and not as a trace."""
     generate = [*_for(demo_model, GENERATE), "--transport", "mpi"]
-    commands = {"S": generate, "S3": [*generate, "--s-worker-rank", "3"]}
+    commands = {"S": generate, "S3": [*generate, "--s-worker-rank", "3"], "R": ["rworker", "--bind", "mpi://"]}
     parts = [["-n", number, *PROGRAM, *commands[command], ":"] for number, command in ranks]
     out = _run([*mpirun, *[word for part in parts for word in part][:-1]])
     assert out.returncode == 2, out.stderr
@@ -176,6 +197,10 @@ def test_roles_that_do_not_fit_end_all_ranks(
 @pytest.mark.parametrize(
     "arguments, text",
     [
+        (["rworker", "--bind", "mpi://3"], "mpirun says which rank this is"),
+        (["rworker", "--bind", "mpi://", "--insecure-network"], "--insecure-network is not for --bind mpi://"),
+        (["rworker", "--bind", "mpi://", "--cores", "4000"], "--cores: this process may use"),
+        (["rworker", "--bind", "mpi://"], "no rank runs the S-worker: rank 0"),
         ([*GENERATE, "--s-worker-rank", "0"], "--s-worker-rank is for --transport mpi"),
     ],
 )
