@@ -173,6 +173,14 @@ def test_a_script_with_the_last_rank(mpirun: list[str], demo_model: Path, expect
     assert json.loads(out.stdout) == json.loads(expected)["outputs"][0]["token_ids"]
 
 
+def test_bench(mpirun: list[str], demo_model: Path) -> None:
+    """Is the S-worker's, too."""
+    flags = ["--batch-size", "2", "--input-len", "8", "--output-len", "4", "--num-iters", "1", "--transport", "mpi"]
+    bench = [*PROGRAM, "bench", "latency", str(demo_model), *flags]
+    out = _run([*mpirun, "-n", "1", *PROGRAM, "rworker", "--bind", "mpi://", ":", "-n", "1", *bench])
+    assert out.returncode == 0 and "mean latency" in out.stdout, out.stdout + out.stderr
+
+
 @pytest.mark.parametrize(
     "ranks, text",
     [

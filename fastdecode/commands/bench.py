@@ -23,7 +23,7 @@ from fastdecode.benchmark.wire import SCHEMES, measure_wire
 from fastdecode.benchmark.workload import random_requests
 from fastdecode.commands.bench_dataset import add_dataset_flags, positive, read_dataset, vocab_size
 from fastdecode.commands.bench_serve import add_serve_arguments, run_serve
-from fastdecode.commands.engine_flags import add_engine_flags, engine_options
+from fastdecode.commands.engine_flags import add_engine_flags, engine_options, run_on_s_worker
 from fastdecode.errors import ConfigError, FastDecodeError
 from fastdecode.plots import plot_rates, plot_steps
 from fastdecode.step_log import read_step_log
@@ -72,6 +72,10 @@ def add_throughput_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_throughput(args: argparse.Namespace) -> int:
+    return run_on_s_worker(args, lambda: _measure_throughput(args))
+
+
+def _measure_throughput(args: argparse.Namespace) -> int:
     options = {"model": args.model} | engine_options(args)
     requests, workload = read_dataset(args, args.tokenizer or args.model)
     options["max_num_seqs"] = min(options["max_num_seqs"], len(requests))
@@ -104,6 +108,10 @@ def add_latency_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_latency(args: argparse.Namespace) -> int:
+    return run_on_s_worker(args, lambda: _measure_latency(args))
+
+
+def _measure_latency(args: argparse.Namespace) -> int:
     options = {"model": args.model} | engine_options(args)
     options["max_num_seqs"] = max(options["max_num_seqs"], args.batch_size)
     requests = random_requests(

@@ -7,9 +7,9 @@ import sys
 
 import fastdecode
 from fastdecode.calibration import Calibration, write_calibration
-from fastdecode.commands.engine_flags import add_engine_flags, engine_options
+from fastdecode.commands.engine_flags import add_engine_flags, engine_options, run_on_s_worker
 from fastdecode.config import EngineConfig
-from fastdecode.errors import ConfigError, FastDecodeError
+from fastdecode.errors import ConfigError
 from fastdecode.perf_model import sls_peak
 
 
@@ -26,6 +26,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    return run_on_s_worker(args, lambda: _calibrate(args))
+
+
+def _calibrate(args: argparse.Namespace) -> int:
+    """Raises FastDecodeError."""
     try:
         if not 1 <= args.largest_batch <= 1 << 16 or args.length < 1:
             raise ConfigError("--largest-batch must be from 1 to 65536, and --length 1 or more")
@@ -34,9 +39,6 @@ def run(args: argparse.Namespace) -> int:
             config, args.largest_batch, lambda line: print(line, file=sys.stderr, flush=True)
         )
         write_calibration(calibration, args.output)
-    except FastDecodeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except OSError as error:
         print(f"error: cannot write {args.output}: {error}", file=sys.stderr)
         return 2

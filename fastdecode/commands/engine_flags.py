@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import fastdecode
 from cpu_attention import KV_DTYPES
 from fastdecode.config import DTYPE_NAMES, LENGTH_PREDICTORS, LINEAR_KERNELS, TRANSPORTS, EngineConfig
-from fastdecode.errors import ConfigError
+from fastdecode.errors import ConfigError, FastDecodeError
 from fastdecode.scheduling.kv_credits import KV_POLICIES
 from fastdecode.scheduling.load_control import START_POLICIES
 from fastdecode.scheduling.waiting import ORDERS
@@ -69,16 +70,25 @@ def engine_options(args: argparse.Namespace) -> dict[str, Any]:
 def run_on_s_worker(args: argparse.Namespace, action: Callable[[], int]) -> int:
     """Exit code of `action`; with ``--transport mpi`` it runs on one rank, and the other ranks are its R-workers.
 
-    Raises ConfigError.
+    What `action` raises for the user to mend is told here, with exit code 2: an exception would end an mpirun with a
+    trace.  Raises ConfigError: no MPI, say.
     """
+
+    def told() -> int:
+        try:
+            return action()
+        except FastDecodeError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+
     if args.transport != "mpi":
         if args.s_worker_rank is not None:
             raise ConfigError("--s-worker-rank is for --transport mpi; leave it out")
-        return action()
+        return told()
     budget = EngineConfig.from_options({"model": args.model, "kv_cache_memory": args.kv_cache_memory})
     return int(
         fastdecode.mpi_main(
-            action,
+            told,
             s_worker_rank=args.s_worker_rank,
             kv_cache_bytes=budget.kv_cache_memory,
             num_threads=args.r_worker_threads,

@@ -11,7 +11,7 @@ from pathlib import Path
 import fastdecode
 from fastdecode.commands.engine_flags import add_engine_flags, engine_options, run_on_s_worker
 from fastdecode.config_file import add_config_flags
-from fastdecode.errors import ConfigError, FastDecodeError
+from fastdecode.errors import ConfigError
 from fastdecode.outputs import RequestOutput
 
 _SAMPLING_FLAGS = ("n", "temperature", "top_p", "top_k", "min_p", "seed", "max_tokens")
@@ -49,32 +49,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    try:
-        return run_on_s_worker(args, lambda: _generate(args))
-    except FastDecodeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    """0: every prompt was served.  1: one was not.  2: it could not start or go on."""
+    return run_on_s_worker(args, lambda: _generate(args))
 
 
 def _generate(args: argparse.Namespace) -> int:
-    """0 if every prompt was served, 1 if one was not, 2 if nothing could start."""
+    """0 if every prompt was served, 1 if one was not.  Raises FastDecodeError."""
+    prompts = _read_prompts(args)
     try:
-        prompts = _read_prompts(args)
-        try:
-            params = fastdecode.SamplingParams(
-                **{name: getattr(args, name) for name in _SAMPLING_FLAGS}, stop=args.stop, ignore_eos=args.ignore_eos
-            )
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
-        with fastdecode.LLM(args.model, **engine_options(args)) as llm:
-            for line in llm.kv_places:
-                print(line, file=sys.stderr)
-            started = time.perf_counter()
-            outputs = llm.generate(prompts, params)
-            seconds = time.perf_counter() - started
-    except FastDecodeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        params = fastdecode.SamplingParams(
+            **{name: getattr(args, name) for name in _SAMPLING_FLAGS}, stop=args.stop, ignore_eos=args.ignore_eos
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    with fastdecode.LLM(args.model, **engine_options(args)) as llm:
+        for line in llm.kv_places:
+            print(line, file=sys.stderr)
+        started = time.perf_counter()
+        outputs = llm.generate(prompts, params)
+        seconds = time.perf_counter() - started
     for output in outputs:
         _print(output, as_json=args.json)
     num_tokens = sum(len(completion.token_ids) for output in outputs for completion in output.outputs)

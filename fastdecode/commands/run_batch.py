@@ -51,21 +51,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """0: every line succeeded.  1: some did not.  2: it could not start or go on.  130, 143: interrupted."""
-    try:
-        return run_on_s_worker(args, lambda: _run(args))
-    except FastDecodeError as error:  # no MPI, say
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return run_on_s_worker(args, lambda: _run(args))
 
 
 def _run(args: argparse.Namespace) -> int:
-    """The exit code.  What is the user's to mend is told here: under MPI an exception ends the job, with a trace."""
+    """Returns what `run` does.  Raises FastDecodeError."""
     try:
         with _stoppable():
             return _survey_and_serve(args)
-    except FastDecodeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except OSError as error:
         print(f"error: cannot write {args.output_file}: {error}", file=sys.stderr)
         return 2

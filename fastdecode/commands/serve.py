@@ -1,7 +1,8 @@
 """``fastdecode serve MODEL``: OpenAI's API over HTTP.
 
-Under ``mpirun -n 3 fastdecode serve MODEL --transport mpi`` rank 0 serves.  A signal to it (its process is in the table
-of roles) drains; one to mpirun itself does not: Open MPI ends all ranks at once, with a code that is not 0.
+Under ``mpirun -n 3 fastdecode serve MODEL --transport mpi`` one rank serves, 0 unless told otherwise.  A signal to it
+(its process is in the table of roles) drains; one to mpirun itself does not: Open MPI ends all ranks at once, with a
+code that is not 0.
 """
 
 from __future__ import annotations
@@ -9,14 +10,13 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import sys
 from pathlib import Path
 
 import fastdecode
 from cpu_attention import parse_bytes
 from fastdecode.commands.engine_flags import add_engine_flags, engine_options, run_on_s_worker
 from fastdecode.config_file import add_config_flags
-from fastdecode.errors import ConfigError, FastDecodeError
+from fastdecode.errors import ConfigError
 from fastdecode.server.options import ServerOptions
 
 _KEY_VARIABLE = "FASTDECODE__API_KEY"
@@ -63,12 +63,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """0: a signal ended it.  1: the engine died.  2: it could not start.  130, 143: a second signal did."""
-    try:
-        options = _server_options(args)
-        return run_on_s_worker(args, lambda: _serve(args, options))
-    except FastDecodeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    options = _server_options(args)
+    return run_on_s_worker(args, lambda: _serve(args, options))
 
 
 def _server_options(args: argparse.Namespace) -> ServerOptions:
@@ -103,7 +99,7 @@ def _read(path: Path) -> str:
 
 
 def _serve(args: argparse.Namespace, options: ServerOptions) -> int:
-    """On the S-worker.  Returns what `run` does."""
+    """On the S-worker.  Returns what `run` does.  Raises FastDecodeError."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     for name in ("uvicorn", "httpx"):
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -113,9 +109,5 @@ def _serve(args: argparse.Namespace, options: ServerOptions) -> int:
         if error.name not in _NEEDED:
             raise
         raise ConfigError(f"the server needs {error.name}: pip install 'fastdecode[server]'") from error
-    try:
-        config = fastdecode.EngineConfig.from_options({"model": args.model, "seed": args.seed, **engine_options(args)})
-        return int(run_server(config, options))
-    except FastDecodeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    config = fastdecode.EngineConfig.from_options({"model": args.model, "seed": args.seed, **engine_options(args)})
+    return int(run_server(config, options))
