@@ -108,9 +108,8 @@ def _take_part(
 
 def _run_s_worker(comm: Any, roles: Roles, main: Callable[[], int]) -> int:
     global _roles
-    for line in roles.table():
-        print(line, file=sys.stderr)
-    print("if a rank ends, mpirun ends the whole job: MPI has no recovery", file=sys.stderr, flush=True)
+    lines = [*roles.table(), "if a rank ends, mpirun ends the whole job: MPI has no recovery"]
+    print("\n".join(lines), file=sys.stderr, flush=True)  # at once: R-workers may have a log of their own
     _roles = roles
     try:
         code = main()
