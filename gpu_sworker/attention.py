@@ -21,7 +21,7 @@ Thread state is shared by all suspended forwards of a thread.  So a context mana
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
@@ -61,6 +61,10 @@ class AttentionCall:
     mask: torch.Tensor | None  # only while probing
     is_causal: bool  # what the call or its module says; the mask rule, if there is one, is what counts
     other_tensors: tuple[str, ...]  # names of tensor arguments this seam does not understand
+
+    def first(self, num_tokens: int) -> AttentionCall:
+        """The same, of no more tokens than these."""
+        return replace(self, q=self.q[:num_tokens], k=self.k[:num_tokens], v=self.v[:num_tokens])
 
 
 @dataclass

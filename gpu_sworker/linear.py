@@ -8,6 +8,10 @@ depends on processor and library, so it is measured at load, on the model's own 
     plain (MKL)                                                            32    104    148    183    207
     onednn                                                                 63    440    460    441    468
 
+oneDNN makes code for each number of rows that it meets and keeps it for ever, whatever its cache's capacity: 0.5 to
+2 MiB for every shape of a weight.  1,024 numbers and five shapes were 2.3 GiB, and a step may have 4,096 tokens.  So
+the S-worker lets it meet 256 numbers, see `padded_rows`; all of them were 1.1 GiB.
+
 Tried and not kept: MKL's own packing (bound to one M, no faster than plain there); q, k, v or gate, up as one
 product (40 us and nothing, of a layer's 5 ms).
 """
@@ -47,6 +51,15 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.ops.mkldnn._linear_pointwise(x, self._packed, self._bias, "none", [], "")
+
+
+def padded_rows(num_rows: int) -> int:
+    """The next number of rows that oneDNN is given: all up to 64, then 32 for each power of two.
+
+    At most 3 % more rows than there are; 256 numbers up to 4,096.
+    """
+    step = 1 << max(0, (num_rows - 1).bit_length() - 6)
+    return -(-num_rows // step) * step
 
 
 def pack_linears(model: nn.Module, kernel: str = "auto") -> str:

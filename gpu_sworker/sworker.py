@@ -13,10 +13,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.nn.functional import pad
 
 from gpu_sworker.attention import AttentionCall, Forward
 from gpu_sworker.errors import UnsupportedModel
-from gpu_sworker.linear import pack_linears
+from gpu_sworker.linear import pack_linears, padded_rows
 from gpu_sworker.model import choose_device, choose_dtype, load, max_positions, read_config
 from gpu_sworker.prefill import PromptChunk, PromptKV, prompt_attention
 from gpu_sworker.probe import (
@@ -40,6 +41,15 @@ class FlatBatch:
     token_ids: np.ndarray  # [T] int64
     positions: np.ndarray  # [T] int64, of each token in its own sequence
     logits_rows: np.ndarray  # [num_samples] int64, rows whose next token is wanted
+
+    def padded(self) -> FlatBatch:
+        """With tokens and samples that nobody wants, for kernels that are to meet few sizes."""
+        more_tokens, more_samples = (padded_rows(len(a)) - len(a) for a in (self.token_ids, self.logits_rows))
+        return FlatBatch(
+            np.pad(self.token_ids, (0, more_tokens)),
+            np.pad(self.positions, (0, more_tokens)),
+            np.pad(self.logits_rows, (0, more_samples)),
+        )
 
 
 @dataclass(frozen=True)
@@ -99,18 +109,20 @@ class SWorker:
 
     def forward(self, batch: FlatBatch) -> Generator[AttentionCall, torch.Tensor, torch.Tensor]:
         """Yields at every attention, wants o [T, num_q_heads, head_dim], returns logits [num_samples, vocab]."""
-        forward = self._start(batch)
+        given = batch.padded() if self.facts.linear_kernel == "onednn" else batch
+        num_tokens, num_more = len(batch.token_ids), len(given.token_ids) - len(batch.token_ids)
+        forward = self._start(given)
         try:
             self._staging.begin()
             call = forward.resume()
             while call is not None:
-                o = yield call
+                o = yield call.first(num_tokens) if num_more else call
                 self._staging.begin()
-                call = forward.resume(o)
+                call = forward.resume(pad(o, (0, 0, 0, 0, 0, num_more)) if num_more else o)
         finally:
             forward.abandon()
         assert forward.result is not None
-        return forward.result
+        return forward.result[: len(batch.logits_rows)]
 
     def attend_prompt(self, call: AttentionCall, chunk: PromptChunk) -> torch.Tensor:
         """Attention of a prompt's next tokens among the rows of `call`.  # [num_tokens, num_q_heads, head_dim]"""

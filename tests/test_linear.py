@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from conftest import Case
 from torch import nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 from transformers.pytorch_utils import Conv1D
 
-from gpu_sworker import SWorker
+from gpu_sworker import FlatBatch, SWorker
 from gpu_sworker import linear as room
 from gpu_sworker.linear import PackedLinear, pack_linears
 
@@ -83,3 +85,45 @@ def test_facts_tell_the_kernel(llama: Case) -> None:
         facts = SWorker(llama.directory, linear_kernel=kernel).facts
         assert facts.linear_kernel == kernel
     assert facts.num_parameters == SWorker(llama.directory, linear_kernel="plain").facts.num_parameters
+
+
+def test_padded_rows() -> None:
+    numbers = range(4097)
+    padded = [room.padded_rows(n) for n in numbers]
+    assert padded[:65] == list(range(65)) and padded == sorted(padded)
+    assert all(n <= p <= 1.04 * n and room.padded_rows(p) == p for n, p in zip(numbers, padded, strict=True))
+    assert len(set(padded[1:])) == 256
+
+
+def _run(sworker: SWorker, num_tokens: int, logits_rows: list[int]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Logits and all q, where attention answers each token with its own value heads."""
+    positions = np.arange(num_tokens)
+    forward, queries = sworker.forward(FlatBatch(positions % 97, positions, np.array(logits_rows))), []
+    try:
+        call = next(forward)
+        while True:
+            queries.append(call.q.clone())
+            assert len(call.q) == len(call.k) == len(call.v) == num_tokens
+            call = forward.send(call.v.repeat_interleave(call.q.shape[1] // call.v.shape[1], dim=1))
+    except StopIteration as end:
+        return end.value, queries
+
+
+def test_packed_weights_meet_few_numbers_of_rows(llama: Case) -> None:
+    """oneDNN keeps code for each for ever; and what is there to make them few changes nothing."""
+    seen = set()
+
+    def note(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        if isinstance(module, PackedLinear):
+            seen.add(args[0].numel() // module.in_features)
+
+    plain, packed = (SWorker(llama.directory, linear_kernel=kernel) for kernel in ("plain", "onednn"))
+    with plain.inference(), register_module_forward_pre_hook(note):
+        for num_tokens in range(65, 130):
+            rows = list(range(0, num_tokens, 1 + num_tokens % 3))
+            (logits, queries), (expected, expected_queries) = (_run(s, num_tokens, rows) for s in (packed, plain))
+            torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
+            for q, expected_q in zip(queries, expected_queries, strict=True):
+                torch.testing.assert_close(q, expected_q, rtol=1e-4, atol=1e-5)
+    assert seen == {room.padded_rows(n) for n in seen}
+    assert len({n for n in seen if n > 64}) == 33
