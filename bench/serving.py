@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -39,10 +38,9 @@ class Server:
 
 
 @contextmanager
-def serving(*flags: str, launcher: tuple[str, ...] = (), primitive_cache: int = 1024) -> Iterator[Server]:
+def serving(*flags: str, launcher: tuple[str, ...] = ()) -> Iterator[Server]:
     command = [*launcher, sys.executable, "-m", "fastdecode", "serve", str(MODEL), "--port", "0", *flags]
-    environment = {**os.environ, "ONEDNN_PRIMITIVE_CACHE_CAPACITY": str(primitive_cache)}
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     assert process.stderr
     try:
         line = next(line for line in process.stderr if "listening on " in line)
