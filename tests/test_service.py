@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import queue
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -238,3 +239,33 @@ def test_death_is_told_to_all(llama: Case, monkeypatch: pytest.MonkeyPatch) -> N
 
     for is_idle in (False, True):
         asyncio.run(run(is_idle))
+
+
+def test_aborted_samples_are_counted(llama: Case) -> None:
+    async def run() -> None:
+        async with serving(llama.directory, skip_tokenizer_init=True) as service:
+            stream = await service.submit(llama.prompts[0], SamplingParams(n=3, max_tokens=400, ignore_eos=True))
+            stream.abort()
+            await idle(service)
+            assert service.num_aborted_samples == 3
+
+    asyncio.run(run())
+
+
+def test_whoever_comes_as_the_engine_dies_is_told(llama: Case) -> None:
+    """Its end after the last look for it, and before the inbox had the request: nobody would read that."""
+
+    class Late(queue.SimpleQueue[Any]):
+        def put(self, item: Any, block: bool = True, timeout: float | None = None) -> None:
+            service._death = RWorkerError("R-worker 0 is gone")
+
+    async def run() -> None:
+        nonlocal service
+        async with serving(llama.directory, skip_tokenizer_init=True) as service:
+            read_by_the_engine, service._inbox = service._inbox, Late()
+            with pytest.raises(RWorkerError, match="R-worker 0 is gone"):
+                await service.submit(llama.prompts[0], GREEDY)
+            service._inbox, service._death, service._num_inside = read_by_the_engine, None, 0
+
+    service: Any = None
+    asyncio.run(run())

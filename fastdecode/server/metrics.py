@@ -85,7 +85,7 @@ class Metrics:
                     self._idle_s[worker] += max(0.0, record.seconds - attention_s)
 
     def on_finished(self, output: RequestOutput) -> None:
-        """In the engine's thread.  Those that were aborted are not told; see `Service.num_ended`."""
+        """In the engine's thread.  Those that were aborted are not told; see `Service.num_aborted_samples`."""
         with self._lock:
             for completion in output.outputs:
                 self._finished[completion.finish_reason] += 1
@@ -111,7 +111,7 @@ class Metrics:
         return families
 
     def _tell_requests(self, families: Families, service: Service) -> None:
-        ends = self._finished | {"abort": service.num_ended["cancelled"]}
+        ends = self._finished | {"abort": service.num_aborted_samples}
         families.gauge("vllm:num_requests_running", "Sequences with KV on an R-worker.", service.num_running)
         families.gauge("vllm:num_requests_waiting", "Sequences in the queue.", service.num_waiting)
         families.counters(

@@ -80,7 +80,8 @@ class Service:
         self._live: dict[str, _Live] = {}  # the engine's thread alone
         self._pending: list[tuple[Stream, Event]] = []  # for the event loop
         self._num_inside = 0  # sequences submitted and not over; the event loop alone
-        self.num_ended = {"queue_full": 0, "timeout": 0, "cancelled": 0}  # by RequestError.code; each has one writer
+        self.num_ended = {"queue_full": 0, "timeout": 0}  # requests, by RequestError.code; each has one writer
+        self.num_aborted_samples = 0  # of clients that have gone
         self._death: FastDecodeError | None = None
         self._is_draining = self._is_stopping = False
 
@@ -128,6 +129,8 @@ class Service:
             raise
         made = Stream(read.token_ids, params.n, self._inbox.put)
         self._inbox.put(_Submission(made, read, params, priority, timeout_s, stream))
+        if self._death:  # since the last look, and perhaps since the inbox was read for the last time
+            raise self._death
         return made
 
     async def with_tokenizer(self, action: Callable[[Tokenizer], T]) -> T:
@@ -216,7 +219,7 @@ class Service:
     def _abort(self, stream: Stream) -> None:
         if self._live.pop(stream.request_id, None):
             self._engine.abort([stream.request_id])
-            self.num_ended["cancelled"] += 1
+            self.num_aborted_samples += stream.num_samples
             self._over(stream, RequestError("cancelled", "the client has gone"))
 
     def _finish(self, output: RequestOutput) -> None:
