@@ -10,8 +10,8 @@ depends on processor and library, so it is measured at load, on the model's own 
 
 oneDNN makes code for each number of rows that it meets and keeps it for ever, whatever its cache's capacity: 0.5 to
 2 MiB for every shape of a weight.  1,024 numbers and five shapes were 2.3 GiB, and a step may have 4,096 tokens.  So
-the S-worker lets it meet 256 numbers, see `padded_rows`; all of them were 1.1 GiB.  Decoding 67 and 129 sequences of the
-demonstration model so takes 4 % longer than with as many rows as there are, 257 no longer.
+the S-worker lets it meet 256 numbers, see `padded_rows`; all of them were 1.1 GiB.  Decoding 67 or 129 sequences of the
+demonstration model takes 4 % longer so, 257 no longer.
 
 Tried and not kept: MKL's own packing (bound to one M, no faster than plain there); q, k, v or gate, up as one
 product (40 us and nothing, of a layer's 5 ms).
