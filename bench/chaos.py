@@ -122,7 +122,7 @@ class _Listener(logging.Handler):
                 blows[-1].noticed = now
             else:
                 self._run.unprovoked.append(record.getMessage())
-        elif record.name == "fastdecode.rejoin":
+        elif record.name == "fastdecode.r_workers.rejoin":
             for blow in self._run.blows:
                 if f"R-worker {blow.worker} " in str(record.args[0]) and blow.noticed and blow.back is None:
                     blow.back = now

@@ -28,8 +28,8 @@ from bench.schedules import emulated_facts
 from cpu_attention import KVLayout, LayerShape, cpu_name
 from fastdecode import SamplingParams
 from fastdecode.engine import Engine
-from fastdecode.launch import start_r_workers
-from fastdecode.rpool import RPool
+from fastdecode.r_workers.launch import start_r_workers
+from fastdecode.r_workers.rpool import RPool
 from fastdecode.runtime import open_session
 from fastdecode.scheduling.scheduler import Scheduler, SchedulerConfig
 from fastdecode.timeline import S_DEVICE, Timeline

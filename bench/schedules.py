@@ -29,9 +29,9 @@ from bench.end_to_end import make_model
 from cpu_attention import KVLayout, LayerShape, available_cores, cpu_name
 from fastdecode import LLM, SamplingParams, __version__
 from fastdecode.engine import Engine
-from fastdecode.launch import start_r_workers
 from fastdecode.plots import plot_steps
-from fastdecode.rpool import RPool
+from fastdecode.r_workers.launch import start_r_workers
+from fastdecode.r_workers.rpool import RPool
 from fastdecode.runtime import open_session
 from fastdecode.scheduling.scheduler import Scheduler, SchedulerConfig
 from fastdecode.step_log import StepRecord, read_step_log

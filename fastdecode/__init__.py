@@ -25,7 +25,7 @@ _DOORS = {
     "CompletionOutput": "fastdecode.outputs",
     "Logprob": "fastdecode.outputs",
     "EngineConfig": "fastdecode.config",
-    "mpi_main": "fastdecode.launch_mpi",
+    "mpi_main": "fastdecode.r_workers.launch_mpi",
     "Tokenizer": "fastdecode.text",
     "calibrate_model": "fastdecode.calibrate",
     "run_batch": "fastdecode.batch.runner",

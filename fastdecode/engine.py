@@ -16,11 +16,11 @@ from fastdecode.intake import Intake
 from fastdecode.outputs import Delta, RequestOutput
 from fastdecode.pipeline import Pipeline
 from fastdecode.plan import MicroBatch, Step
+from fastdecode.r_workers.rejoin import RWorkerHandle
+from fastdecode.r_workers.rpool import RPool
 from fastdecode.recovery import Recovery, pairs
-from fastdecode.rejoin import RWorkerHandle
 from fastdecode.request import Sequence
 from fastdecode.results import Continuation, LiveRequest, finished_output, next_delta, refused_output
-from fastdecode.rpool import RPool
 from fastdecode.sampling import sampling_rows
 from fastdecode.sampling_params import SamplingParams
 from fastdecode.scheduling.scheduler import Scheduler

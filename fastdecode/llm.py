@@ -17,10 +17,10 @@ from tqdm import tqdm
 
 from fastdecode.config import EngineConfig
 from fastdecode.errors import ConfigError, RequestError
-from fastdecode.launch import find_r_worker, read_key_file
 from fastdecode.open_engine import open_engine
 from fastdecode.outputs import RequestOutput
 from fastdecode.prompts import Conversation, Prompt, ReadPrompt, pair, read_prompt
+from fastdecode.r_workers.launch import find_r_worker, read_key_file
 from fastdecode.results import refused_output
 from fastdecode.sampling_params import SamplingParams
 from transport import AddressError

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from fastdecode.plan import MicroBatch, Step
-from fastdecode.rpool import RPool, Ticket
+from fastdecode.r_workers.rpool import RPool, Ticket
 from fastdecode.timeline import S_DEVICE, Timeline
 from gpu_sworker import AttentionCall, EmulatedSWorker, FlatBatch, PromptChunk, Sampled, SWorker, Transfer
 

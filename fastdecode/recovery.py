@@ -17,8 +17,8 @@ from collections.abc import Iterable, Mapping
 from fastdecode.errors import RWorkerError
 from fastdecode.pipeline import Pipeline
 from fastdecode.plan import Step
+from fastdecode.r_workers.rpool import RPool
 from fastdecode.request import Sequence
-from fastdecode.rpool import RPool
 from fastdecode.scheduling.scheduler import Scheduler
 
 logger = logging.getLogger(__name__)

@@ -10,9 +10,9 @@ from fastdecode.capacity import kv_layout, local_kv_bytes
 from fastdecode.config import EngineConfig
 from fastdecode.emulation import PREFIX, emulated_sworker
 from fastdecode.errors import ConfigError, ModelError, RWorkerFailed
-from fastdecode.launch import find_r_workers, read_key_file, start_r_workers
-from fastdecode.launch_mpi import mpi_addresses
-from fastdecode.rpool import RPool
+from fastdecode.r_workers.launch import find_r_workers, read_key_file, start_r_workers
+from fastdecode.r_workers.launch_mpi import mpi_addresses
+from fastdecode.r_workers.rpool import RPool
 from fastdecode.timeline import NoTimeline, Timeline
 from gpu_sworker import EmulatedSWorker, ModelFacts, SWorker, SWorkerError
 from transport import Hello, LayerSpec, Welcome, keep_freed_memory

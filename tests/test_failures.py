@@ -187,7 +187,7 @@ def r_workers(monkeypatch: pytest.MonkeyPatch) -> list[RWorker]:
             super().__init__(**options)  # type: ignore[arg-type]
             workers.append(self)
 
-    monkeypatch.setattr("fastdecode.launch.RWorker", Noted)
+    monkeypatch.setattr("fastdecode.r_workers.launch.RWorker", Noted)
     return workers
 
 

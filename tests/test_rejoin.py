@@ -14,8 +14,8 @@ from conftest import Case, quiet
 from cpu_attention import RWorker, serve
 from fastdecode import LLM, SamplingParams
 from fastdecode.errors import ConfigError, RWorkerUnreachable
-from fastdecode.patience import Patience
-from fastdecode.rejoin import Rejoin, RWorkerHandle
+from fastdecode.r_workers.patience import Patience
+from fastdecode.r_workers.rejoin import Rejoin, RWorkerHandle
 from fastdecode.request import Request, Sequence
 from fastdecode.scheduling.scheduler import Scheduler, SchedulerConfig
 from transport import Admit, Attend, Hello, LayerSpec, Listener, Message, connect, listen
@@ -172,7 +172,7 @@ def test_closing_while_one_is_looked_for(llama: Case, places: list[Place]) -> No
 
 def test_pauses_grow(monkeypatch: pytest.MonkeyPatch) -> None:
     """One that is lost again and again is not asked more often; and what joined and is not wanted is closed."""
-    monkeypatch.setattr("fastdecode.rejoin._FIRST_PAUSE_S", 0.05)
+    monkeypatch.setattr("fastdecode.r_workers.rejoin._FIRST_PAUSE_S", 0.05)
     place, attempts = Place(), []
     place.open()
 

@@ -13,8 +13,8 @@ from conftest import Case
 from fastdecode import LLM, SamplingParams
 from fastdecode.errors import ConfigError
 from fastdecode.plan import MicroBatch, Segment
-from fastdecode.rejoin import RWorkerHandle
-from fastdecode.rpool import RPool
+from fastdecode.r_workers.rejoin import RWorkerHandle
+from fastdecode.r_workers.rpool import RPool
 from fastdecode.timeline import S_DEVICE, S_WORKER, NoTimeline, Timeline
 from transport import Attend, Attended, Channel
 

@@ -10,7 +10,7 @@ import logging
 
 from cpu_attention import add_process_arguments, keep_to_cores, run_process, start_logging
 from fastdecode.errors import ConfigError
-from fastdecode.launch_mpi import mpi_r_worker
+from fastdecode.r_workers.launch_mpi import mpi_r_worker
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

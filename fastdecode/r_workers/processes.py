@@ -16,7 +16,7 @@ from pathlib import Path
 
 from cpu_attention import LISTENING, available_cores, format_cores, numa_nodes, share_of_cores
 from fastdecode.errors import RWorkerUnreachable
-from fastdecode.rejoin import RWorkerHandle
+from fastdecode.r_workers.rejoin import RWorkerHandle
 from transport import Keys, connect
 
 logger = logging.getLogger(__name__)

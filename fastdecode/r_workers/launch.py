@@ -12,8 +12,8 @@ from functools import partial
 from cpu_attention import RWorker, available_cores, pin_thread, serve
 from fastdecode import TORCH_THREADS_SPIN
 from fastdecode.errors import ConfigError
-from fastdecode.processes import STOP_TIMEOUT_S, Processes, cores_of
-from fastdecode.rejoin import RWorkerHandle
+from fastdecode.r_workers.processes import STOP_TIMEOUT_S, Processes, cores_of
+from fastdecode.r_workers.rejoin import RWorkerHandle
 from transport import AddressError, KeyFileError, Keys, connect, listen, read_keys
 
 logger = logging.getLogger(__name__)

@@ -22,7 +22,7 @@ import numpy as np
 
 from cpu_attention import KERNELS, RWorker, default_kv_cache_bytes, format_bytes, serve
 from fastdecode.errors import ConfigError
-from fastdecode.mpi_roles import Roles, exchange_claims
+from fastdecode.r_workers.mpi_roles import Roles, exchange_claims
 from transport import AddressError, Goodbye, TransportError, connect, import_mpi, keep_freed_memory, listen
 
 logger = logging.getLogger(__name__)

@@ -18,9 +18,9 @@ from typing import TypeVar
 import numpy as np
 
 from fastdecode.errors import RWorkerError, RWorkerFailed, RWorkerLost, RWorkerTimeout, RWorkerUnreachable
-from fastdecode.patience import Patience
 from fastdecode.plan import Admission, MicroBatch
-from fastdecode.rejoin import Joined, Rejoin, RWorkerHandle
+from fastdecode.r_workers.patience import Patience
+from fastdecode.r_workers.rejoin import Joined, Rejoin, RWorkerHandle
 from fastdecode.timeline import S_WORKER, NoTimeline, Timeline
 from fastdecode.totals import PoolTotals, WorkerTotals
 from transport import (
