@@ -169,7 +169,7 @@ def test_what_went_wrong(llama: Case, monkeypatch: pytest.MonkeyPatch) -> None:
                     break
                 await asyncio.sleep(0.05)
             assert after["fastdecode:queue_rejections_total", ""] == 1
-            assert after["fastdecode:request_timeouts_total", ""] == 3
+            assert after["vllm:request_success_total", "timeout"] == 3
             assert after["vllm:request_success_total", "abort"] == 1
             assert after["vllm:request_success_total", "length"] == 1
             for name in ("r_worker_losses", "recoveries", "r_worker_rejoins"):

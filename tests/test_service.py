@@ -149,7 +149,7 @@ def test_a_burst_fills_seats_and_queue(llama: Case) -> None:
                 for stream in taken:
                     assert isinstance(stream, Stream) and (await stream.output()).outputs[0].token_ids
                 await idle(service)
-            assert service.num_ended["queue_full"] == 2
+            assert service.num_refused == 2
 
     asyncio.run(run())
 
@@ -247,7 +247,7 @@ def test_aborted_samples_are_counted(llama: Case) -> None:
             stream = await service.submit(llama.prompts[0], SamplingParams(n=3, max_tokens=400, ignore_eos=True))
             stream.abort()
             await idle(service)
-            assert service.num_aborted_samples == 3
+            assert service.num_cut_short == {"abort": 3, "timeout": 0}
 
     asyncio.run(run())
 

@@ -85,7 +85,7 @@ class Metrics:
                     self._idle_s[worker] += max(0.0, record.seconds - attention_s)
 
     def on_finished(self, output: RequestOutput) -> None:
-        """In the engine's thread.  Those that were aborted are not told; see `Service.num_aborted_samples`."""
+        """In the engine's thread.  What was cut short is not told; see `Service.num_cut_short`."""
         with self._lock:
             for completion in output.outputs:
                 self._finished[completion.finish_reason] += 1
@@ -111,7 +111,7 @@ class Metrics:
         return families
 
     def _tell_requests(self, families: Families, service: Service) -> None:
-        ends = self._finished | {"abort": service.num_aborted_samples}
+        ends = self._finished | service.num_cut_short
         families.gauge("vllm:num_requests_running", "Sequences with KV on an R-worker.", service.num_running)
         families.gauge("vllm:num_requests_waiting", "Sequences in the queue.", service.num_waiting)
         families.counters(
@@ -127,11 +127,9 @@ class Metrics:
             ("iteration_tokens_total", "Tokens in a step.", self._step_tokens),
         ):
             families.histogram(f"vllm:{name}", text, histogram)
-        for name, text, code in (
-            ("queue_rejections", "Requests refused because the queue was full (429).", "queue_full"),
-            ("request_timeouts", "Requests that took too long.", "timeout"),
-        ):
-            families.counter(f"fastdecode:{name}", text, service.num_ended[code])
+        families.counter(
+            "fastdecode:queue_rejections", "Requests refused because the queue was full (429).", service.num_refused
+        )
 
     def _tell_steps(self, families: Families, service: Service) -> None:
         families.counter("vllm:num_preemptions", "Sequences thrown out to be computed again.", self._num_preemptions)

@@ -80,8 +80,11 @@ class Service:
         self._live: dict[str, _Live] = {}  # the engine's thread alone
         self._pending: list[tuple[Stream, Event]] = []  # for the event loop
         self._num_inside = 0  # sequences submitted and not over; the event loop alone
-        self.num_ended = {"queue_full": 0, "timeout": 0}  # requests, by RequestError.code; each has one writer
-        self.num_aborted_samples = 0  # of clients that have gone
+        self.num_refused = 0  # requests that found the queue full; the event loop alone writes it
+        self.num_cut_short = {
+            "abort": 0,
+            "timeout": 0,
+        }  # samples that ended before their end; the engine's thread alone
         self._death: FastDecodeError | None = None
         self._is_draining = self._is_stopping = False
 
@@ -116,7 +119,7 @@ class Service:
         """stream: deltas are wanted.  Raises RequestError (the request, or ``queue_full``, or ``draining``)."""
         self._check_open()
         if self._num_inside >= self._engine.num_places + self._max_queue:
-            self.num_ended["queue_full"] += 1
+            self.num_refused += 1
             raise RequestError("queue_full", f"{self._max_queue} sequences wait already; try again later")
         self._num_inside += params.n
         try:
@@ -219,7 +222,7 @@ class Service:
     def _abort(self, stream: Stream) -> None:
         if self._live.pop(stream.request_id, None):
             self._engine.abort([stream.request_id])
-            self.num_aborted_samples += stream.num_samples
+            self.num_cut_short["abort"] += stream.num_samples
             self._over(stream, RequestError("cancelled", "the client has gone"))
 
     def _finish(self, output: RequestOutput) -> None:
@@ -234,7 +237,7 @@ class Service:
             if live.timeout_s is not None and now - live.since > live.timeout_s:
                 del self._live[request_id]
                 self._engine.abort([request_id])
-                self.num_ended["timeout"] += 1
+                self.num_cut_short["timeout"] += live.stream.num_samples
                 self._over(live.stream, RequestError("timeout", f"not finished within {live.timeout_s:g} s"))
 
     def _end_all(self, error: FastDecodeError) -> None:
