@@ -68,7 +68,7 @@ class EngineConfig:
     step_log: a file to write a JSON line to for every step: its time, its tokens, the KV of every R-worker.
     trace: a file to write a timeline to when the engine closes, for ui.perfetto.dev or chrome://tracing: what S- and
         R-workers did and waited for, the last 262,144 spans.
-    worker_timeout_s: longest wait for an answer of an R-worker.
+    worker_timeout_s: longest wait for an answer of an R-worker, and for one to come back when none is left.
     """
 
     model: str

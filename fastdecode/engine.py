@@ -131,12 +131,12 @@ class Engine:
         """One token for every running sequence; returns the requests that are finished now.
 
         A lost R-worker costs its sequences' KV: they are computed again on the others, from prompt and output, and go
-        on with the same tokens.  Raises RWorkerError when none is left, and from then on always.
+        on with the same tokens.  While none is left and one may come back, a step is a short wait for it.  Raises
+        RWorkerError when none is left or comes back, and from then on always.
         """
         self._recover(None)
-        self._recovery.join()
         with self._timeline.span("schedule"):
-            step = self._scheduler.schedule()
+            step = self._scheduler.schedule() if self._rpool.alive else None
         if step is None:
             return self._take_homeless()
         started = time.monotonic()
@@ -154,14 +154,13 @@ class Engine:
     def heartbeat(self, timeout_s: float) -> None:
         """To be called while nothing runs: every R-worker answers within `timeout_s`, or counts as lost.
 
-        Raises RWorkerError when none is left.
+        Raises RWorkerError like `step`.
         """
         try:
             self._rpool.settle(timeout_s)
         except RWorkerError as error:
             self._recovery.note(error)
         self._recover(None)
-        self._recovery.join()
 
     def abort(self, request_ids: Iterable[str]) -> None:
         """Forgets requests, waiting or running, and frees their KV.  Unknown ids are ignored.

@@ -5,12 +5,15 @@
 
 The order is: note a loss, drop the worker, let the scheduler decide who starts again, release those (each by itself,
 because nobody knows how far a worker had heard of them), a barrier, then rewind the rest.  A loss in the middle of that
-begins it anew.
+begins it anew.  Then whoever has come back, or is new, joins; if nobody is left that is waited for, a while at a time,
+so that requests can be added and aborted meanwhile.
 """
 
 from __future__ import annotations
 
 import logging
+import math
+import time
 from collections import deque
 from collections.abc import Iterable, Mapping
 
@@ -24,9 +27,19 @@ from fastdecode.scheduling.scheduler import Scheduler
 logger = logging.getLogger(__name__)
 
 
+_LOOK_S = 0.2
+_STEADY_S = 60.0  # being without any R-worker again sooner than that counts as the same trouble,
+_MOST_RETURNS = 3  # which somebody who comes back may end so many times: a request may be what kills them
+
+
 class Recovery:
     def __init__(self, rpool: RPool, pipeline: Pipeline, scheduler: Scheduler) -> None:
         self._rpool, self._pipeline, self._scheduler = rpool, pipeline, scheduler
+        self._last_loss: RWorkerError | None = None
+        self._alone_since: float | None = None  # without any R-worker
+        self._together_since = -math.inf
+        self._times_alone = 0  # in the same trouble
+        self._is_checked = True  # that whoever waits fits somewhere
         self._noted: deque[RWorkerError] = deque()
         self._unsettled: set[tuple[int, int]] = set()  # (R-worker, sequence) that may or may not know of their end
         self._is_restless = False  # one was begun and has not ended
@@ -34,7 +47,7 @@ class Recovery:
 
     @property
     def is_final(self) -> bool:
-        """No R-worker is left, or none that can go on without those that are lost."""
+        """No R-worker is left and none comes back, or none can go on without those that are lost."""
         return self._final is not None
 
     def note(self, error: RWorkerError, unsettled: Iterable[tuple[int, int]] = ()) -> None:
@@ -43,30 +56,28 @@ class Recovery:
         self._unsettled.update(unsettled)
 
     def run(self, step: Step | None) -> list[tuple[Sequence, RWorkerError]]:
-        """Deals with what was noted, in the middle of `step` or before the next one; nothing noted, nothing done.
+        """Deals with what was noted, in the middle of `step` or before the next one, and lets in who has come back.
 
         Returns sequences that fit on no R-worker any more, and on account of which loss.  Raises RWorkerError if none
-        is left, and from then on always.  Interrupted, it is begun anew by the next call; all sequences have to have
-        ended by then.
+        is left or comes back, and from then on always.  Interrupted, it is begun anew by the next call; all sequences
+        have to have ended by then.
         """
-        homeless: list[tuple[Sequence, RWorkerError]] = []
         while self._final or self._noted or self._is_restless:
             if self._final:
                 raise self._final
             self._is_restless = True
             kept: Mapping[int, Mapping[int, int]] = {}
             if self._noted:
-                error = self._noted.popleft()
-                is_vital = self._rpool.is_vital(error.r_worker)
-                self._rpool.drop(error.r_worker)
-                if is_vital:
+                self._last_loss = error = self._noted.popleft()
+                self._is_checked = False
+                if not self._rpool.drop(error.r_worker):
                     self._final = error
                     continue
-                logger.warning("%s.  What it held is computed again on the others", error)
+                where = "on the others" if self._rpool.alive else "when one is back"
+                logger.warning("%s.  What it held is computed again %s", error, where)
                 loss = self._scheduler.lose(error.r_worker, step)
                 self._unsettled.update(pairs(loss.released), pairs(step.preempted if step else {}))
                 kept = loss.kept
-                homeless = [(sequence, error) for sequence in loss.homeless]
             try:
                 self._pipeline.settle(sorted(self._unsettled))
                 self._pipeline.rewind(kept)
@@ -76,12 +87,29 @@ class Recovery:
                 self._is_restless = False
                 self._unsettled.clear()
                 self._rpool.totals.num_recoveries += 1
-        return homeless
+        self._join()
+        if self._is_checked or self._last_loss is None:
+            return []
+        self._is_checked = True
+        return [(sequence, self._last_loss) for sequence in self._scheduler.homeless()]
 
-    def join(self) -> None:
-        """Between two steps: R-workers that have come back, or are new, get sequences from the next step on."""
-        for joined in self._rpool.take_joined():
+    def _join(self) -> None:
+        """R-workers that have come back, or are new, get sequences from the next step on.  Raises RWorkerError."""
+        for joined in self._rpool.take_joined(0.0 if self._rpool.alive else _LOOK_S):
             self._scheduler.gain(joined.worker, joined.welcome.num_blocks)
+            self._is_checked = False
+        now = time.monotonic()
+        if self._rpool.alive:
+            if self._alone_since is not None:
+                self._alone_since, self._together_since = None, now
+            return
+        if self._alone_since is None:
+            self._alone_since = now
+            self._times_alone = 1 + (self._times_alone if now - self._together_since < _STEADY_S else 0)
+        if self._times_alone > _MOST_RETURNS or now - self._alone_since > self._rpool.timeout_s:
+            self._final = self._last_loss
+            assert self._final, "a pool begins with R-workers"
+            raise self._final
 
 
 def pairs(sequences: Mapping[int, Iterable[int]]) -> list[tuple[int, int]]:

@@ -11,10 +11,12 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 from serving import ROOT, ServerProcess, free_port
 
@@ -117,7 +119,7 @@ def wait_until_gone(process: int) -> None:
 
 
 def test_the_engine_dies(demo_model: Path) -> None:
-    """One R-worker lost costs nothing; all lost: whoever waits is told, and the exit code is 1, within seconds."""
+    """One R-worker lost costs nothing; none comes back: whoever waits is told, and the exit code is 1."""
     with ServerProcess(demo_model, "--transport", "shm", "--num-r-workers", 2) as server:
         alone = Asking(server.ready()).text()
         first, _ = r_workers(server)
@@ -125,12 +127,15 @@ def test_the_engine_dies(demo_model: Path) -> None:
         os.kill(first, signal.SIGKILL)
         assert running.text() == alone
 
-    with ServerProcess(demo_model, "--transport", "shm") as server:
+    with ServerProcess(demo_model, "--transport", "shm", "--worker-timeout", 3) as server:
         running = Asking(server.ready(), n=8).begun()
-        (only,) = r_workers(server)
-        os.kill(only, signal.SIGKILL)
         began = time.monotonic()
-        assert server.ended(30) == 1 and time.monotonic() - began < 20
+        while server.process.poll() is None and time.monotonic() - began < 30:
+            for child in psutil.Process(server.process.pid).children():
+                with suppress(psutil.NoSuchProcess):
+                    child.kill()
+            time.sleep(0.02)
+        assert server.ended(1) == 1 and time.monotonic() - began < 20
         running.join(20)
         assert json.loads(running.events[-1])["error"]["code"] == "engine_dead"
         assert "error: R-worker 0" in server.said

@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from conftest import Case
 
@@ -268,4 +269,29 @@ def test_whoever_comes_as_the_engine_dies_is_told(llama: Case) -> None:
             service._inbox, service._death, service._num_inside = read_by_the_engine, None, 0
 
     service: Any = None
+    asyncio.run(run())
+
+
+def test_the_only_r_worker_comes_back(llama: Case) -> None:
+    """Killed, while it serves: the service says so, takes requests, lets them go, and goes on with the same tokens."""
+
+    async def run() -> None:
+        async with serving(llama.directory, skip_tokenizer_init=True, num_r_workers=1, transport="shm") as service:
+            expected = (await (await service.submit([5], LONG)).output()).outputs[0].token_ids
+            stream = await service.submit([5], LONG, stream=True)
+            async for _ in deltas_of([stream]):
+                break
+            (worker,) = [p for p in psutil.Process().children() if "cpu_attention" in p.cmdline()]
+            worker.kill()
+            while not service.health().lost:
+                await asyncio.sleep(0.01)
+            assert service.health().state == "degraded"
+            unwanted, late = await service.submit([6], LONG), await service.submit([7], GREEDY)
+            unwanted.abort()
+            assert (await stream.output()).outputs[0].token_ids == expected
+            assert (await late.output()).outputs[0].token_ids
+            assert service.health().state == "ready"
+            await idle(service)
+            assert service.num_cut_short["abort"] == 1
+
     asyncio.run(run())

@@ -70,12 +70,15 @@ class Rejoin:
         self._threads = [other for other in self._threads if other.is_alive()] + [thread]
         thread.start()
 
-    def take(self) -> list[Joined]:
-        """Those that are there now; each is told once, and belongs to the caller from then on."""
+    def take(self, wait_s: float = 0.0) -> list[Joined]:
+        """Those that are there now; each is told once, and belongs to the caller from then on.
+
+        wait_s: for the first one, if there is none.
+        """
         joined: list[Joined] = []
         while True:
             try:
-                joined.append(self._joined.get_nowait())
+                joined.append(self._joined.get(wait_s > 0 and not joined, wait_s))
             except Empty:
                 return joined
 

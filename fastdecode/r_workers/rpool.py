@@ -76,10 +76,11 @@ class RPool:
         self._alive = sorted(self._workers)
         self._patience = {worker: Patience(timeout_s) for worker in self._workers}
         self._timeline = timeline
-        self._timeout_s = timeout_s
+        self.timeout_s = timeout_s  # the longest wait for an answer, and for somebody to come back when none is left
         self._last_ping = 0
         self._num_ever = len(self._workers)
         self._rejoin: Rejoin | None = None  # from `open` on
+        self._awaited: set[int] = set()  # lost, or new, and looked for
         self.totals = PoolTotals({worker: WorkerTotals() for worker in self._workers})
 
     @property
@@ -100,28 +101,35 @@ class RPool:
         """Whether nothing goes on without it: a rank of MPI, or the last one."""
         return self._workers[worker].is_vital or self._alive == [worker]
 
-    def drop(self, worker: int) -> None:
-        """A lost one: nothing is sent to it any more, and nothing of it is waited for.  It may return."""
+    def drop(self, worker: int) -> bool:
+        """A lost one: nothing is sent to it any more, and nothing of it is waited for.  It may return.
+
+        Whether the others go on without it, or somebody may come back whom to wait for.
+        """
+        lost = self._workers[worker]
         if worker in self._alive:
-            lost, is_vital = self._workers[worker], self.is_vital(worker)
             self._alive.remove(worker)
             self.totals.num_lost += 1
             lost.channel.close()
-            if self._rejoin and lost.again and not is_vital:
+            if self._rejoin and lost.again and not lost.is_vital:
+                self._awaited.add(worker)
                 self._rejoin.seek(worker, lost.again)
+        return not lost.is_vital and bool(self._alive or self._awaited)
 
     def invite(self, find: Callable[[int], RWorkerHandle]) -> None:
         """A new one, found under the number it will have; `take_joined` tells when it is there."""
         assert self._rejoin, "a pool is opened first"
         self._num_ever += 1
+        self._awaited.add(self._num_ever - 1)
         self._rejoin.seek(self._num_ever - 1, partial(find, self._num_ever - 1))
 
-    def take_joined(self) -> list[Joined]:
-        """Those that came back, or new, since the last call: alive from now on, and empty."""
-        joined = self._rejoin.take() if self._rejoin else []
+    def take_joined(self, wait_s: float = 0.0) -> list[Joined]:
+        """Those that came back, or new, since the last call: alive from now on, and empty.  Waits for a first one."""
+        joined = self._rejoin.take(wait_s) if self._rejoin else []
         for new in joined:
+            self._awaited.discard(new.worker)
             self._workers[new.worker] = new.handle
-            self._patience.setdefault(new.worker, Patience(self._timeout_s))  # whoever comes back is known
+            self._patience.setdefault(new.worker, Patience(self.timeout_s))  # whoever comes back is known
             self._alive = sorted({*self._alive, new.worker})
             self.totals.workers.setdefault(new.worker, WorkerTotals())
             self.totals.num_joined += 1
@@ -249,7 +257,7 @@ class RPool:
         self._last_ping += 1
         for worker in self._alive:
             self._send(worker, Ping(self._last_ping))
-        deadline = time.monotonic() + (timeout_s or self._timeout_s)
+        deadline = time.monotonic() + (timeout_s or self.timeout_s)
         for worker in self._alive:
             left_s = None if timeout_s is None else max(0.0, deadline - time.monotonic())
             while self._recv(worker, left_s) != Pong(self._last_ping):
@@ -283,12 +291,12 @@ class RPool:
 
     def _send(self, worker: int, message: Message) -> None:
         channel = self._workers[worker].channel
-        self._guard(worker, partial(channel.send, message, timeout_s=self._timeout_s))
+        self._guard(worker, partial(channel.send, message, timeout_s=self.timeout_s))
 
     def _recv(self, worker: int, timeout_s: float | None = None) -> Message:
         channel = self._workers[worker].channel
         if timeout_s is None:
-            timeout_s = self._timeout_s if self.is_vital(worker) else self._patience[worker].seconds
+            timeout_s = self.timeout_s if self.is_vital(worker) else self._patience[worker].seconds
         return self._guard(worker, partial(channel.recv, timeout_s=timeout_s))
 
     def _expect(self, worker: int, reply: Message, kind: type[_Result]) -> _Result:

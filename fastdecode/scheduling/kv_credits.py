@@ -44,6 +44,7 @@ class KVCredits:
         assert policy in KV_POLICIES
         self._policy, self._block_tokens = policy, block_tokens
         self._accounts = [_Account(capacity, Projection()) for capacity in capacity_blocks]
+        self._lost_last = 0  # blocks
         self._demands: dict[int, tuple[int, Demand]] = {}  # seq_id -> R-worker, what it will hold there
 
     @property
@@ -53,8 +54,8 @@ class KVCredits:
 
     @property
     def largest(self) -> int:
-        """Blocks of the largest R-worker."""
-        return max(account.capacity for account in self._accounts)
+        """Blocks of the largest R-worker; if there is none, of the one lost last, which may come back."""
+        return max(account.capacity for account in self._accounts) or self._lost_last
 
     @property
     def tokens(self) -> tuple[int, ...]:
@@ -64,6 +65,7 @@ class KVCredits:
     def lose(self, worker: int) -> None:
         """It holds nothing any more; its sequences have left already."""
         assert not self._accounts[worker].num_sequences
+        self._lost_last = self._accounts[worker].capacity or self._lost_last
         self._accounts[worker].capacity = 0
 
     def gain(self, worker: int, capacity_blocks: int) -> None:

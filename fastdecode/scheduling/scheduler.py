@@ -59,7 +59,6 @@ class Loss:
 
     released: dict[int, list[int]]  # R-worker, the lost one too -> sequences that start anew
     kept: dict[int, dict[int, int]]  # R-worker -> sequence -> how many tokens of it stay
-    homeless: list[Sequence]  # fit on no R-worker that is left
 
 
 class Scheduler:
@@ -200,7 +199,7 @@ class Scheduler:
         """
         segments = [segment for batch in step.micro_batches for segment in batch.segments] if step else []
         starts = {segment.seq_id: segment.start for segment in segments}
-        loss = Loss({}, {}, [])
+        loss = Loss({}, {})
         for sequence in list(self._running.values()):
             place, is_broken_off = _place(sequence), sequence.seq_id in starts
             if place == worker or (is_broken_off and sequence.is_prefilling):
@@ -210,9 +209,12 @@ class Scheduler:
                 loss.kept.setdefault(place, {})[sequence.seq_id] = starts[sequence.seq_id]
         self._credits.lose(worker)
         self._load.measure_memory()
-        largest = self._credits.largest
-        loss.homeless.extend(s for s in self._waiting if self._credits.blocks(s.max_kv_tokens) > largest)
         return loss
+
+    def homeless(self) -> list[Sequence]:
+        """Those waiting that fit on no R-worker."""
+        largest = self._credits.largest
+        return [s for s in self._waiting if self._credits.blocks(s.max_kv_tokens) > largest]
 
     def gain(self, worker: int, capacity_blocks: int) -> None:
         """An R-worker has come back, empty, or is new; it gets sequences from the next step on."""
