@@ -98,7 +98,7 @@ class RPool:
         return [handle.name for worker, handle in list(self._workers.items()) if worker not in self._alive]
 
     def is_vital(self, worker: int) -> bool:
-        """Whether nothing goes on without it: a rank of MPI, or the last one."""
+        """Whether all stands still without it, so that it has as long as can be: a rank of MPI, or the last one."""
         return self._workers[worker].is_vital or self._alive == [worker]
 
     def drop(self, worker: int) -> bool:
