@@ -1,6 +1,7 @@
 """After an R-worker was lost: those that are left come to rest, and hold what the scheduler thinks they do.
 
-    lost R-worker        its sequences wait again, and are computed from prompt and output on the others
+    lost R-worker        its sequences wait again, and are computed from prompt and output on the others, or on it when
+                         it is back
     the others           prompts of the broken step start again; whoever decodes goes back to before the step
 
 The order is: note a loss, drop the worker, let the scheduler decide who starts again, release those (each by itself,
@@ -26,8 +27,7 @@ from fastdecode.scheduling.scheduler import Scheduler
 
 logger = logging.getLogger(__name__)
 
-
-_LOOK_S = 0.2
+_LOOK_S = 0.2  # a step's wait while there is no R-worker: so late, at most, a request is aborted meanwhile
 _STEADY_S = 60.0  # being without any R-worker again sooner than that counts as the same trouble,
 _MOST_RETURNS = 3  # which somebody who comes back may end so many times: a request may be what kills them
 
