@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The README's throughput table: one Llama shape with 8 and with 2 KV heads, 64 sequences, all engines in turns.
+# The throughput table of docs/figures.md: one Llama shape with 8 and with 2 KV heads, 64 sequences, all engines in turns.
 #
 #     VLLM_PYTHON=vllm-env/bin/python LLAMACPP=.llamacpp/build/bin/llama-batched-bench \
 #         bash scripts/throughput_figures.sh throughput.jsonl

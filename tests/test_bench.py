@@ -48,7 +48,7 @@ def test_attention(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("outliers", [False, True])
 def test_kv_quality(tmp_path: Path, outliers: bool) -> None:
-    """Of the shipped model: what the README says of each storage type, on a part of the text."""
+    """Of the shipped model: what docs/figures.md says of each storage type, on a part of the text."""
     flags = ["--context", "128", "--windows", "24", *(["--outliers"] if outliers else [])]
     results = {r["dtype"]: r for r in run(tmp_path, "kv_quality.py", *flags)["results"]}
     assert results["float32"]["mean_kld"] < 1e-7 and results["float16"]["mean_kld"] < 1e-6

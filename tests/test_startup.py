@@ -17,7 +17,7 @@ from transport import Admit, Attend, Attended, Hello, LayerSpec, Step, Welcome, 
 
 pytestmark = pytest.mark.alone
 
-# Bounds that the README states.  Compiling takes 3 s on the machine it was tried on, loading 0.2 s.
+# Bounds that docs/figures.md states.  Compiling takes 3 s on the machine it was tried on, loading 0.2 s.
 COLD_S, CACHED_S = 10.0, 2.0
 
 OPEN_SESSION = """
