@@ -177,6 +177,17 @@ def test_outputs_of_another_job(tmp_path: Path, llm: LLM) -> None:
     assert foreign.read_text() == "my thesis\n"
 
 
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_no_json_is_never_written(tmp_path: Path, number: float) -> None:
+    found = survey(write(tmp_path / "in.jsonl", [request("a", [5])]))
+    with (
+        Journal(tmp_path / "out.jsonl", found, {}, resume=False, retry_errors=False) as journal,
+        pytest.raises(ValueError, match="JSON"),
+    ):
+        journal.append({"custom_id": "a", "response": {"logprob": [number]}, "error": None})
+    assert (tmp_path / "out.jsonl").read_bytes() == b""
+
+
 def test_a_line_torn_anywhere_is_done_again(tmp_path: Path, llm: LLM) -> None:
     source = write(tmp_path / "in.jsonl", [request(f"r{i}", [5 + i], max_tokens=2) for i in range(3)])
     out = tmp_path / "out.jsonl"

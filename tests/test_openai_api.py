@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from typing import Any
 
 import pytest
@@ -107,6 +109,23 @@ def test_text_response() -> None:
     }  # fmt: skip
     plain = completion_body([an_output(1)], is_chat=False, body_id="c", model="m", created=9, num_logprobs=None)
     assert plain["choices"][0]["logprobs"] is None
+
+
+@pytest.mark.parametrize("is_chat", [True, False])
+def test_logprobs_that_json_cannot_say(is_chat: bool) -> None:
+    """A token that the model cannot take has -inf; bodies say vLLM's -9999.0."""
+    entries = {5: Logprob(-0.5, 1, "b"), 4: Logprob(-math.inf, 2, "a")}
+    completion = CompletionOutput(0, "ba", [5, 4], -math.inf, [entries, entries], "stop")
+    output = RequestOutput("0", None, [1], [completion])
+    body = completion_body([output], is_chat=is_chat, body_id="c", model="m", created=9, num_logprobs=2)
+    assert json.loads(json.dumps(body, allow_nan=False)) == body
+    logprobs = body["choices"][0]["logprobs"]
+    if is_chat:
+        assert [token["logprob"] for token in logprobs["content"]] == [-0.5, -9999.0]
+        assert [top["logprob"] for top in logprobs["content"][0]["top_logprobs"]] == [-0.5, -9999.0]
+    else:
+        assert logprobs["token_logprobs"] == [-0.5, -9999.0]
+        assert logprobs["top_logprobs"] == [{"b": -0.5, "a": -9999.0}] * 2
 
 
 def test_errors_are_in_openais_envelope() -> None:

@@ -65,8 +65,9 @@ class Journal:
         self._synced = time.monotonic()
 
     def append(self, record: dict[str, Any]) -> None:
-        """Raises OSError: the disk is full, say."""
-        line = json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode(errors="surrogatepass") + b"\n"
+        """Raises OSError: the disk is full, say; ValueError for NaN and infinities, which JSON has not."""
+        text = json.dumps(record, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+        line = text.encode(errors="surrogatepass") + b"\n"
         while line:
             line = line[os.write(self._fd, line) :]
         if time.monotonic() - self._synced >= _SYNC_S:

@@ -7,6 +7,8 @@ from typing import Any
 
 from fastdecode.outputs import CompletionOutput, Logprob, RequestOutput
 
+_LEAST_LOGPROB = -9999.0  # of a token that cannot be: JSON has no -inf; vLLM's number
+
 
 def completion_body(
     outputs: Sequence[RequestOutput],
@@ -60,8 +62,8 @@ def text_logprobs(token_ids: Sequence[int], logprobs: list[dict[int, Logprob]], 
     tokens = [_text(entry) for entry in chosen]
     return {
         "tokens": tokens,
-        "token_logprobs": [entry.logprob for entry in chosen],
-        "top_logprobs": [{_text(e): e.logprob for e in entries.values()} for entries in logprobs],
+        "token_logprobs": [_logprob(entry) for entry in chosen],
+        "top_logprobs": [{_text(e): _logprob(e) for e in entries.values()} for entries in logprobs],
         "text_offset": [offset + sum(map(len, tokens[:i])) for i in range(len(tokens))],
     }
 
@@ -97,8 +99,12 @@ def _likeliest(entries: dict[int, Logprob], count: int) -> list[Logprob]:
 
 def _token(entry: Logprob) -> dict[str, Any]:
     text = _text(entry)
-    return {"token": text, "logprob": entry.logprob, "bytes": list(text.encode(errors="replace"))}
+    return {"token": text, "logprob": _logprob(entry), "bytes": list(text.encode(errors="replace"))}
 
 
 def _text(entry: Logprob) -> str:
     return entry.decoded_token or ""
+
+
+def _logprob(entry: Logprob) -> float:
+    return max(_LEAST_LOGPROB, entry.logprob)
