@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+_SCORED_AT_A_TIME = 64  # rows
+
 
 @dataclass(frozen=True)
 class Penalties:
@@ -88,6 +90,26 @@ def sample(logits: torch.Tensor, rows: SamplingRows) -> Sampled:
     return Sampled(token_ids.cpu().numpy(), _logprobs(raw, token_ids, rows.num_logprobs))
 
 
+def score(logits: torch.Tensor, token_ids: torch.Tensor, num_logprobs: np.ndarray) -> list[list[TokenLogprob]]:
+    """Per row the given token first, then the most likely ones, of the logits as they are.
+
+    logits: [n, vocab] of any float dtype; token_ids: [n] int64; num_logprobs: [n], of each row's most likely ones.
+    """
+    results = []
+    for begin in range(0, len(logits), _SCORED_AT_A_TIME):  # so that no second copy of all of them is made
+        part = slice(begin, begin + _SCORED_AT_A_TIME)
+        logprobs, given = logits[part].float().log_softmax(dim=1), token_ids[part, None]
+        own = logprobs.gather(1, given)
+        ranks = (logprobs > own).sum(dim=1) + 1
+        counts = np.minimum(num_logprobs[part], logprobs.shape[1]).tolist()
+        top = logprobs.topk(max(counts), dim=1)
+        columns = (given[:, 0], own[:, 0], ranks, top.indices, top.values)
+        for token_id, logprob, rank, ids, values, count in zip(*(c.tolist() for c in columns), counts, strict=True):
+            likeliest = zip(ids[:count], values[:count], range(1, count + 1), strict=True)
+            results.append([TokenLogprob(token_id, logprob, rank), *(TokenLogprob(*entry) for entry in likeliest)])
+    return results
+
+
 def _likeliest(logits: torch.Tensor) -> torch.Tensor:
     """The first largest of each row.  [n, vocab] -> [n] int64"""
     if logits.device.type != "cpu":
@@ -147,18 +169,10 @@ def _apply_penalties(logits: torch.Tensor, penalties: Penalties) -> None:
 def _logprobs(logits: torch.Tensor, token_ids: torch.Tensor, wanted: np.ndarray) -> list[list[TokenLogprob]]:
     results: list[list[TokenLogprob]] = [[] for _ in wanted]
     rows = np.flatnonzero(wanted >= 0)
-    if not len(rows):
-        return results
-    where = torch.from_numpy(rows).to(logits.device)
-    logprobs, sampled = logits[where].log_softmax(dim=1), token_ids[where]
-    own = logprobs.gather(1, sampled[:, None])
-    ranks = (logprobs > own).sum(dim=1) + 1
-    top = logprobs.topk(max(1, int(min(wanted[rows].max(), logprobs.shape[1]))), dim=1)
-    for i, row in enumerate(rows.tolist()):
-        result = [TokenLogprob(int(sampled[i]), float(own[i, 0]), int(ranks[i]))]
-        for rank in range(min(int(wanted[row]), logprobs.shape[1])):
-            result.append(TokenLogprob(int(top.indices[i, rank]), float(top.values[i, rank]), rank + 1))
-        results[row] = result
+    if len(rows):
+        where = torch.from_numpy(rows).to(logits.device)
+        for row, result in zip(rows.tolist(), score(logits[where], token_ids[where], wanted[rows]), strict=True):
+            results[row] = result
     return results
 
 

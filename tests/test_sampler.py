@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpu_sworker import Penalties, SamplingRows, derive_seed, uniforms
-from gpu_sworker.sampler import sample
+from gpu_sworker.sampler import sample, score
 
 
 def rows(n: int, **columns: object) -> SamplingRows:
@@ -117,6 +117,21 @@ def test_logprobs() -> None:
     for entry in entries:
         assert entry.logprob == pytest.approx(expected[entry.token_id], abs=1e-6)
     assert entries[0].rank == 1 + int((expected > expected[entries[0].token_id]).sum())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scores_of_given_tokens(dtype: torch.dtype) -> None:
+    """More rows than are looked at together; each with as many of the likeliest as it wants, at most all there are."""
+    logits = torch.randn(150, 40, generator=torch.Generator().manual_seed(0)).to(dtype)
+    given, wanted = torch.arange(150) % 40, np.arange(150) % 50
+    expected = logits.float().log_softmax(dim=1)
+    for row, (own, *likeliest) in enumerate(score(logits, given, wanted)):
+        of_row = expected[row]
+        assert (own.token_id, own.logprob) == (given[row], of_row[given[row]])
+        assert own.rank == 1 + int((of_row > of_row[given[row]]).sum())
+        assert [entry.logprob for entry in likeliest] == of_row.sort(descending=True).values[: wanted[row]].tolist()
+        assert all(entry.logprob == of_row[entry.token_id] for entry in likeliest)
+        assert [entry.rank for entry in likeliest] == list(range(1, len(likeliest) + 1))
 
 
 def test_uniforms_look_uniform_and_depend_on_both() -> None:
