@@ -75,7 +75,7 @@ def figures(steps: list[StepRecord], num_tokens: int) -> Figures:
 
 def emulated_facts(num_layers: int, kv_heads: int, group: int, head_dim: int) -> ModelFacts:
     spec = AttentionSpec(kv_heads * group, kv_heads, head_dim, head_dim**-0.5, None, None, None)
-    return ModelFacts("emulated", (spec,) * num_layers, 8, None, (), 0, "float32", "emulated", "plain")
+    return ModelFacts("emulated", (spec,) * num_layers, 8, None, "", None, (), 0, "float32", "emulated", "plain")
 
 
 def run_emulated(args: argparse.Namespace, count: int, capacity_tokens: int, **options: object) -> list[StepRecord]:

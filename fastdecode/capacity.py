@@ -48,7 +48,9 @@ def max_model_len(config: EngineConfig, facts: ModelFacts, layout: KVLayout, wel
     largest = max(welcome.num_blocks * welcome.block_tokens for welcome in welcomes)
     asked, known = config.max_model_len, facts.max_positions
     if asked is not None and known is not None and asked > known:
-        raise ConfigError(f"max_model_len is {asked}, but the model computes positions up to {known} only")
+        raise ConfigError(
+            f"max_model_len is {asked}, but the model has positions for {known} tokens only: {facts.positions_reason}"
+        )
     if asked is not None and asked > largest + 1:
         needed = layout.num_blocks(asked - 1) * layout.block_bytes
         raise ConfigError(
@@ -82,6 +84,7 @@ def make_scheduler(config: EngineConfig, facts: ModelFacts, capacity_blocks: Seq
             length_quantile=config.length_quantile,
             order=config.order,
             order_window=config.order_window,
+            restart_tokens=facts.restart_tokens,
         ),
         Learned() if config.length_predictor == "learned" else MaxTokens(),
     )

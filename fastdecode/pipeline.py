@@ -189,11 +189,14 @@ class Pipeline:
 def flatten(micro_batch: MicroBatch) -> FlatBatch:
     """The micro-batch's tokens behind one another."""
     segments = micro_batch.segments
+    positions = np.concatenate([np.arange(s.start, s.start + s.num_tokens, dtype=np.int64) for s in segments])
+    given = np.repeat([s.given_tokens for s in segments], [s.num_tokens for s in segments])
     ends = np.cumsum([segment.num_tokens for segment in segments], dtype=np.int64)
     return FlatBatch(
         token_ids=np.concatenate([np.array(segment.token_ids, np.int64) for segment in segments]),
-        positions=np.concatenate([np.arange(s.start, s.start + s.num_tokens, dtype=np.int64) for s in segments]),
+        positions=positions,
         logits_rows=ends[[segment.is_sampled for segment in segments]] - 1,
+        lengths=np.maximum(positions + 1, given),
     )
 
 

@@ -25,6 +25,7 @@ class Segment(NamedTuple):
     start: int  # position of the first token
     token_ids: tuple[int, ...]
     prompt_tokens: int  # of the prompt these are a chunk of; 0: one token that was sampled
+    given_tokens: int = 0  # of that prompt, those whose positions go by its length; others by their own place
 
     @property
     def is_prompt(self) -> bool:

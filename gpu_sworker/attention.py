@@ -24,6 +24,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
+import numpy as np
 import torch
 from greenlet import GreenletExit, getcurrent, greenlet
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -81,6 +82,7 @@ class Forward:
     """One forward pass of the model, started, suspended, resumed."""
 
     run: Callable[[], torch.Tensor]
+    lengths: np.ndarray  # [T], see FlatBatch
     probing: bool = False
     mask_requests: list[MaskRequest] = field(default_factory=list)
     num_calls: int = 0
@@ -112,6 +114,14 @@ class _ForwardGreenlet(greenlet):
         self.forward = forward
 
 
+def current_forward() -> Forward:
+    """The one whose model code calls this."""
+    current = getcurrent()
+    if not isinstance(current, _ForwardGreenlet) or current.parent is None:
+        raise RuntimeError("a model split by FastDecode cannot be called directly; use SWorker.forward")
+    return current.forward
+
+
 def _suspend(
     module: torch.nn.Module,
     query: torch.Tensor,  # [1, num_q_heads, T, head_dim]
@@ -125,10 +135,7 @@ def _suspend(
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention function: returns o as [1, T, num_q_heads, head_dim]."""
-    current = getcurrent()
-    if not isinstance(current, _ForwardGreenlet) or current.parent is None:
-        raise RuntimeError("a model split by FastDecode cannot be called directly; use SWorker.forward")
-    forward = current.forward
+    current, forward = getcurrent(), current_forward()
     call = AttentionCall(
         layer=forward.num_calls,
         q=query[0].transpose(0, 1),

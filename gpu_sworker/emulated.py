@@ -19,9 +19,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from gpu_sworker.attention import AttentionCall
-from gpu_sworker.model import max_positions, read_config
+from gpu_sworker.model import read_config
 from gpu_sworker.prefill import PromptChunk
 from gpu_sworker.probe import AttentionSpec
+from gpu_sworker.rope import reach
 from gpu_sworker.sampler import Sampled, SamplingRows
 from gpu_sworker.staging import HostStaging
 from gpu_sworker.sworker import FlatBatch, ModelFacts
@@ -47,11 +48,14 @@ def describe_model(directory: str | Path, device: str) -> tuple[ModelFacts, int]
     spec = AttentionSpec(heads, kv_heads, head_dim, head_dim**-0.5, None, None, None)
     num_parameters = sum(p.numel() for p in model.parameters())
     ends = {p for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m for p in m.parameters()}
+    positions = reach(config)
     facts = ModelFacts(
         model_type=config.model_type,
         layers=(spec,) * layers,
         vocab_size=text.vocab_size,
-        max_positions=max_positions(config),
+        max_positions=positions.longest,
+        positions_reason=positions.reason,
+        restart_tokens=positions.restart_tokens,
         eos_token_ids=(),
         num_parameters=num_parameters,
         dtype="float16",

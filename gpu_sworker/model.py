@@ -21,8 +21,6 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 _ATTENTION_LAYER_TYPES = {"full_attention", "sliding_attention", "attention", "chunked_attention"}
 _ALIBI_MODELS = {"bloom", "mpt"}  # whose configuration does not say so
-# Rotary frequencies that change for all tokens of a batch once any position passes the original length.
-_BATCH_DEPENDENT_ROPE = {"dynamic", "longrope"}
 
 
 def choose_device(device: str) -> torch.device:
@@ -108,21 +106,6 @@ def load(directory: Path, config: PretrainedConfig, dtype: torch.dtype, device: 
             f"({', '.join(missing[:3])}, ...); is the download complete, and does config.json belong to it?"
         )
     return model.to(device).eval()
-
-
-def max_positions(config: PretrainedConfig) -> int | None:
-    """The longest sequence the model computes as transformers would; None if it sets no bound."""
-    text = config.get_text_config(decoder=True)
-    longest = getattr(text, "max_position_embeddings", None)
-    rope = getattr(text, "rope_parameters", None) or {}
-    for parameters in (rope, *(value for value in rope.values() if isinstance(value, dict))):
-        if parameters.get("rope_type") in _BATCH_DEPENDENT_ROPE:
-            # Up to here its frequencies are the same for every batch, and so are the tokens.
-            original = parameters.get("original_max_position_embeddings") or getattr(
-                text, "original_max_position_embeddings", None
-            )
-            longest = min(filter(None, (longest, original)), default=None)
-    return longest
 
 
 def _vet_config(config: PretrainedConfig, model_type: str) -> None:

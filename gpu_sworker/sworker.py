@@ -18,7 +18,7 @@ from torch.nn.functional import pad
 from gpu_sworker.attention import AttentionCall, Forward
 from gpu_sworker.errors import UnsupportedModel
 from gpu_sworker.linear import pack_linears, padded_rows
-from gpu_sworker.model import choose_device, choose_dtype, load, max_positions, read_config
+from gpu_sworker.model import choose_device, choose_dtype, load, read_config
 from gpu_sworker.prefill import PromptChunk, PromptKV, prompt_attention
 from gpu_sworker.probe import (
     FLAT_LOGITS_ROWS,
@@ -30,6 +30,7 @@ from gpu_sworker.probe import (
     check_flat,
     probe,
 )
+from gpu_sworker.rope import make_rope_per_sequence, reach
 from gpu_sworker.sampler import Sampled, SamplingRows, sample
 from gpu_sworker.staging import Transfer, make_staging
 
@@ -41,6 +42,12 @@ class FlatBatch:
     token_ids: np.ndarray  # [T] int64
     positions: np.ndarray  # [T] int64, of each token in its own sequence
     logits_rows: np.ndarray  # [num_samples] int64, rows whose next token is wanted
+    # [T] int64, of each token's sequence when the token is first computed (see rope.py); None: the token is its last.
+    lengths: np.ndarray | None = None
+
+    @property
+    def known_lengths(self) -> np.ndarray:
+        return self.positions + 1 if self.lengths is None else self.lengths
 
     def padded(self) -> FlatBatch:
         """With tokens and samples that nobody wants, for kernels that are to meet few sizes."""
@@ -49,6 +56,7 @@ class FlatBatch:
             np.pad(self.token_ids, (0, more_tokens)),
             np.pad(self.positions, (0, more_tokens)),
             np.pad(self.logits_rows, (0, more_samples)),
+            np.pad(self.known_lengths, (0, more_tokens)),
         )
 
 
@@ -60,6 +68,8 @@ class ModelFacts:
     layers: tuple[AttentionSpec, ...]
     vocab_size: int
     max_positions: int | None
+    positions_reason: str  # why no more
+    restart_tokens: int | None  # a sequence that grows to so many tokens is to be computed anew from its first one
     eos_token_ids: tuple[int, ...]
     num_parameters: int
     dtype: str
@@ -88,12 +98,16 @@ class SWorker:
         num_parameters = sum(p.numel() for p in self._model.parameters())
         with self.inference():
             linear_kernel = pack_linears(self._model, linear_kernel)
+        make_rope_per_sequence(self._model)
+        positions = reach(config)
         layers = self._probe(config.model_type, text_config.num_hidden_layers)
         self.facts = ModelFacts(
             model_type=config.model_type,
             layers=layers,
             vocab_size=text_config.vocab_size,
-            max_positions=max_positions(config),
+            max_positions=positions.longest,
+            positions_reason=positions.reason,
+            restart_tokens=positions.restart_tokens,
             eos_token_ids=_eos_token_ids(self._model),
             num_parameters=num_parameters,
             dtype=str(self.dtype).removeprefix("torch."),
@@ -176,7 +190,7 @@ class SWorker:
             )
             return output.logits[0]
 
-        return Forward(run, probing=probing)
+        return Forward(run, batch.known_lengths, probing=probing)
 
 
 def _eos_token_ids(model: torch.nn.Module) -> tuple[int, ...]:

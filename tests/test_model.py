@@ -17,7 +17,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForSeq2S
 
 from gpu_sworker import AttentionSpec, FlatBatch, ModelNotFound, SWorker, UnsupportedModel
 from gpu_sworker.prefill import PromptChunk, PromptKV, general_prompt_attention, prompt_attention
-from models import VOCAB, make_model
+from models import VOCAB
 
 SMALL = {"hidden_size": 64, "vocab_size": VOCAB, "num_hidden_layers": 2, "num_attention_heads": 4}
 WITH_KV = SMALL | {"num_key_value_heads": 2, "intermediate_size": 64}
@@ -211,20 +211,6 @@ def test_facts(case: Callable[[str], Case]) -> None:
     assert (facts.vocab_size, facts.max_positions, facts.eos_token_ids, facts.dtype) == (VOCAB, 512, (2,), "float32")
     sinks = SWorker(case("gpt-oss").directory).facts.layers[1].sinks
     assert sinks is not None and len(sinks) == 4
-
-
-def test_rope_that_depends_on_the_batch_is_capped(tmp_path: Path) -> None:
-    """LongRoPE changes all frequencies once one position passes the original length, which a flat batch may not do."""
-    rope = {
-        "rope_type": "longrope",
-        "rope_theta": 10000.0,
-        "short_factor": [1.0] * 8,
-        "long_factor": [2.0] * 8,
-        "original_max_position_embeddings": 128,
-        "factor": 4.0,
-    }
-    directory = make_model("phi3", tmp_path, rope_parameters=rope, original_max_position_embeddings=128)
-    assert SWorker(directory).facts.max_positions == 128
 
 
 def test_suspended_forwards_do_not_mix(llama: Case) -> None:

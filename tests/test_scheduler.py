@@ -163,6 +163,7 @@ PREDICTORS = {
     order=st.sampled_from(ORDERS),
     window=st.integers(1, 6),
     split_fuse=st.booleans(),
+    restart=st.one_of(st.none(), st.integers(1, 50)),
 )
 def test_whatever_comes(
     sizes: list[tuple[int, int, int | None, int]],
@@ -181,6 +182,7 @@ def test_whatever_comes(
     order: str,
     window: int,
     split_fuse: bool,
+    restart: int | None,
 ) -> None:
     """Budgets are kept in every step (see World), nobody running is skipped, no credit leaks, everything ends."""
     scheduler = create_scheduler(
@@ -197,6 +199,7 @@ def test_whatever_comes(
         order=order,
         order_window=window,
         split_fuse=split_fuse,
+        restart_tokens=restart,
     )
     world = World(scheduler, budget, capacity, split_fuse)
     coming = [
@@ -217,8 +220,24 @@ def test_whatever_comes(
         if sequence.seq_id not in aborted:
             expected = sequence.request.true_output_tokens or sequence.request.max_new_tokens
             assert len(sequence.output_token_ids) == expected and sequence.finish_reason
-    if kv_policy != "greedy" and predictor == "max" and len({rank for *_, rank in sizes}) == 1:
+    if restart is None and kv_policy != "greedy" and predictor == "max" and len({rank for *_, rank in sizes}) == 1:
         assert world.num_preempted == 0, "what is reserved to the end is never thrown out"
+
+
+def test_a_sequence_that_outgrows_the_original_length_is_computed_anew() -> None:
+    """Once, from its first token, all of them as given; whoever begins beyond that length never is."""
+    scheduler = create_scheduler(restart_tokens=8)
+    world = World(scheduler, 64, (50, 50))
+    for sequence in (a_sequence(0, prompt=5, output=9), a_sequence(1, prompt=8, output=3)):
+        world.add(sequence)
+    world.run()
+    chunks = [s for step in world.steps for m in step.micro_batches for s in m.segments if s.is_prompt]
+    assert [(s.seq_id, s.start, s.num_tokens, s.given_tokens) for s in chunks] == [
+        (0, 0, 5, 5),
+        (1, 0, 8, 8),
+        (0, 0, 8, 8),
+    ]
+    assert world.num_preempted == 1
 
 
 @pytest.mark.parametrize("start_policy", START_POLICIES)

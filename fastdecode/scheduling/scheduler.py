@@ -43,6 +43,7 @@ class SchedulerConfig:
     length_quantile: float = 0.95
     order: str = "fcfs"
     order_window: int = 64
+    restart_tokens: int | None = None  # a sequence that grows to so many is computed anew; see ModelFacts
     split_fuse: bool = True  # False: prompts go whole, in steps of their own, before anything else (vLLM of 2023)
 
     @property
@@ -231,7 +232,8 @@ class Scheduler:
         """Where an R-worker cannot hold the coming step, whoever ranks last goes back to waiting.
 
         Whoever ranks first stays, and fits alone: so with every step something comes nearer to its end.  And who
-        outranks others takes the seat, or the KV, of the last of them, if there is none left.
+        outranks others takes the seat, or the KV, of the last of them, if there is none left.  Before all, sequences
+        whose KV is of no more use, because the model takes other positions for longer ones.
         """
         preempted: dict[int, list[int]] = {}
 
@@ -241,6 +243,9 @@ class Scheduler:
             self._put_back(victim)
             preempted.setdefault(worker, []).append(victim.seq_id)
 
+        restart = self._config.restart_tokens or math.inf
+        for sequence in [s for s in self._running.values() if s.prefill_tokens < restart <= s.num_tokens]:
+            put_back(sequence)
         while (worker := self._credits.overdrawn()) is not None:
             put_back(max((s for s in self._running.values() if s.r_worker == worker), key=_rank))
         first = self._waiting.first()
@@ -318,7 +323,9 @@ class Scheduler:
         begin = sequence.num_computed
         end = min(begin + most, sequence.prefill_tokens) if self._config.split_fuse else sequence.prefill_tokens
         ids = sequence.token_ids[begin:end]
-        return Segment(sequence.seq_id, _place(sequence), begin, ids, sequence.prefill_tokens)
+        restarts = self._config.restart_tokens is not None
+        given = sequence.prefill_tokens if restarts else len(sequence.request.prompt_token_ids)
+        return Segment(sequence.seq_id, _place(sequence), begin, ids, sequence.prefill_tokens, given)
 
     def _start(self, sequence: Sequence, worker: int, prospect: Prospect) -> None:
         self._waiting.remove(sequence)
