@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -21,6 +22,9 @@ from models import VOCAB, make_model
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 settings.register_profile("suite", deadline=None, suppress_health_check=list(HealthCheck), print_blob=True)
 settings.load_profile("suite")
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # As a shell starts what it runs in the background; the processes of the tests would ignore it, too.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 PROMPT_LENGTHS = (1, 2, 31, 32, 33, 75, 140, 200)
 NEW_TOKENS = 32

@@ -22,6 +22,8 @@ from models import FAMILIES
 ROOT = Path(__file__).parents[1]
 GREEDY = SamplingParams(temperature=0, max_tokens=NEW_TOKENS)
 SPLITS = [(workers, micro_batches) for workers in (1, 2, 3) for micro_batches in (1, 2)]
+# With the kernel, so that each meets every number of micro-batches.
+IN_THREADS = list(zip([*SPLITS, (2, 3), (1, 3), (3, 3)], cycle(("onednn", "onednn", "plain")), strict=False))
 
 
 @pytest.fixture(scope="module")
@@ -66,12 +68,14 @@ def tokens(llm: LLM, case: Case) -> list[list[int]]:
     return [output.outputs[0].token_ids for output in outputs]
 
 
+@pytest.mark.parametrize("is_whole", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["some", "all"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_threads(family: str, case: Callable[[str], Case]) -> None:
-    made = case(family)
+def test_threads(family: str, is_whole: bool, case: Callable[[str], Case]) -> None:
+    """In every split, or in three of them, others for each family; the plain kernel in one."""
+    made, first = case(family), [*FAMILIES].index(family)
     assert len({token for line in made.reference for token in line}) > 8, "a model that says one thing proves nothing"
-    kernels = cycle(("onednn", "onednn", "plain"))  # so that each meets every number of micro-batches
-    for (workers, micro_batches), linear_kernel in zip([*SPLITS, (2, 3), (1, 3), (3, 3)], kernels, strict=False):
+    chosen = IN_THREADS if is_whole else [IN_THREADS[(first + 4 * step) % len(IN_THREADS)] for step in range(3)]
+    for (workers, micro_batches), linear_kernel in chosen:
         with LLM(
             made.directory,
             num_r_workers=workers,
@@ -114,8 +118,17 @@ def test_a_device_that_works_by_itself(
         assert tokens(llm, made) == made.reference
 
 
-@pytest.mark.parametrize("scheme", ["shm", "ipc", "tcp"])
-@pytest.mark.parametrize("family", FAMILIES)
+SCHEMES = ("shm", "ipc", "tcp")
+
+
+@pytest.mark.parametrize(
+    "family, scheme",
+    [
+        pytest.param(family, scheme, marks=[] if (i - j) % len(SCHEMES) == 0 else pytest.mark.slow)
+        for i, family in enumerate(FAMILIES)
+        for j, scheme in enumerate(SCHEMES)
+    ],
+)
 def test_processes(family: str, scheme: str, addresses: dict[str, list[str]], case: Callable[[str], Case]) -> None:
     made = case(family)
     for workers, micro_batches in SPLITS:
@@ -128,8 +141,15 @@ def test_processes(family: str, scheme: str, addresses: dict[str, list[str]], ca
             assert tokens(llm, made) == made.reference, (workers, micro_batches)
 
 
-def test_mpi(mpirun: list[str], case: Callable[[str], Case], tmp_path: Path) -> None:
-    """All families and splits in one job of four ranks."""
+@pytest.mark.parametrize(
+    "families, splits",
+    [([*FAMILIES][::4], SPLITS[2::3]), pytest.param([*FAMILIES], SPLITS, marks=pytest.mark.slow)],
+    ids=["some", "all"],
+)
+def test_mpi(
+    families: list[str], splits: list[tuple[int, int]], mpirun: list[str], case: Callable[[str], Case], tmp_path: Path
+) -> None:
+    """Families and splits in one job of four ranks."""
     job = [
         {
             "family": family,
@@ -137,9 +157,9 @@ def test_mpi(mpirun: list[str], case: Callable[[str], Case], tmp_path: Path) -> 
             "prompts": case(family).prompts,
             "reference": case(family).reference,
         }
-        for family in FAMILIES
+        for family in families
     ]
-    (tmp_path / "job.json").write_text(json.dumps({"cases": job, "splits": SPLITS, "new_tokens": NEW_TOKENS}))
+    (tmp_path / "job.json").write_text(json.dumps({"cases": job, "splits": splits, "new_tokens": NEW_TOKENS}))
     out = subprocess.run(
         [*mpirun, "-n", "4", sys.executable, ROOT / "tests" / "mpi_equality.py", tmp_path / "job.json"],
         capture_output=True,
@@ -147,7 +167,7 @@ def test_mpi(mpirun: list[str], case: Callable[[str], Case], tmp_path: Path) -> 
         timeout=280,
     )
     assert out.returncode == 0, out.stdout[-3000:] + out.stderr[-3000:]
-    assert out.stdout.count("equal") == len(FAMILIES) * len(SPLITS)
+    assert out.stdout.count("equal") == len(families) * len(splits)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt-oss"])
