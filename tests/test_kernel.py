@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from cpu_attention import KV_DTYPES, NUMBER_DTYPES, AttentionRule, HeadFormat, kernel, reference
@@ -235,6 +235,44 @@ def test_what_lies_beyond_a_sequence_does_not_matter(dtype: str) -> None:
         case = Case(q, data, head, np.zeros((1, 1), np.int32), np.array([4], np.int32), AttentionRule(0.125))
         outs.append(case.attend(kernel))
     assert np.isfinite(outs[0]).all() and np.array_equal(*outs)
+
+
+@settings(max_examples=15)
+@example(turns=[(5, 2, False), (2, 1, False)], seed=0)
+@example(turns=[(9, 4, True), (2, 0, False)], seed=0)
+@given(
+    turns=st.lists(st.tuples(st.integers(1, 20), st.integers(0, 24), st.booleans()), min_size=2, max_size=6),
+    seed=st.integers(0, 2**31),
+)
+@pytest.mark.parametrize("dtype", KV_DTYPES)
+@pytest.mark.parametrize("which", [kernel, reference], ids=["kernel", "reference"])
+def test_tokens_that_come_again_leave_nothing_of_the_old_ones(
+    dtype: str, which: Kernel, turns: list[tuple[int, int, bool]], seed: int
+) -> None:
+    """Turns of (tokens to append, how many to go back after it, whether these are NaN): what is stored then, and read
+    by attention, is to the bit what a fresh store holds that was given the tokens that stayed."""
+    generator, head, tokens = np.random.default_rng(seed), HeadFormat(dtype, 32, 32), np.empty((0, 1, 32), np.float32)
+    blocks = np.array([2, 0, 3, 1], np.int32)
+    stores = [generator.integers(0, 256, (4, 1, head.nbytes), np.uint8) for _ in "ab"]
+
+    def append(data: np.ndarray, new: np.ndarray, start: int) -> None:
+        positions = np.arange(start, start + len(new), dtype=np.int32)
+        which.append(new, -new, blocks[positions // 32], positions % 32, data, head)
+
+    for count, back, is_nan in turns:
+        new = generator.standard_normal((count, 1, 32)).astype(np.float32)
+        new[max(0, count - back) :] += np.float32(np.nan if is_nan else 0)
+        append(stores[0], new, len(tokens))
+        tokens = np.concatenate([tokens, new])[: max(0, len(tokens) + count - back)]
+    last = generator.standard_normal((1, 1, 32)).astype(np.float32)
+    append(stores[0], last, len(tokens))
+    tokens = np.concatenate([tokens, last])
+    append(stores[1], tokens, 0)
+    held = [[part.reshape(-1, 32)[: len(tokens)] for part in reference.read(s[blocks], head)] for s in stores]
+    assert np.array_equal(held[0], held[1])
+    q, end = generator.standard_normal((1, 2, 32)).astype(np.float32), np.array([len(tokens) - 1], np.int32)
+    outs = [Case(q, data, head, blocks[None], end, AttentionRule(0.2)).attend(which) for data in stores]
+    assert np.isfinite(outs).all() and np.array_equal(*outs)
 
 
 @pytest.mark.parametrize("dtype", KV_DTYPES)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from cpu_attention import (
     AttentionRule,
@@ -22,20 +24,40 @@ from cpu_attention import (
 )
 from cpu_attention.attention import Attention
 
-LAYOUT = KVLayout((LayerShape(2, 16), LayerShape(1, 32)), "float32", block_tokens=16)
+LAYOUTS = {
+    dtype: KVLayout((LayerShape(2, 16), LayerShape(1, 32)), dtype, block_tokens=16)
+    for dtype in ("float32", "k8v4", "int4")
+}
+LAYOUT = LAYOUTS["float32"]
+
+
+@cache
+def token(value: int, shape: LayerShape) -> np.ndarray:
+    """K of the token that is known by `value`.  # [1, num_kv_heads, head_dim] float32"""
+    return np.random.default_rng(value).standard_normal((1, shape.num_kv_heads, shape.head_dim)).astype(np.float32)
+
+
+@cache
+def as_stored(value: int, dtype: str, layer: int) -> np.ndarray:
+    """What that token's K and V are when nothing was there before.  # [2, num_kv_heads, head_dim]"""
+    head, shape, zero = LAYOUTS[dtype].heads[layer], LAYOUTS[dtype].layers[layer], np.zeros(1, np.int32)
+    data = np.zeros((1, shape.num_kv_heads, head.nbytes), np.uint8)
+    reference.append(token(value, shape), -token(value, shape), zero, zero, data, head)
+    return np.stack([part[0, :, 0] for part in reference.read(data, head)])
 
 
 class StoreMachine(RuleBasedStateMachine):
     """Beside the store a model of it: what every sequence should hold, token by token."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.store = KVStore(LAYOUT, 12 * LAYOUT.block_bytes + 5)
+    @initialize(dtype=st.sampled_from(list(LAYOUTS)))
+    def open(self, dtype: str) -> None:
+        self.layout = LAYOUTS[dtype]
+        self.store = KVStore(self.layout, 12 * self.layout.block_bytes + 5)
         self.limits: dict[int, int] = {}
-        self.values: dict[int, list[float]] = {}
-        self.next_value = 1.0
+        self.values: dict[int, list[int]] = {}
+        self.next_value = 1
 
-    @rule(seq_id=st.integers(0, 9), max_tokens=st.integers(1, 220))
+    @rule(seq_id=st.integers(0, 5), max_tokens=st.integers(1, 220))
     def admit(self, seq_id: int, max_tokens: int) -> None:
         if seq_id in self.limits:
             with pytest.raises(SequenceExists):
@@ -47,7 +69,7 @@ class StoreMachine(RuleBasedStateMachine):
             self.store.admit(seq_id, max_tokens)
             self.limits[seq_id], self.values[seq_id] = max_tokens, []
 
-    @rule(seq_id=st.integers(0, 9), count=st.integers(0, 48))
+    @rule(seq_id=st.integers(0, 5), count=st.integers(0, 48))
     def extend_and_write(self, seq_id: int, count: int) -> None:
         held = {other: len(values) for other, values in self.values.items()}
         if seq_id not in self.limits:
@@ -63,22 +85,28 @@ class StoreMachine(RuleBasedStateMachine):
             start = len(self.values[seq_id])
             self.store.extend({seq_id: count})
             positions = np.arange(start, start + count)
-            fresh = self.next_value + np.arange(count)
+            fresh = range(self.next_value, self.next_value + count)
             self.next_value += count
-            self.values[seq_id] += fresh.tolist()
+            self.values[seq_id] += fresh
             blocks = self.store.block_tables([seq_id])[0][positions // 16] if count else np.zeros(0, np.int32)
-            for layer, shape in enumerate(LAYOUT.layers):
-                rows = np.broadcast_to(fresh[:, None, None], (count, shape.num_kv_heads, shape.head_dim))
-                kernel.append(
-                    rows.astype(np.float32),
-                    -rows.astype(np.float32),
-                    blocks,
-                    (positions % 16).astype(np.int32),
-                    self.store.data[layer],
-                    LAYOUT.heads[layer],
-                )
+            for layer, shape in enumerate(self.layout.layers):
+                none = np.empty((0, shape.num_kv_heads, shape.head_dim), np.float32)
+                rows = np.concatenate([none, *(token(value, shape) for value in fresh)])
+                offsets = (positions % 16).astype(np.int32)
+                kernel.append(rows, -rows, blocks, offsets, self.store.data[layer], self.layout.heads[layer])
 
-    @rule(seq_id=st.integers(0, 9))
+    @rule(seq_id=st.integers(0, 5), back=st.integers(0, 40))
+    def truncate(self, seq_id: int, back: int) -> None:
+        """As a Rewind does: what comes then goes where something else was."""
+        if seq_id not in self.limits:
+            with pytest.raises(UnknownSequence):
+                self.store.truncate(seq_id, 0)
+        else:
+            keep = max(0, len(self.values[seq_id]) - back)
+            self.store.truncate(seq_id, keep)
+            del self.values[seq_id][keep:]
+
+    @rule(seq_id=st.integers(0, 5))
     def release(self, seq_id: int) -> None:
         if seq_id in self.limits:
             self.store.release(seq_id)
@@ -97,12 +125,13 @@ class StoreMachine(RuleBasedStateMachine):
         for seq_id, values in self.values.items():
             table = self.store.block_tables([seq_id])[0]
             assert self.store.num_tokens(seq_id) == len(values)
-            for data, head in zip(self.store.data, LAYOUT.heads, strict=True):
-                k, v = (
-                    part.swapaxes(1, 2).reshape(-1, *part.shape[1::2]) for part in reference.read(data[table], head)
-                )
-                expected = np.array(values)[:, None, None]
-                assert (k[: len(values)] == expected).all() and (v[: len(values)] == -expected).all()
+            if not values:
+                continue
+            for layer, (data, head) in enumerate(zip(self.store.data, self.layout.heads, strict=True)):
+                parts = reference.read(data[table], head)  # [blocks, num_kv_heads, 16, head_dim] each
+                held = np.stack([part.swapaxes(1, 2).reshape(-1, *part.shape[1::2]) for part in parts], axis=1)
+                expected = [as_stored(value, self.layout.dtype, layer) for value in values]
+                assert np.array_equal(held[: len(values)], expected)
 
     @precondition(lambda self: not self.limits)
     @invariant()

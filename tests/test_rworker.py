@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from cpu_attention import RWorker, reference, serve
+from cpu_attention import RWorker, kernel, reference, serve
+from cpu_attention.attention import Kernel
 from cpu_attention.warm_kernels import MAX_KINDS
 from transport import (
     Admit,
@@ -28,6 +29,7 @@ from transport import (
     Ping,
     Pong,
     Release,
+    Rewind,
     Step,
     Welcome,
     connect,
@@ -326,6 +328,54 @@ def test_any_conversation(steps: list[list[tuple[int, int]]], data: st.DataObjec
         for row, (count, _) in enumerate(rows):
             stored[row] += count
     for worker in workers:
+        worker.close()
+
+
+@settings(max_examples=10)
+@example(turns=[(5, 1, 2, 2)])
+@example(turns=[(20, 3, 2, 3), (2, 2, 1, 0)])
+@given(
+    turns=st.lists(
+        # new tokens, queries, layers that are done, tokens to go back
+        st.tuples(st.integers(1, 20), st.integers(0, 20), st.integers(0, 2), st.integers(0, 25)),
+        min_size=1,
+        max_size=5,
+    )
+)
+@pytest.mark.parametrize("dtype", ["float16", "k8v4", "int4"])
+@pytest.mark.parametrize("which", [kernel, reference], ids=["kernel", "reference"])
+def test_rewound_tokens_leave_no_trace(dtype: str, which: Kernel, turns: list[tuple[int, int, int, int]]) -> None:
+    """Steps, some of them broken off between two layers, and ways back: the answers then are to the bit those of a
+    worker that was told only the tokens that stayed."""
+    tried, fresh = (RWorker(kv_cache_bytes=1 << 17, kernel=which) for _ in range(2))
+    for worker in (tried, fresh):
+        worker.handle(SESSION, Hello(SPECS, dtype, 16))
+        worker.handle(SESSION, Admit(ids(0), ints(200)))
+    stays: list[list[Attend]] = []  # of each token that stays, one for each layer
+
+    def tell(worker: RWorker, number: int, start: int, made: list[Attend], num_layers: int) -> list[np.ndarray]:
+        worker.handle(SESSION, Step(number, 0, ids(0), ints(start), ints(len(made[0].k)), ints(len(made[0].q))))
+        replies = [worker.handle(SESSION, message) for message in made[:num_layers]]
+        assert all(isinstance(reply, Attended) for reply in replies), replies
+        return [reply.o for reply in replies]  # type: ignore[union-attr]
+
+    for number, (count, queries, num_layers, back) in enumerate(turns):
+        made = [attend_message(s, i, count, min(count, queries), 7 * number + i, number) for i, s in enumerate(SPECS)]
+        tell(tried, number, len(stays), made, num_layers)
+        stays += [[Attend(0, 0, m.layer, m.q[:0], m.k[i : i + 1], m.v[i : i + 1]) for m in made] for i in range(count)]
+        # Tokens that did not go through all layers cannot stay.
+        del stays[len(stays) - max(min(back, len(stays)), count if num_layers < len(SPECS) else 0) :]
+        assert tried.handle(SESSION, Rewind(ids(0), ints(len(stays)))) is None
+    if stays:
+        rows = [
+            Attend(0, 0, i, stays[0][i].q, *(np.concatenate([getattr(m[i], kv) for m in stays]) for kv in "kv"))
+            for i in range(len(SPECS))
+        ]
+        tell(fresh, 0, 0, rows, len(SPECS))
+    last = [attend_message(s, i, 3, 3, 99 + i, 100) for i, s in enumerate(SPECS)]
+    outs = [tell(worker, 100, len(stays), last, len(SPECS)) for worker in (tried, fresh)]
+    assert all(np.array_equal(*layer) for layer in zip(*outs, strict=True))
+    for worker in (tried, fresh):
         worker.close()
 
 
