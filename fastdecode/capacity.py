@@ -16,6 +16,8 @@ from transport import Welcome
 
 logger = logging.getLogger(__name__)
 
+_SCORES_BYTES = 256 << 20  # of float32 logits that score tokens of prompts, in a step
+_LEAST_SCORED_ROWS = 64
 _KV_SHARE = 0.4  # of the free memory, for R-workers started here without a budget; the S-Part may need the rest
 
 
@@ -85,6 +87,7 @@ def make_scheduler(config: EngineConfig, facts: ModelFacts, capacity_blocks: Seq
             order=config.order,
             order_window=config.order_window,
             restart_tokens=facts.restart_tokens,
+            max_scored_rows=max(_SCORES_BYTES // (4 * facts.vocab_size), _LEAST_SCORED_ROWS),
         ),
         Learned() if config.length_predictor == "learned" else MaxTokens(),
     )

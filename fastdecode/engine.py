@@ -11,6 +11,8 @@ import logging
 import time
 from collections.abc import Callable, Iterable
 
+import torch
+
 from fastdecode.errors import RequestError, RWorkerError
 from fastdecode.intake import Intake
 from fastdecode.outputs import Delta, RequestOutput
@@ -21,14 +23,14 @@ from fastdecode.r_workers.rpool import RPool
 from fastdecode.recovery import Recovery, pairs
 from fastdecode.request import Sequence
 from fastdecode.results import Continuation, LiveRequest, finished_output, next_delta, refused_output
-from fastdecode.sampling import sampling_rows
+from fastdecode.sampling import MicroBatchResult, sampling_rows, scoring_rows
 from fastdecode.sampling_params import SamplingParams
 from fastdecode.scheduling.scheduler import Scheduler
 from fastdecode.step_log import StepRecord, make_record
 from fastdecode.text import Tokenizer
 from fastdecode.timeline import NoTimeline, Timeline
 from fastdecode.totals import PoolTotals
-from gpu_sworker import EmulatedSWorker, Sampled, SWorker
+from gpu_sworker import EmulatedSWorker, SWorker
 
 logger = logging.getLogger(__name__)
 
@@ -140,12 +142,12 @@ class Engine:
         if step is None:
             return self._take_homeless()
         started = time.monotonic()
-        sampled = self._run(step)
-        if sampled is None:
+        results = self._run(step)
+        if results is None:
             return self._take_homeless()
         self._tell(step, started)
         with self._timeline.span("commit"):
-            return self._commit(step, sampled, started) + self._take_homeless()
+            return self._commit(step, results, started) + self._take_homeless()
 
     def add_r_worker(self, find: Callable[[int], RWorkerHandle]) -> None:
         """One more, found beside the steps under the number it will have; it is used once it is there."""
@@ -223,8 +225,8 @@ class Engine:
         taken, self._homeless = self._homeless, []
         return taken
 
-    def _run(self, step: Step) -> list[Sampled] | None:
-        """What was sampled; None if an R-worker was lost and the step did not happen."""
+    def _run(self, step: Step) -> list[MicroBatchResult] | None:
+        """What was sampled and scored; None if an R-worker was lost and the step did not happen."""
         try:
             return self._pipeline.run(step, self._sample)
         except RWorkerError as error:
@@ -258,29 +260,42 @@ class Engine:
             )
         )
 
-    def _sample(self, micro_batch: MicroBatch, logits: object) -> Sampled:
-        sequences = [self._scheduler.running(segment.seq_id) for segment in micro_batch.sampled]
-        return self._sworker.sample(logits, sampling_rows(sequences, self._sworker.facts.vocab_size))  # type: ignore[arg-type]
+    def _sample(self, micro_batch: MicroBatch, logits: torch.Tensor) -> MicroBatchResult:
+        """logits: [num_sampled + num_scored, vocab]"""
+        sampled, scored = (
+            [self._scheduler.running(segment.seq_id) for segment in segments]
+            for segments in (micro_batch.sampled, micro_batch.scored)
+        )
+        to_score = scoring_rows(micro_batch.scored, scored)
+        return MicroBatchResult(
+            self._sworker.sample(logits[: len(sampled)], sampling_rows(sampled, self._sworker.facts.vocab_size)),
+            self._sworker.score(logits[len(sampled) :], to_score.token_ids, to_score.num_logprobs),
+        )
 
-    def _commit(self, step: Step, sampled: list[Sampled], started: float) -> list[RequestOutput]:
+    def _commit(self, step: Step, results: list[MicroBatchResult], started: float) -> list[RequestOutput]:
         """Hands tokens to sequences, looks for ends, gives back what finished sequences held."""
         tokens: dict[int, int] = {}
         now = time.monotonic()
-        for micro_batch, results in zip(step.micro_batches, sampled, strict=True):
+        for micro_batch, result in zip(step.micro_batches, results, strict=True):
             for segment in micro_batch.segments:
                 live, _ = self._by_sequence[segment.seq_id]
                 live.first_scheduled = live.first_scheduled or started
+            scores = iter(result.scores)
+            for segment in micro_batch.scored:
+                live, _ = self._by_sequence[segment.seq_id]
+                for position in segment.scored:
+                    live.prompt_scores[position + 1] = next(scores)
             for row, segment in enumerate(micro_batch.sampled):
                 live, continuation = self._by_sequence[segment.seq_id]
-                tokens[segment.seq_id] = token = int(results.token_ids[row])
-                continuation.take(token, results.logprobs[row])
+                tokens[segment.seq_id] = token = int(result.sampled.token_ids[row])
+                continuation.take(token, result.sampled.logprobs[row])
                 live.first_token = live.first_token or now
         finished = self._scheduler.commit(step, tokens)
         finished += self._stop_at_strings(tokens)
-        for seq_id in tokens:
+        for seq_id in {**tokens, **{sequence.seq_id: None for sequence in finished}}:
             live, continuation = self._by_sequence[seq_id]
             if live.on_delta:
-                live.on_delta(next_delta(continuation, self._tokenizer))
+                live.on_delta(next_delta(live, continuation, self._tokenizer))
         outputs = []
         for sequence in finished:
             live, _ = self._by_sequence.pop(sequence.seq_id)

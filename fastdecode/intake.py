@@ -36,7 +36,10 @@ class Intake:
             sequence = Sequence(self._num_sequences, request, index, derive_seed(seed, index))
             self._num_sequences += 1
             continuations.append(Continuation(sequence, self._stop_finder(request, is_streamed=on_delta is not None)))
-        return LiveRequest(request, prompt, continuations, params.n, time.monotonic(), on_delta)
+        live = LiveRequest(request, prompt, continuations, params.n, time.monotonic(), on_delta)
+        if params.prompt_logprobs is not None:
+            live.prompt_scores = [None] * len(prompt_token_ids)
+        return live
 
     def _make_request(
         self, request_id: str, prompt_token_ids: list[int], params: SamplingParams, priority: int
@@ -45,10 +48,11 @@ class Intake:
         if not prompt_token_ids:
             raise RequestError("invalid_request", "the prompt is empty: it has no tokens; give at least one")
         left = self._max_model_len - len(prompt_token_ids)
-        if left < 1:
+        if left < (0 if params.max_tokens == 0 else 1):
+            with_output = "" if params.max_tokens == 0 else " with one of output"
             raise RequestError(
                 "context_length_exceeded",
-                f"the prompt has {len(prompt_token_ids)} tokens; with one of output the limit is max_model_len = "
+                f"the prompt has {len(prompt_token_ids)} tokens;{with_output} the limit is max_model_len = "
                 f"{self._max_model_len}: shorten it, or raise max_model_len if the model and the KV budget allow",
             )
         # After the length, which is cheaper to see: steps wait meanwhile.

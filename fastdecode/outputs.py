@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
@@ -10,6 +10,10 @@ class Logprob:
     logprob: float
     rank: int  # 1: the most likely token
     decoded_token: str | None = None
+
+
+# Per token of a prompt: itself and the likeliest ones there; None for the first, which nothing comes before.
+PromptLogprobs = list[dict[int, Logprob] | None]
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,7 @@ class Delta:
     logprobs: list[dict[int, Logprob]] | None  # of those tokens; None unless asked for
     finish_reason: str | None = None  # with the last one
     stop_reason: int | str | None = None
+    prompt_logprobs: PromptLogprobs | None = None  # with the first one, if asked for
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,7 @@ class RequestMetrics:
     """Seconds, measured in the process of the S-worker."""
 
     queue_s: float  # from arrival to the first step that carried its prompt
-    first_token_s: float  # from arrival to its first new token
+    first_token_s: float | None  # from arrival to its first new token; None: it was to have none
     total_s: float  # from arrival to its end
 
 
@@ -61,6 +66,6 @@ class RequestOutput:
     outputs: list[CompletionOutput]  # n of them, by index
     error: OutputError | None = None
     metrics: RequestMetrics | None = None
-    prompt_logprobs: None = field(default=None)  # not supported; here because callers of vLLM read it
+    prompt_logprobs: PromptLogprobs | None = None  # None unless asked for
     num_cached_tokens: int = 0  # there is no prefix cache yet
     finished: bool = True

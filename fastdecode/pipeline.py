@@ -14,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -21,12 +22,12 @@ import torch
 from fastdecode.plan import MicroBatch, Step
 from fastdecode.r_workers.rpool import RPool, Ticket
 from fastdecode.timeline import S_DEVICE, Timeline
-from gpu_sworker import AttentionCall, EmulatedSWorker, FlatBatch, PromptChunk, Sampled, SWorker, Transfer
+from gpu_sworker import AttentionCall, EmulatedSWorker, FlatBatch, PromptChunk, SWorker, Transfer
 
 _GLANCE_S = 10e-6  # between looks at two things that may come, a device's and the R-workers'
 
 _Forward = Generator[AttentionCall, torch.Tensor, torch.Tensor]
-SampleFunction = Callable[[MicroBatch, torch.Tensor], Sampled]  # (micro-batch, logits [num_sampled, vocab])
+_Result = TypeVar("_Result")
 
 
 @dataclass
@@ -64,14 +65,14 @@ class Pipeline:
     def __init__(self, sworker: SWorker | EmulatedSWorker, rpool: RPool, timeline: Timeline) -> None:
         self._sworker, self._rpool, self._timeline = sworker, rpool, timeline
 
-    def run(self, step: Step, sample: SampleFunction) -> list[Sampled]:
-        """A token for every segment that wants one, per micro-batch.
+    def run(self, step: Step, sample: Callable[[MicroBatch, torch.Tensor], _Result]) -> list[_Result]:
+        """What `sample` makes of each micro-batch and its logits, [rows of `flatten`, vocab].
 
         Raises RWorkerError; then the step did not happen.
         """
         self.release(step.preempted)
         self._rpool.admit(step.admissions)
-        results: dict[int, Sampled] = {}
+        results: dict[int, _Result] = {}
         micro_batches = {micro_batch.index: micro_batch for micro_batch in step.micro_batches}
         forwards = [self._sworker.forward(flatten(micro_batch)) for micro_batch in step.micro_batches]
         fresh = deque(zip(step.micro_batches, forwards, strict=True))
@@ -131,7 +132,7 @@ class Pipeline:
         return _Computing(forward, ticket, rows, call, self._stage(call, ticket, rows))
 
     def _resume(self, flight: _Attending, o: torch.Tensor) -> _Computing | torch.Tensor:
-        """The next S-block; after the last one the logits.  # [num_sampled, vocab]"""
+        """The next S-block; after the last one the logits.  # [num_sampled + num_scored, vocab]"""
         try:
             with self._timeline.span(self._block_span, flight.ticket.micro_batch, flight.call.layer + 1):
                 call = flight.forward.send(o)
@@ -187,15 +188,21 @@ class Pipeline:
 
 
 def flatten(micro_batch: MicroBatch) -> FlatBatch:
-    """The micro-batch's tokens behind one another."""
+    """The micro-batch's tokens behind one another.  Logits: of what is sampled first, then of what scores prompts."""
     segments = micro_batch.segments
     positions = np.concatenate([np.arange(s.start, s.start + s.num_tokens, dtype=np.int64) for s in segments])
     given = np.repeat([s.given_tokens for s in segments], [s.num_tokens for s in segments])
     ends = np.cumsum([segment.num_tokens for segment in segments], dtype=np.int64)
+    sampled = ends[[segment.is_sampled for segment in segments]] - 1
+    scored = [
+        np.arange(segment.scored.start, segment.scored.stop) + end - segment.end
+        for segment, end in zip(segments, ends.tolist(), strict=True)
+        if segment.score_to
+    ]
     return FlatBatch(
         token_ids=np.concatenate([np.array(segment.token_ids, np.int64) for segment in segments]),
         positions=positions,
-        logits_rows=ends[[segment.is_sampled for segment in segments]] - 1,
+        logits_rows=np.concatenate([sampled, *scored]) if scored else sampled,
         lengths=np.maximum(positions + 1, given),
     )
 

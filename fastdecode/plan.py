@@ -26,6 +26,9 @@ class Segment(NamedTuple):
     token_ids: tuple[int, ...]
     prompt_tokens: int  # of the prompt these are a chunk of; 0: one token that was sampled
     given_tokens: int = 0  # of that prompt, those whose positions go by its length; others by their own place
+    score_from: int = 0  # positions of the prompt, from this one
+    score_to: int = 0  # to before this one, whose logits are wanted: they score the token that follows
+    is_continued: bool = True  # False: of a prompt after which nothing is to be generated
 
     @property
     def is_prompt(self) -> bool:
@@ -35,7 +38,12 @@ class Segment(NamedTuple):
     @property
     def is_sampled(self) -> bool:
         """The token after its last one is wanted."""
-        return not self.is_prompt or self.end == self.prompt_tokens
+        return not self.is_prompt or (self.is_continued and self.end == self.prompt_tokens)
+
+    @property
+    def scored(self) -> range:
+        """Positions among these whose logits score the next token of the prompt, be it one of these or not."""
+        return range(max(self.start, self.score_from), min(self.end, self.score_to))
 
     @property
     def end(self) -> int:
@@ -73,6 +81,11 @@ class MicroBatch:
     def sampled(self) -> tuple[Segment, ...]:
         """Those whose next token is wanted, in the order of their rows."""
         return tuple(segment for segment in self.segments if segment.is_sampled)
+
+    @cached_property
+    def scored(self) -> tuple[Segment, ...]:
+        """Those with positions whose logits score a prompt's tokens, in the order of their rows."""
+        return tuple(segment for segment in self.segments if segment.score_to and segment.scored)
 
 
 @dataclass(frozen=True)

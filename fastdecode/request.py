@@ -25,7 +25,7 @@ class Request:
     request_id: str
     prompt_token_ids: tuple[int, ...]
     params: SamplingParams
-    max_new_tokens: int  # what params and max_model_len leave
+    max_new_tokens: int  # what params and max_model_len leave; 0: its prompt goes through the model, and that is all
     stop_token_ids: frozenset[int]  # params' own
     eos_token_ids: frozenset[int]  # empty when they are to be ignored
     priority: int = 0  # lower goes first, as with vLLM
@@ -34,7 +34,7 @@ class Request:
     @property
     def length_is_known(self) -> bool:
         """Nothing but its length can end it."""
-        return not (self.eos_token_ids or self.stop_token_ids or self.params.stop_strings)
+        return not self.max_new_tokens or not (self.eos_token_ids or self.stop_token_ids or self.params.stop_strings)
 
 
 @dataclass(eq=False)
@@ -48,6 +48,7 @@ class Sequence:
     r_worker: int | None = None  # None: waiting, or finished
     num_computed: int = 0  # tokens whose KV is on the R-worker
     prefill_tokens: int = 0  # how many it began with there: its prompt, and what was output before a preemption
+    num_scored: int = 0  # positions of its prompt whose logits have been looked at; they outlive a preemption
     num_preemptions: int = 0
     prediction: Prediction | None = None  # of all its output tokens; None: nobody was asked yet
     expected_tokens: int = 0  # of output, as its KV was reserved; it may outlive that
@@ -70,7 +71,13 @@ class Sequence:
     @property
     def max_kv_tokens(self) -> int:
         """KV it will hold at most: the last token sampled never comes back as input."""
-        return len(self.request.prompt_token_ids) + self.request.max_new_tokens - 1
+        return len(self.request.prompt_token_ids) + max(self.request.max_new_tokens - 1, 0)
+
+    @property
+    def num_to_score(self) -> int:
+        """Positions of its prompt whose logits are wanted.  The n sequences of a request have one prompt: once."""
+        is_asked = self.index == 0 and self.request.params.prompt_logprobs is not None
+        return len(self.request.prompt_token_ids) - 1 if is_asked else 0
 
     def admit(self, r_worker: int) -> None:
         assert self.r_worker is None and not self.finish_reason

@@ -6,7 +6,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from fastdecode.errors import RequestError
-from fastdecode.outputs import CompletionOutput, Delta, Logprob, OutputError, RequestMetrics, RequestOutput
+from fastdecode.outputs import (
+    CompletionOutput,
+    Delta,
+    Logprob,
+    OutputError,
+    PromptLogprobs,
+    RequestMetrics,
+    RequestOutput,
+)
 from fastdecode.request import Request, Sequence
 from fastdecode.text import StopFinder, StopMatch, Tokenizer
 from gpu_sworker import TokenLogprob
@@ -20,6 +28,7 @@ class Continuation:
     stop_finder: StopFinder | None
     stop_match: StopMatch | None = None
     logprobs: list[list[TokenLogprob]] = field(default_factory=list)
+    is_begun: bool = False  # in a stream: something of it was told
     told_tokens: int = 0  # of a request that is streamed
     told_text: str = ""
 
@@ -41,12 +50,13 @@ class LiveRequest:
     num_unfinished: int
     arrived: float
     on_delta: Callable[[Delta], None] | None = None
+    prompt_scores: list[list[TokenLogprob] | None] = field(default_factory=list)  # per token, if asked for; [0] is None
     first_scheduled: float | None = None
     first_token: float | None = None
 
 
 def finished_output(live: LiveRequest, now: float, tokenizer: Tokenizer | None) -> RequestOutput:
-    assert live.first_scheduled is not None and live.first_token is not None, "it has tokens"
+    assert live.first_scheduled is not None, "it was computed"
     return RequestOutput(
         request_id=live.request.request_id,
         prompt=live.prompt,
@@ -54,14 +64,16 @@ def finished_output(live: LiveRequest, now: float, tokenizer: Tokenizer | None) 
         outputs=[_completion(continuation, tokenizer) for continuation in live.continuations],
         metrics=RequestMetrics(
             queue_s=live.first_scheduled - live.arrived,
-            first_token_s=live.first_token - live.arrived,
+            first_token_s=None if live.first_token is None else live.first_token - live.arrived,
             total_s=now - live.arrived,
         ),
+        prompt_logprobs=_prompt_logprobs(live, tokenizer),
     )
 
 
-def next_delta(continuation: Continuation, tokenizer: Tokenizer | None) -> Delta:
+def next_delta(live: LiveRequest, continuation: Continuation, tokenizer: Tokenizer | None) -> Delta:
     """What was added since the last one.  All texts together are the text of the output."""
+    is_first, continuation.is_begun = not continuation.is_begun, True
     sequence, params = continuation.sequence, continuation.sequence.request.params
     if sequence.finish_reason:
         text = _text(continuation, tokenizer)
@@ -79,7 +91,17 @@ def next_delta(continuation: Continuation, tokenizer: Tokenizer | None) -> Delta
         logprobs=None if params.logprobs is None else [_logprobs(e, tokenizer) for e in continuation.logprobs[begin:]],
         finish_reason=sequence.finish_reason,
         stop_reason=sequence.stop_reason,
+        prompt_logprobs=_prompt_logprobs(live, tokenizer) if is_first else None,
     )
+
+
+def _prompt_logprobs(live: LiveRequest, tokenizer: Tokenizer | None) -> PromptLogprobs | None:
+    """All of them: whatever is generated comes after the whole prompt, and the first of n sequences ahead of others."""
+    if live.request.params.prompt_logprobs is None:
+        return None
+    first, *others = live.prompt_scores
+    assert first is None and all(others), "every token but the first has a score"
+    return [None, *(_logprobs(entries, tokenizer) for entries in others if entries)]
 
 
 def _certain_text(text: str, stops: tuple[str, ...]) -> str:

@@ -23,10 +23,12 @@ class SamplingParams:
     seed: of this request's draws; None takes one from the engine's seed and the request's number.
     stop: strings that end a continuation;  stop_token_ids: tokens that do.
     ignore_eos: go on after the model's end-of-sequence token.
-    max_tokens: at most this many new tokens; None: up to max_model_len.
+    max_tokens: at most this many new tokens; None: up to max_model_len.  0 (which vLLM refuses): the prompt goes
+        through the model, for `prompt_logprobs`, and nothing is generated.
     min_tokens: no end-of-sequence or stop token before this many.
     presence_penalty, frequency_penalty, repetition_penalty: 0, 0 and 1 change nothing.
     logprobs: log-probabilities of the sampled token and of this many likeliest ones; None: none.
+    prompt_logprobs: the same of every token of the prompt but the first; penalties do not touch them.
     detokenize: False leaves `text` empty;  skip_special_tokens: leave special tokens out of it.
     include_stop_str_in_output: keep the stop string or token in the text.
     """
@@ -46,6 +48,7 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     detokenize: bool = True
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
@@ -68,9 +71,11 @@ class SamplingParams:
         if self.seed is not None:
             _check_int("seed", self.seed, -(2**63), 2**64 - 1)
         if self.max_tokens is not None:
-            _check_int("max_tokens", self.max_tokens, 1, _INT_MAX)
+            _check_int("max_tokens", self.max_tokens, 0, _INT_MAX)
         if self.logprobs is not None:
             _check_int("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        if self.prompt_logprobs is not None:
+            _check_int("prompt_logprobs", self.prompt_logprobs, 0, MAX_LOGPROBS)
         for name in ("ignore_eos", "detokenize", "skip_special_tokens", "include_stop_str_in_output"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")

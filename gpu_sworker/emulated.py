@@ -8,6 +8,7 @@ beside a GPU; but for the last microseconds, which a sleep would overrun.
 from __future__ import annotations
 
 import ctypes
+import math
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ from gpu_sworker.model import read_config
 from gpu_sworker.prefill import PromptChunk
 from gpu_sworker.probe import AttentionSpec
 from gpu_sworker.rope import reach
-from gpu_sworker.sampler import Sampled, SamplingRows
+from gpu_sworker.sampler import Sampled, SamplingRows, TokenLogprob
 from gpu_sworker.staging import HostStaging
 from gpu_sworker.sworker import FlatBatch, ModelFacts
 
@@ -112,7 +113,18 @@ class EmulatedSWorker:
         return self._staging.to_device(array)
 
     def sample(self, logits: torch.Tensor, rows: SamplingRows) -> Sampled:
-        return Sampled(np.full(len(logits), _TOKEN_ID), [[] for _ in range(len(logits))])
+        token_ids = np.full(len(logits), _TOKEN_ID)
+        asked = rows.num_logprobs.tolist()
+        return Sampled(token_ids, [self._even_odds(_TOKEN_ID, count) if count >= 0 else [] for count in asked])
+
+    def score(self, logits: torch.Tensor, token_ids: np.ndarray, num_logprobs: np.ndarray) -> list[list[TokenLogprob]]:
+        return [self._even_odds(*pair) for pair in zip(token_ids.tolist(), num_logprobs.tolist(), strict=True)]
+
+    def _even_odds(self, token_id: int, num_logprobs: int) -> list[TokenLogprob]:
+        """As if every token were as likely as the others."""
+        size = self.facts.vocab_size
+        likeliest = [TokenLogprob(other, -math.log(size), other + 1) for other in range(min(num_logprobs, size))]
+        return [TokenLogprob(token_id, -math.log(size), 1), *likeliest]
 
     def _rows(self, heads: int, head_dim: int, count: int) -> torch.Tensor:
         pool = self._pools[heads, head_dim]

@@ -31,17 +31,17 @@ from gpu_sworker.probe import (
     probe,
 )
 from gpu_sworker.rope import make_rope_per_sequence, reach
-from gpu_sworker.sampler import Sampled, SamplingRows, sample
+from gpu_sworker.sampler import Sampled, SamplingRows, TokenLogprob, sample, score
 from gpu_sworker.staging import Transfer, make_staging
 
 
 @dataclass(frozen=True)
 class FlatBatch:
-    """The tokens of one micro-batch.  T tokens, of which some rows are sampled."""
+    """The tokens of one micro-batch.  T tokens, of which some rows are sampled, or score the token after them."""
 
     token_ids: np.ndarray  # [T] int64
     positions: np.ndarray  # [T] int64, of each token in its own sequence
-    logits_rows: np.ndarray  # [num_samples] int64, rows whose next token is wanted
+    logits_rows: np.ndarray  # [num_samples] int64, rows whose logits are wanted, in any order
     # [T] int64, of each token's sequence when the token is first computed (see rope.py); None: the token is its last.
     lengths: np.ndarray | None = None
 
@@ -161,6 +161,13 @@ class SWorker:
     def sample(self, logits: torch.Tensor, rows: SamplingRows) -> Sampled:
         """The next token of each row.  logits: [num_samples, vocab]"""
         return sample(logits, rows)
+
+    def score(self, logits: torch.Tensor, token_ids: np.ndarray, num_logprobs: np.ndarray) -> list[list[TokenLogprob]]:
+        """How likely a given token was in each row, and which ones most.
+
+        logits: [n, vocab]; token_ids: [n] int64; num_logprobs: [n], of each row's most likely ones.
+        """
+        return score(logits, torch.from_numpy(token_ids).to(logits.device), num_logprobs)
 
     def _probe(self, model_type: str, num_layers: int) -> tuple[AttentionSpec, ...]:
         ids = np.zeros(NUM_PROBE_TOKENS, np.int64)

@@ -45,12 +45,14 @@ def create_scheduler(
     )
 
 
-def a_sequence(seq_id: int, prompt: int = 5, output: int = 4, true: int | None = None, rank: int = 0) -> Sequence:
-    """true: where it ends by itself, if before `output`; None: nothing but its length ends it."""
+def a_sequence(
+    seq_id: int, prompt: int = 5, output: int = 4, true: int | None = None, rank: int = 0, scores: bool = False
+) -> Sequence:
+    """true: where it ends by itself, if before `output`; None: only its length ends it.  scores: of its prompt."""
     request = Request(
         request_id=str(seq_id),
         prompt_token_ids=tuple(range(10, 10 + prompt)),
-        params=SamplingParams(max_tokens=output),
+        params=SamplingParams(max_tokens=output, prompt_logprobs=0 if scores else None),
         max_new_tokens=output,
         stop_token_ids=frozenset(),
         eos_token_ids=frozenset() if true is None else frozenset({END}),
@@ -63,8 +65,17 @@ def a_sequence(seq_id: int, prompt: int = 5, output: int = 4, true: int | None =
 class World:
     """Runs a scheduler's steps as the engine and the R-workers would, and checks every one of them."""
 
-    def __init__(self, scheduler: Scheduler, budget: int, capacity: tuple[int, ...], split_fuse: bool = True) -> None:
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        budget: int,
+        capacity: tuple[int, ...],
+        split_fuse: bool = True,
+        scored_rows: int = 1 << 30,
+    ) -> None:
         self.scheduler, self.budget, self.capacity, self.split_fuse = scheduler, budget, capacity, split_fuse
+        self.scored_rows = scored_rows
+        self.scored: defaultdict[int, list[int]] = defaultdict(list)  # seq_id -> positions, as they came
         self.sequences: dict[int, Sequence] = {}
         self.stored: dict[int, tuple[int, int]] = {}  # seq_id -> R-worker, tokens: what R-workers hold
         self.num_preempted = 0
@@ -107,6 +118,9 @@ class World:
         self.loads.append(sum(tokens for _, tokens in self.stored.values()))
         sampled = [s.seq_id for m in step.micro_batches for s in m.sampled]
         assert len(set(sampled)) == len(sampled)
+        for micro_batch in step.micro_batches:
+            for segment in micro_batch.scored:
+                self.scored[segment.seq_id] += segment.scored
         finished = self.scheduler.commit(step, {i: self._token(self.sequences[i]) for i in sampled})
         self.remove(finished)
         return step
@@ -129,14 +143,19 @@ class World:
         prompts = {s.seq_id for s in segments if s.is_prompt}
         if self.split_fuse or len(prompts) > 1:
             assert sum(s.num_tokens for s in segments if self.split_fuse or s.is_prompt) <= self.budget
-        if not self.split_fuse:
+        if self.split_fuse:
+            assert sum(len(s.scored) for s in segments) <= self.scored_rows
+            assert all(s.token_ids for s in segments)
+        else:
             assert not prompts or all(s.is_prompt for s in segments), "prompts go alone"
 
     def _token(self, sequence: Sequence) -> int:
         return END if len(sequence.output_token_ids) + 1 == sequence.request.true_output_tokens else OTHER
 
 
-sizes = st.tuples(st.integers(1, 40), st.integers(1, 12), st.one_of(st.none(), st.integers(1, 12)), st.integers(0, 2))
+sizes = st.tuples(
+    st.integers(1, 40), st.integers(0, 12), st.one_of(st.none(), st.integers(1, 12)), st.integers(0, 2), st.booleans()
+)
 PREDICTORS = {
     "max": MaxTokens,
     "oracle": Oracle,
@@ -164,9 +183,10 @@ PREDICTORS = {
     window=st.integers(1, 6),
     split_fuse=st.booleans(),
     restart=st.one_of(st.none(), st.integers(1, 50)),
+    scored_rows=st.integers(1, 50),
 )
 def test_whatever_comes(
-    sizes: list[tuple[int, int, int | None, int]],
+    sizes: list[tuple[int, int, int | None, int, bool]],
     arrivals: list[int],
     aborts: dict[int, int],
     max_num_seqs: int,
@@ -183,8 +203,12 @@ def test_whatever_comes(
     window: int,
     split_fuse: bool,
     restart: int | None,
+    scored_rows: int,
 ) -> None:
-    """Budgets are kept in every step (see World), nobody running is skipped, no credit leaks, everything ends."""
+    """Budgets are kept in every step (see World), nobody running is skipped, no credit leaks, everything ends.
+
+    What is to be scored is scored once, in its order, whoever is thrown out meanwhile.
+    """
     scheduler = create_scheduler(
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=budget,
@@ -200,10 +224,12 @@ def test_whatever_comes(
         order_window=window,
         split_fuse=split_fuse,
         restart_tokens=restart,
+        max_scored_rows=scored_rows,
     )
-    world = World(scheduler, budget, capacity, split_fuse)
+    world = World(scheduler, budget, capacity, split_fuse, scored_rows)
     coming = [
-        a_sequence(i, prompt, out, true and min(true, out), rank) for i, (prompt, out, true, rank) in enumerate(sizes)
+        a_sequence(i, prompt, out, true and min(true, out), rank, scores)
+        for i, (prompt, out, true, rank, scores) in enumerate(sizes)
     ]
     aborted = set()
     for number in range(20_000):
@@ -220,7 +246,8 @@ def test_whatever_comes(
         if sequence.seq_id not in aborted:
             expected = sequence.request.true_output_tokens or sequence.request.max_new_tokens
             assert len(sequence.output_token_ids) == expected and sequence.finish_reason
-    if restart is None and kv_policy != "greedy" and predictor == "max" and len({rank for *_, rank in sizes}) == 1:
+            assert world.scored[sequence.seq_id] == list(range(sequence.num_to_score))
+    if restart is None and kv_policy != "greedy" and predictor == "max" and len({rank for *_, rank, _ in sizes}) == 1:
         assert world.num_preempted == 0, "what is reserved to the end is never thrown out"
 
 

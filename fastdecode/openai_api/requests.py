@@ -110,6 +110,8 @@ def _prompts(given: str | list[Any]) -> list[Prompt]:
 
 
 def _params(body: CompletionBody | ChatBody, defaults: SamplingParams, **more: Any) -> SamplingParams:
+    if more.get("max_tokens") == 0:
+        raise RequestError("invalid_request", "max_tokens must be from 1, got 0", "max_tokens")
     said = {name: getattr(body, name) for name in _AS_THEY_ARE if getattr(body, name) is not None}
     try:
         return replace(defaults, **said, **more)

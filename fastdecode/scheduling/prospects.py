@@ -27,7 +27,8 @@ class Prospects:
     def of(self, sequence: Sequence, first_step: int, last_chunk: int) -> Prospect:
         """If it starts in `first_step` and the last part of its prompt comes in `last_chunk`."""
         done = len(sequence.output_token_ids)
-        limit = Demand(first_step, last_chunk + self.expected_tokens(sequence) - done - 1, sequence.num_tokens)
+        expected = max(self.expected_tokens(sequence) - done, 1)  # what generates nothing is there for its prompt
+        limit = Demand(first_step, last_chunk + expected - 1, sequence.num_tokens)
         prediction = self._predict(sequence)
         if not prediction.is_informed:
             return Prospect(limit, None, prediction, sequence.max_kv_tokens)
@@ -42,8 +43,8 @@ class Prospects:
 
     def job_length(self, sequence: Sequence) -> float:
         """Tokens that it still takes through the model, as far as can be told."""
-        done = len(sequence.output_token_ids)
-        return sequence.num_tokens + self._predict(sequence).mean(done) - done
+        done, most = len(sequence.output_token_ids), sequence.request.max_new_tokens
+        return sequence.num_tokens + min(self._predict(sequence).mean(done), most) - done
 
     def learn(self, sequence: Sequence) -> None:
         """From one that has ended by itself or at its limit."""

@@ -44,6 +44,7 @@ class SchedulerConfig:
     order: str = "fcfs"
     order_window: int = 64
     restart_tokens: int | None = None  # a sequence that grows to so many is computed anew; see ModelFacts
+    max_scored_rows: int = 1 << 30  # logits that score tokens of prompts, in a step; they are all there at a time
     split_fuse: bool = True  # False: prompts go whole, in steps of their own, before anything else (vLLM of 2023)
 
     @property
@@ -60,6 +61,20 @@ class Loss:
 
     released: dict[int, list[int]]  # R-worker, the lost one too -> sequences that start anew
     kept: dict[int, dict[int, int]]  # R-worker -> sequence -> how many tokens of it stay
+
+
+@dataclass
+class _Left:
+    """Of a step's budget, for prompts."""
+
+    tokens: int
+    scored_rows: int
+
+    def take(self, segment: Segment) -> None:
+        self.tokens -= segment.num_tokens
+        self.scored_rows -= len(segment.scored)
+        if self.scored_rows <= 0:
+            self.tokens = 0  # the next prompt may want scores, too, and none is passed by
 
 
 class Scheduler:
@@ -169,7 +184,13 @@ class Scheduler:
         finished = []
         for micro_batch in step.micro_batches:
             for segment in micro_batch.segments:
-                self._running[segment.seq_id].num_computed = segment.end
+                sequence = self._running[segment.seq_id]
+                sequence.num_computed = segment.end
+                if not segment.is_continued and not sequence.is_prefilling:
+                    sequence.finish("length", None)
+                    finished.append(sequence)
+            for segment in micro_batch.scored:
+                self._running[segment.seq_id].num_scored = segment.scored.stop
             for segment in micro_batch.sampled:
                 sequence = self._running[segment.seq_id]
                 sequence.append(token_ids[segment.seq_id])
@@ -261,7 +282,7 @@ class Scheduler:
         if first.request.priority >= self._lowest_priority:
             return True
         has_seat = len(self._running) < self._config.num_seats
-        prospect = self._prospect(first, self._config.max_num_batched_tokens)
+        prospect = self._prospect(first, _Left(self._config.max_num_batched_tokens, self._config.max_scored_rows))
         return has_seat and self._load.place(prospect, is_urgent=True) is not None
 
     @property
@@ -278,7 +299,7 @@ class Scheduler:
     def _prompts(self, num_decodes: int) -> tuple[list[Admission], list[Segment]]:
         """Goes on with the prompt that is on its way, then lets waiting sequences start, as far as the budget goes."""
         config = self._config
-        left = config.max_num_batched_tokens - (num_decodes if config.split_fuse else 0)
+        left = _Left(config.max_num_batched_tokens - (num_decodes if config.split_fuse else 0), config.max_scored_rows)
         admissions: list[Admission] = []
         prompts: list[Segment] = []
         first, lowest = self._waiting.first(), self._lowest_priority
@@ -287,17 +308,16 @@ class Scheduler:
         for sequence in sorted((s for s in self._running.values() if s.is_prefilling), key=_rank):
             if first and first.request.priority < sequence.request.priority:
                 outranked.append(sequence)
-            elif left > 0:
+            elif left.tokens > 0:
                 prompts.append(self._chunk(sequence, left))
-                left -= prompts[-1].num_tokens
         self._load.begin_step(
             self._load_step + 1,
             self._waiting.max_kv_tokens + sum(s.max_kv_tokens for s in self._running.values()),
             self._prospect(first, left) if first else None,
         )
-        while left > 0 and len(self._running) < config.num_seats:
+        while left.tokens > 0 and len(self._running) < config.num_seats:
             first = self._waiting.first()
-            if first is None or (prompts and not config.split_fuse and first.num_tokens > left):
+            if first is None or (prompts and not config.split_fuse and first.num_tokens > left.tokens):
                 break
             if outranked and first.request.priority >= outranked[0].request.priority:
                 break
@@ -308,24 +328,36 @@ class Scheduler:
             self._start(first, worker, prospect)
             admissions.append(Admission(first.seq_id, worker, first.max_kv_tokens))
             prompts.append(self._chunk(first, left))
-            left -= prompts[-1].num_tokens
         for sequence in outranked:
-            if left > 0:
+            if left.tokens > 0:
                 prompts.append(self._chunk(sequence, left))
-                left -= prompts[-1].num_tokens
-        if left > 0 or len(self._running) >= config.num_seats:
+        if left.tokens > 0 or len(self._running) >= config.num_seats:
             self._load.close_batch()
             self._num_places = len(self._running) if self._waiting else config.num_seats
         return admissions, prompts
 
-    def _chunk(self, sequence: Sequence, most: int) -> Segment:
-        """The next tokens of its prompt, as many as there may be."""
-        begin = sequence.num_computed
-        end = min(begin + most, sequence.prefill_tokens) if self._config.split_fuse else sequence.prefill_tokens
-        ids = sequence.token_ids[begin:end]
+    def _chunk(self, sequence: Sequence, left: _Left) -> Segment:
+        """The next tokens of its prompt, as many as there may be; takes them from what is left."""
+        begin, end = sequence.num_computed, sequence.prefill_tokens
+        if self._config.split_fuse:
+            end = min(end, begin + left.tokens)
+            score_begin = max(begin, sequence.num_scored)
+            if min(end, sequence.num_to_score) - score_begin > left.scored_rows:
+                end = score_begin + left.scored_rows
         restarts = self._config.restart_tokens is not None
-        given = sequence.prefill_tokens if restarts else len(sequence.request.prompt_token_ids)
-        return Segment(sequence.seq_id, _place(sequence), begin, ids, sequence.prefill_tokens, given)
+        segment = Segment(
+            sequence.seq_id,
+            _place(sequence),
+            begin,
+            sequence.token_ids[begin:end],
+            sequence.prefill_tokens,
+            sequence.prefill_tokens if restarts else len(sequence.request.prompt_token_ids),
+            score_from=sequence.num_scored,
+            score_to=sequence.num_to_score,
+            is_continued=sequence.request.max_new_tokens > 0,
+        )
+        left.take(segment)
+        return segment
 
     def _start(self, sequence: Sequence, worker: int, prospect: Prospect) -> None:
         self._waiting.remove(sequence)
@@ -334,13 +366,16 @@ class Scheduler:
         sequence.admit(worker)
         sequence.expected_tokens = self._prospects.expected_tokens(sequence)
 
-    def _prospect(self, sequence: Sequence, left: int) -> Prospect:
-        """What it will hold from the coming step on, with `left` tokens of the step's budget for its prompt."""
+    def _prospect(self, sequence: Sequence, left: _Left) -> Prospect:
+        """What it will hold from the coming step on, with what is left of the step's budget for its prompt."""
         step = last_chunk = self._load_step + 1
-        if self._config.split_fuse and sequence.num_tokens > left:
+        if self._config.split_fuse:
             # Each later step has at least this for its prompt: nothing that starts after it goes before it.
             each = max(1, self._config.max_num_batched_tokens - len(self._running))
-            last_chunk += -(-(sequence.num_tokens - left) // each)
+            now = left.tokens
+            if sequence.num_scored < sequence.num_to_score:
+                each, now = min(each, self._config.max_scored_rows), min(now, left.scored_rows)
+            last_chunk += max(0, -(-(sequence.num_tokens - now) // each))
         return self._prospects.of(sequence, step, last_chunk)
 
     def _expect_more(self, sequence: Sequence) -> None:

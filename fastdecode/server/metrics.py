@@ -91,7 +91,8 @@ class Metrics:
                 self._finished[completion.finish_reason] += 1
             if output.metrics is None:
                 return
-            self._first_token.observe(output.metrics.first_token_s)
+            if output.metrics.first_token_s is not None:
+                self._first_token.observe(output.metrics.first_token_s)
             self._queue.observe(output.metrics.queue_s)
             self._whole.observe(output.metrics.total_s)
             self._request_prompt.observe(len(output.prompt_token_ids))
