@@ -50,6 +50,10 @@ def make_append(wire: str, head: HeadFormat) -> Callable[..., None]:
         k_items, v_items, scale_items = numbers.view(K_WORD), numbers.view(V_WORD), scales.view(np.uint16)
         for token in range(blocks.size):
             block, offset = np.int64(blocks[token]), np.int64(offsets[token])
+            # V's scales that somebody left behind it might be NaN, which no weight of zero takes away, and a vector of
+            # them is read as a whole.
+            is_last = token + 1 == blocks.size or blocks[token + 1] != block
+            num_behind = LANES - 1 - offset % LANES if is_last else 0
             for head_index in range(num_kv_heads):
                 unit = (block * num_kv_heads + head_index) * UNIT
                 # What the next head will write, asked for now: all of it misses the caches in a decode step.
@@ -62,7 +66,7 @@ def make_append(wire: str, head: HeadFormat) -> Callable[..., None]:
                 source_at = (token * num_kv_heads + head_index) * D * WIRE_BYTES
 
                 _store_numbers(k, source_at, numbers, scales, K_SPEC)
-                _store_scales(halves, (unit + K_SCALES) // 2, scale_items, K_NUM_SCALES, offset, BLOCK)
+                _store_scales(halves, (unit + K_SCALES) // 2 + offset, scale_items, K_NUM_SCALES, BLOCK, 0)
                 at = (unit + K_NUMBERS) // K_ITEM + offset // LANES * LANES * (D // K_PACKED) + offset % LANES
                 for row in range(D // K_PACKED):
                     item = k_items[K_PACKED * row]
@@ -71,24 +75,25 @@ def make_append(wire: str, head: HeadFormat) -> Callable[..., None]:
                     k_words[at + row * LANES] = item
 
                 _store_numbers(v, source_at, numbers, scales, V_SPEC)
-                _store_scales(halves, (unit + V_SCALES) // 2, scale_items, V_NUM_SCALES, offset, BLOCK)
+                _store_scales(halves, (unit + V_SCALES) // 2 + offset, scale_items, V_NUM_SCALES, BLOCK, num_behind)
                 at = (unit + V_NUMBERS) // V_ITEM + offset // V_PACKED * D
                 if offset % V_PACKED == 0:
                     for d in range(D):
                         v_words[at + d] = v_items[d]
                 else:
                     for d in range(D):
-                        v_words[at + d] |= v_items[d] << 4
+                        v_words[at + d] = v_words[at + d] & 15 | v_items[d] << 4  # the old one's bits are still there
 
     return append
 
 
 @numba.njit(inline="always")
-def _store_scales(halves, at, items, count, offset, block_tokens):  # type: ignore[no-untyped-def]
-    if offset == 0:  # what an earlier sequence left here might be NaN, which no weight of zero takes away
-        halves[at : at + count * block_tokens] = 0
+def _store_scales(halves, at, items, count, block_tokens, num_behind):  # type: ignore[no-untyped-def]
     for index in range(count):
-        halves[at + index * block_tokens + offset] = items[index]
+        place = at + index * block_tokens
+        halves[place] = items[index]
+        for behind in range(place + 1, place + 1 + num_behind):
+            halves[behind] = 0
 
 
 @intrinsic

@@ -29,7 +29,8 @@ def append(
 ) -> None:
     """Stores K and V of new tokens, rounded or quantised to the storage dtype.
 
-    The tokens of a block come in order, the first one into place 0; that one clears what the block held before.
+    The tokens of a block come in order, the first one into place 0, but may come again from any place on: each takes
+    nothing from what was there, and leaves nothing of it behind itself that attention would read.
     """
     if len(k):
         compiled = make_append(k.dtype.name, head)

@@ -23,7 +23,8 @@ def append(
 ) -> None:
     """Stores K and V of new tokens, rounded or quantised to the storage dtype.
 
-    The tokens of a block come in order, the first one into place 0; that one clears what the block held before.
+    The tokens of a block come in order, the first one into place 0, but may come again from any place on: each takes
+    nothing from what was there, and leaves nothing of it behind itself that attention would read.
     """
     for token, (block, offset) in enumerate(zip(blocks.tolist(), offsets.tolist(), strict=True)):
         for values, part in ((k, head.k), (v, head.v)):
@@ -31,8 +32,8 @@ def append(
             padded[:, : head.head_dim] = values[token].astype(np.float32)
             if part.is_quantised:
                 scales = _scales(data, part)
-                if offset == 0:
-                    scales[block] = 0
+                if part is head.v:
+                    scales[block, :, :, :, offset + 1 : offset - offset % LANES + LANES] = 0
                 rotated = rotate(padded, head.rotation) if part is head.k else padded
                 items, scales[block, :, :, :, offset] = quantise(rotated, part)
             else:
@@ -42,7 +43,7 @@ def append(
                 _k_numbers(data, part)[block, :, offset // LANES, :, offset % LANES] = packed
             else:
                 row = _v_numbers(data, part)[block, :, offset // part.packed]
-                row[:] = items if offset % part.packed == 0 else row | items << 4
+                row[:] = items if offset % part.packed == 0 else row & 15 | items << 4
 
 
 def attend_pieces(
