@@ -108,6 +108,10 @@ class Engine:
         self._num_requests += 1
         return str(self._num_requests - 1)
 
+    def check(self, prompt_token_ids: list[int], params: SamplingParams) -> None:
+        """Raises RequestError for what `add_request` could never take.  May be called in any thread."""
+        self._scheduler.check_fits(self._intake.check(prompt_token_ids, params).max_kv_tokens)
+
     def add_request(
         self,
         request_id: str,

@@ -13,6 +13,8 @@ FastDecodeError
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 
 class FastDecodeError(Exception):
     pass
@@ -27,11 +29,15 @@ class ModelError(FastDecodeError):
 
 
 class RequestError(FastDecodeError, ValueError):
-    """`code`: one of those that `fastdecode.openai_api.errors` lists; `param`: the field that is wrong, if one is."""
+    """`code`: one of those that `fastdecode.openai_api.errors` lists; `param`: the field that is wrong, if one is, as
+    it was sent (``messages[0].content``); `numbers`: what a program may want of the message, by name.
+    """
 
-    def __init__(self, code: str, message: str, param: str | None = None) -> None:
+    def __init__(
+        self, code: str, message: str, param: str | None = None, *, numbers: Mapping[str, int] | None = None
+    ) -> None:
         super().__init__(message)
-        self.code, self.param = code, param
+        self.code, self.param, self.numbers = code, param, dict(numbers or {})
 
 
 class RWorkerError(FastDecodeError):

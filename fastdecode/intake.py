@@ -41,6 +41,12 @@ class Intake:
             live.prompt_scores = [None] * len(prompt_token_ids)
         return live
 
+    def check(self, prompt_token_ids: list[int], params: SamplingParams) -> Request:
+        """The request that `take` would make.  Raises RequestError as it would; changes nothing, in any thread."""
+        request = self._make_request("", prompt_token_ids, params, 0)
+        self._stop_finder(request, is_streamed=False)
+        return request
+
     def _make_request(
         self, request_id: str, prompt_token_ids: list[int], params: SamplingParams, priority: int
     ) -> Request:
@@ -54,6 +60,7 @@ class Intake:
                 "context_length_exceeded",
                 f"the prompt has {len(prompt_token_ids)} tokens;{with_output} the limit is max_model_len = "
                 f"{self._max_model_len}: shorten it, or raise max_model_len if the model and the KV budget allow",
+                numbers={"n_prompt_tokens": len(prompt_token_ids), "n_ctx": self._max_model_len},
             )
         # After the length, which is cheaper to see: steps wait meanwhile.
         bad = next((t for t in prompt_token_ids if type(t) is not int or not 0 <= t < facts.vocab_size), None)

@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
 from tqdm import tqdm
 
 from fastdecode.config import EngineConfig
+from fastdecode.conversation import Conversation
 from fastdecode.errors import ConfigError, RequestError
 from fastdecode.open_engine import open_engine
 from fastdecode.outputs import RequestOutput
-from fastdecode.prompts import Conversation, Prompt, ReadPrompt, pair, read_prompt
+from fastdecode.prompts import Prompt, ReadPrompt, pair, read_prompt
 from fastdecode.r_workers.launch import find_r_worker, read_key_file
 from fastdecode.results import refused_output
 from fastdecode.sampling_params import SamplingParams
@@ -94,15 +95,32 @@ class LLM:
         *,
         use_tqdm: bool | Callable[..., tqdm[Any]] = True,
         chat_template: str | None = None,
-        add_generation_prompt: bool = True,
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:
-        """One conversation (a list of {"role", "content"}) or a list of them, through the chat template."""
+        """One conversation or a list of them, through the chat template, whose text is the `prompt` of each output.
+
+        A conversation is a list of {"role", "content"}; a content is a string or a list of text parts, as OpenAI has
+        them.  One that cannot be served has `error` set in its output.  chat_template: Jinja, instead of the
+        tokenizer's.  continue_final_message: the last message stays open, for the model to go on with.
+        add_generation_prompt: a new message of the assistant is begun; None: unless the last one is continued.
+        chat_template_kwargs: further variables of the template, like Qwen3's enable_thinking.  Raises like `generate`.
+        """
         if self._tokenizer is None:
             raise ConfigError("chat needs the tokenizer that skip_tokenizer_init left out")
         if chat_template is None and not self._tokenizer.has_chat_template():
             raise ConfigError("this model's tokenizer has no chat template; pass chat_template=..., or use generate()")
-        conversations: Sequence[Any] = [messages] if messages and isinstance(messages[0], Mapping) else messages
-        prompts = [Conversation(conversation, chat_template, add_generation_prompt) for conversation in conversations]
+        if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence):
+            raise ConfigError("messages is a list of {'role': ..., 'content': ...}, or a list of such lists")
+        is_one = bool(messages) and isinstance(messages[0], Mapping)
+        begins = not continue_final_message if add_generation_prompt is None else add_generation_prompt
+        try:
+            first = Conversation([], chat_template, begins, continue_final_message, chat_template_kwargs or {})
+        except RequestError as error:
+            raise ConfigError(str(error)) from error
+        conversations: Sequence[Any] = [messages] if is_one else messages
+        prompts = [replace(first, messages=conversation) for conversation in conversations]
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
 
     def add_r_worker(self, address: str) -> None:
@@ -158,7 +176,7 @@ class LLM:
                     waiting = next(places, None)
                     request_id, read = self._engine.next_request_id(), ReadPrompt(None, [])
                     try:
-                        read = read_prompt(prompt, self._tokenizer)
+                        read = read_prompt(prompt, self._tokenizer, self.max_model_len)
                         self._engine.add_request(request_id, read.token_ids, params, prompt=read.text)
                         taken[request_id] = _Taken(place, params.n, time.monotonic())
                     except RequestError as error:

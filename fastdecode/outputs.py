@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,10 @@ class Delta:
 class OutputError:
     """Why a request has no output."""
 
-    code: str  # see errors.RequestError
+    code: str  # this and the rest: see errors.RequestError
     message: str
+    param: str | None = None
+    numbers: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -6,26 +6,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fastdecode.chat_template import foreign_code
+from fastdecode.conversation import Conversation
 from fastdecode.errors import ConfigError, RequestError
 from fastdecode.sampling_params import SamplingParams
 from fastdecode.text import Tokenizer
 
-
-@dataclass(frozen=True)
-class Conversation:
-    """A prompt that the chat template still has to write, so that one it refuses fails alone."""
-
-    messages: Sequence[Mapping[str, Any]]
-    chat_template: str | None
-    add_generation_prompt: bool
-
+_PROMPT_KEYS = ("prompt", "prompt_token_ids", "cache_salt")  # the last one changes no answer
+_FORMS = 'a prompt is a string, a list of token ids or {"prompt_token_ids": [...]}'
 
 Prompt = str | Sequence[int] | Mapping[str, Any] | Conversation
 
 
 @dataclass(frozen=True)
 class ReadPrompt:
-    text: str | None  # None: it was given as token ids
+    text: str | None  # as it was given, or as the chat template wrote it; None: it was given as token ids
     token_ids: list[int]
 
 
@@ -33,9 +28,11 @@ def pair(
     prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams]
 ) -> list[tuple[Prompt, SamplingParams]]:
     """One prompt or many, one params for all or one each.  Raises ConfigError."""
-    listed: Sequence[Any] = prompts  # type: ignore[assignment]
-    if isinstance(prompts, str | Mapping) or (listed and all(isinstance(item, int) for item in listed)):
-        listed = [prompts]
+    listed: Any = _plain(prompts)
+    if isinstance(listed, bytes) or not isinstance(listed, str | Sequence | Mapping | Conversation):
+        raise ConfigError(f"prompts: {_FORMS}, or a list of them; not {type(prompts).__name__}")
+    if isinstance(listed, str | Mapping | Conversation) or (len(listed) and all(map(_is_token, listed))):
+        listed = [listed]
     each = [params] * len(listed) if isinstance(params, SamplingParams) else params
     if len(each) != len(listed):
         raise ConfigError(f"{len(listed)} prompts and {len(each)} sampling params; give one for all, or one each")
@@ -45,28 +42,60 @@ def pair(
     return list(zip(listed, each, strict=True))
 
 
-def read_prompt(prompt: Prompt, tokenizer: Tokenizer | None) -> ReadPrompt:
-    """Raises RequestError; whether the ids are in the vocabulary is not looked at here."""
+def read_prompt(prompt: Prompt, tokenizer: Tokenizer | None, max_model_len: int | None = None) -> ReadPrompt:
+    """max_model_len: texts that are longer for certain are refused before a tokenizer is kept busy with them.
+
+    Raises RequestError, whatever foreign code raises; whether the ids are in the vocabulary is not looked at here.
+    """
     if isinstance(prompt, Mapping):
-        if "prompt_token_ids" in prompt:
-            return ReadPrompt(prompt.get("prompt"), _token_ids(prompt["prompt_token_ids"]))
-        prompt = prompt.get("prompt")  # type: ignore[assignment]
+        prompt, text = _read_mapping(prompt)
+        if text is not None:
+            return ReadPrompt(text, _token_ids(prompt))
     if not isinstance(prompt, str | Conversation):
         return ReadPrompt(None, _token_ids(prompt))
     if tokenizer is None:
         raise RequestError("invalid_request", "a text prompt needs the tokenizer that skip_tokenizer_init left out")
-    if isinstance(prompt, Conversation):
-        return ReadPrompt(None, tokenizer.encode_chat(
-            prompt.messages, chat_template=prompt.chat_template, add_generation_prompt=prompt.add_generation_prompt
-        ))  # fmt: skip
-    return ReadPrompt(prompt, tokenizer.encode(prompt))
+    text = prompt if isinstance(prompt, str) else tokenizer.render_chat(prompt)
+    if max_model_len is not None and tokenizer.fewest_tokens(text) > max_model_len:
+        least = tokenizer.fewest_tokens(text)
+        told = f"{len(text)} characters, at least {least} tokens; the limit is max_model_len = {max_model_len}"
+        raise RequestError(
+            "context_length_exceeded",
+            f"the prompt has {told}: shorten it",
+            numbers={"n_prompt_tokens": least, "n_ctx": max_model_len},
+        )
+    return ReadPrompt(text, tokenizer.encode(text, add_special_tokens=isinstance(prompt, str)))
+
+
+def _read_mapping(given: Mapping[str, Any]) -> tuple[Any, str | None]:
+    """The prompt, and what to call its text if it is token ids."""
+    for key, value in given.items():
+        is_empty = value is None or (isinstance(value, Mapping) and not value)
+        if key not in _PROMPT_KEYS and not is_empty:
+            raise RequestError(
+                "invalid_request", f"prompt: {key!r} is not supported beside a prompt; {_FORMS}", str(key)
+            )
+    text, token_ids = given.get("prompt"), given.get("prompt_token_ids")
+    if token_ids is None:
+        return text, None
+    if text is not None and not isinstance(text, str):
+        raise RequestError("invalid_request", "prompt: beside prompt_token_ids it is their text, a string", "prompt")
+    return token_ids, text
 
 
 def _token_ids(value: object) -> list[int]:
+    value = _plain(value)
     if isinstance(value, str | bytes | Mapping) or not hasattr(value, "__iter__"):
-        raise RequestError(
-            "invalid_request",
-            f'a prompt is a string, a list of token ids or {{"prompt_token_ids": [...]}}, not {type(value).__name__}',
-        )
-    # numpy's and torch's integers become Python's; what is none stays as it is, for the engine to refuse by value.
-    return [int(token) if hasattr(token, "__index__") and not isinstance(token, bool) else token for token in value]
+        raise RequestError("invalid_request", f"{_FORMS}, not {type(value).__name__}")
+    with foreign_code(_FORMS):
+        # numpy's and torch's integers become Python's; what is none stays, for the engine to refuse by value.
+        return [int(token) if _is_token(token) and type(token) is not bool else token for token in value]
+
+
+def _plain(value: Any) -> Any:
+    """Arrays, of numpy or torch, as lists."""
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def _is_token(value: object) -> bool:
+    return hasattr(value, "__index__") and getattr(value, "ndim", 0) == 0

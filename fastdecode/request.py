@@ -32,6 +32,11 @@ class Request:
     true_output_tokens: int | None = None  # known in simulations and replays only
 
     @property
+    def max_kv_tokens(self) -> int:
+        """KV a continuation will hold at most: the last token sampled never comes back as input."""
+        return len(self.prompt_token_ids) + max(self.max_new_tokens - 1, 0)
+
+    @property
     def length_is_known(self) -> bool:
         """Nothing but its length can end it."""
         return not self.max_new_tokens or not (self.eos_token_ids or self.stop_token_ids or self.params.stop_strings)
@@ -70,8 +75,7 @@ class Sequence:
 
     @property
     def max_kv_tokens(self) -> int:
-        """KV it will hold at most: the last token sampled never comes back as input."""
-        return len(self.request.prompt_token_ids) + max(self.request.max_new_tokens - 1, 0)
+        return self.request.max_kv_tokens
 
     @property
     def num_to_score(self) -> int:

@@ -118,7 +118,8 @@ def refused_output(
 ) -> RequestOutput:
     """An error, and as many empty continuations as were asked for, so that loops over outputs need no special case."""
     empty = [CompletionOutput(index, "", [], None, None, "error") for index in range(num_samples)]
-    return RequestOutput(request_id, prompt, prompt_token_ids, empty, OutputError(error.code, str(error)))
+    told = OutputError(error.code, str(error), error.param, error.numbers)
+    return RequestOutput(request_id, prompt, prompt_token_ids, empty, told)
 
 
 def _completion(continuation: Continuation, tokenizer: Tokenizer | None) -> CompletionOutput:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 MAX_SAMPLES = 1024
 MAX_LOGPROBS = 1000
@@ -54,6 +55,8 @@ class SamplingParams:
     include_stop_str_in_output: bool = False
 
     def __post_init__(self) -> None:
+        for given in fields(self):
+            object.__setattr__(self, given.name, _plain(getattr(self, given.name)))
         stop = self.stop
         object.__setattr__(self, "stop", (stop,) if isinstance(stop, str) else tuple(stop or ()))
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
@@ -108,6 +111,13 @@ class SamplingParams:
             raise ValueError(f"min_tokens ({self.min_tokens}) must be at most max_tokens ({self.max_tokens})")
         if self.stop_strings and not self.detokenize:
             raise ValueError("stop strings are looked for in the text: set detokenize=True, or use stop_token_ids")
+
+
+def _plain(value: Any) -> Any:
+    """Numbers and arrays of numpy or torch as Python's, also within a list."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _check_int(name: str, value: object, low: int, high: int) -> None:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
 from tokenizers.decoders import DecodeStream
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from fastdecode.chat_template import foreign_code, render
+from fastdecode.conversation import Conversation
 from fastdecode.errors import ConfigError, RequestError
 
 _CONTEXT_TOKENS = 6  # of the prompt, enough for a tokenizer to see that a text goes on
@@ -36,10 +37,8 @@ class Tokenizer:
 
         Raises RequestError for what is no text, like half a surrogate pair.
         """
-        try:
+        with foreign_code("the tokenizer does not take this prompt"):
             return list(self._tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])
-        except (TypeError, ValueError, UnicodeError) as error:
-            raise RequestError("invalid_request", f"the tokenizer does not take this prompt: {error}") from error
 
     def fewest_tokens(self, text: str) -> int:
         """That it can have, without encoding it; a tokenizer that drops parts of texts may make fewer of it."""
@@ -48,23 +47,12 @@ class Tokenizer:
     def has_chat_template(self) -> bool:
         return bool(self._tokenizer.chat_template)
 
-    def encode_chat(
-        self, messages: Sequence[Mapping[str, Any]], *, chat_template: str | None, add_generation_prompt: bool
-    ) -> list[int]:
-        """Raises RequestError if the template does not take these messages."""
-        try:
-            encoded = self._tokenizer.apply_chat_template(
-                [dict(message) for message in messages],
-                chat_template=chat_template,
-                add_generation_prompt=add_generation_prompt,
-                tokenize=True,
-                return_dict=True,
-            )
-        except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
-            raise RequestError(
-                "invalid_request", f"the chat template does not take this conversation: {error}"
-            ) from error
-        return list(encoded["input_ids"])
+    def render_chat(self, conversation: Conversation) -> str:
+        """What the chat template makes of it, to be encoded without special tokens: it has written its own.
+
+        Raises RequestError, by the place of what the template does not take.
+        """
+        return render(self._tokenizer, conversation)
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
         return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens))

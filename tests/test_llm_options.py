@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from conftest import Case, quiet
 
 from fastdecode import LLM, SamplingParams
@@ -135,3 +137,35 @@ def test_schedules_do_not_change_what_comes_out(options: dict[str, Any], demo_mo
         result = [output.outputs[0].text for output in llm.generate(prompts, params, use_tqdm=False)]
     assert result == expected and len(set(expected)) > 10
     assert max(record.num_running for record in read_step_log(log)) < len(prompts), "the KV was to be tight"
+
+
+def test_forms_of_prompts(demo_model: Path) -> None:
+    """Arrays are taken where lists are; what stands beside a prompt is never left out without a word."""
+    with LLM(demo_model) as llm:
+        (plain,) = quiet(llm, [[5, 6, 7]], GREEDY)
+        token_ids: list[Any] = [
+            np.array([5, 6, 7]), [np.int32(5), np.int64(6), 7], torch.tensor([5, 6, 7]), (5, 6, 7),
+            {"prompt_token_ids": np.array([5, 6, 7], np.uint16)}, {"prompt": [5, 6, 7], "multi_modal_data": None},
+        ]  # fmt: skip
+        for given in token_ids:
+            for (output,) in (quiet(llm, given, GREEDY), quiet(llm, [given], GREEDY)):
+                assert output.error is None and output.prompt_token_ids == [5, 6, 7], given
+                assert all(type(token) is int for token in output.prompt_token_ids)
+                assert output.outputs[0].token_ids == plain.outputs[0].token_ids
+        both = quiet(llm, np.array([[5, 6, 7], [7, 6, 5]]), GREEDY)
+        assert [output.prompt_token_ids for output in both] == [[5, 6, 7], [7, 6, 5]]
+        beside: list[dict[str, Any]] = [
+            {"multi_modal_data": {"image": object()}}, {"prompt_embeds": [[0.0]]}, {"temperatur": 1},
+        ]  # fmt: skip
+        for more in beside:
+            (output,) = quiet(llm, [{"prompt": "def fib(n):", **more}], GREEDY)
+            assert output.error and output.error.code == "invalid_request" and output.error.param == next(iter(more))
+        wrong: list[Any] = [{}, {"prompt": 5}, {"prompt": 5, "prompt_token_ids": [5]}, 5.0, None]
+        assert all(output.error for output in quiet(llm, wrong, GREEDY))
+        (output,) = quiet(llm, ["x" * 10**6], GREEDY)
+        assert output.error and output.error.code == "context_length_exceeded"
+        assert output.error.numbers["n_ctx"] == llm.max_model_len < output.error.numbers["n_prompt_tokens"]
+        (output,) = quiet(llm, [[5] * 5000], GREEDY)
+        assert output.error and output.error.numbers == {"n_prompt_tokens": 5000, "n_ctx": llm.max_model_len}
+        with pytest.raises(ConfigError, match="not int"):
+            quiet(llm, 5, GREEDY)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import pytest
 
 from fastdecode import SamplingParams
@@ -55,3 +58,33 @@ def test_normalised() -> None:
     assert params.stop_strings == ("END",) and params.top_k == 0 and params.max_tokens == 16
     with pytest.raises(AttributeError):
         params.n = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    "name, given, plain",
+    [
+        ("max_tokens", np.int64(5), 5),
+        ("seed", np.uint64(2**63), 2**63),
+        ("top_k", np.array(5), 5),
+        ("temperature", np.float32(0.5), 0.5),
+        ("top_p", np.float64(0.5), 0.5),
+        ("ignore_eos", np.bool_(True), True),
+        ("stop_token_ids", np.array([1, 2]), (1, 2)),
+        ("stop_token_ids", [np.int32(1), 2], (1, 2)),
+        ("stop_token_ids", np.array([], dtype=int), ()),
+        ("stop", np.array(["a", "b"]), ("a", "b")),
+        ("stop", np.str_("a"), ("a",)),
+    ],
+)
+def test_numpys_numbers_and_arrays_are_taken(name: str, given: Any, plain: Any) -> None:
+    made = getattr(SamplingParams(**{name: given}), name)
+    assert made == plain and type(made) is type(plain)
+    if isinstance(made, tuple):
+        assert all(type(item) in (int, str) for item in made)
+
+
+def test_numpys_numbers_have_the_same_bounds() -> None:
+    with pytest.raises(ValueError, match="max_tokens must be a whole number"):
+        SamplingParams(max_tokens=np.float64(1.5))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="top_p must be"):
+        SamplingParams(top_p=np.float32("nan"))  # type: ignore[arg-type]

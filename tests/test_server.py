@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
+import jsonschema_rs
 import openai
 import pytest
 import schemathesis
@@ -187,6 +189,8 @@ def check_error(answer: httpx.Response, status: int, code: str, param: str | Non
     assert answer.status_code == status and answer.headers["content-type"] == "application/json"
     assert set(answer.json()) == {"error"}
     error = answer.json()["error"]
+    numbers = {name: error.pop(name) for name in ("n_prompt_tokens", "n_ctx") if name in error}
+    assert bool(numbers) == (code == "context_length_exceeded") and all(type(n) is int for n in numbers.values())
     assert set(error) == {"message", "type", "param", "code"} and isinstance(error["type"], str)
     assert (error["code"], error["param"]) == (code, param) and text in error["message"]
 
@@ -200,11 +204,20 @@ def check_error(answer: httpx.Response, status: int, code: str, param: str | Non
         ("GET", TEXT, None, 405, "method_not_allowed", None, "Method Not Allowed"),
         ("POST", "/health", {}, 405, "method_not_allowed", None, "Method Not Allowed"),
         ("POST", TEXT, {"prompt": "x", "model": "gpt"}, 404, "model_not_found", "model", "is not served"),
-        ("POST", TEXT, {"prompt": [5] * 1024}, 400, "context_length_exceeded", None, "1024 tokens; with one"),
-        ("POST", TEXT, {"prompt": "x" * 9000}, 400, "context_length_exceeded", None, "max_model_len = 1024"),
-        ("POST", TEXT, {"prompt": "x" * 10**6}, 400, "context_length_exceeded", None, "1000000 characters, at least"),
-        ("POST", TEXT, {"prompt": [9999] * 10**6}, 400, "context_length_exceeded", None, "1000000 tokens"),
-        ("POST", TEXT, {"prompt": [4096]}, 400, "invalid_request", None, "from 0 to 4095"),
+        ("POST", TEXT, {"prompt": [5] * 1024}, 400, "context_length_exceeded", "prompt", "1024 tokens; with one"),
+        ("POST", TEXT, {"prompt": "x" * 9000}, 400, "context_length_exceeded", "prompt", "max_model_len = 1024"),
+        ("POST", TEXT, {"prompt": "x" * 10**6}, 400, "context_length_exceeded", "prompt", "1000000 characters, at"),
+        (
+            "POST",
+            CHAT,
+            {"messages": [{"role": "user", "content": "x" * 10**6}]},
+            400,
+            "context_length_exceeded",
+            "messages",
+            "characters, at least",
+        ),
+        ("POST", TEXT, {"prompt": [9999] * 10**6}, 400, "context_length_exceeded", "prompt", "1000000 tokens"),
+        ("POST", TEXT, {"prompt": [4096]}, 400, "invalid_request", "prompt", "from 0 to 4095"),
         ("POST", TEXT, [1], 400, "invalid_request", None, "JSON object"),
     ],
 )
@@ -220,7 +233,9 @@ def test_errors(
     "path, body, param, text",
     [
         (TEXT, {}, "prompt", "is required"),
-        (TEXT, {"prompt": ""}, None, "the prompt is empty"),
+        (TEXT, {"prompt": ""}, "prompt", "the prompt is empty"),
+        (TEXT, {"prompt": ["x", ""]}, "prompt[1]", "prompt[1]: the prompt is empty"),
+        (TEXT, {"prompt": [[5], [5], [-1]]}, "prompt[2]", "token id -1"),
         (TEXT, {"prompt": []}, "prompt", "a list of texts"),
         (TEXT, {"prompt": ["x", 5]}, "prompt", "a list of texts"),
         (TEXT, {"prompt": {"a": 1}}, "prompt", "Expected"),
@@ -243,9 +258,14 @@ def test_errors(
         (CHAT, {"messages": HI, "chat_template": "{{ x }}"}, "chat_template", "not supported"),
         (CHAT, {"messages": HI, "stream": True, "stream_options": {"x": 1}}, "stream_options.x", "not supported"),
         (CHAT, {"messages": []}, "messages", "at least one"),
-        (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages", "'text' only"),
+        (
+            CHAT,
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+            "messages[0].content[0]",
+            "'text' only",
+        ),
         ("/tokenize", {}, "prompt", "either"),
-        ("/tokenize", {"messages": [{}]}, "messages", "role"),
+        ("/tokenize", {"messages": [{}]}, "messages[0].role", "is required"),
         ("/detokenize", {"tokens": [-1]}, "tokens", "0 to 4095"),
         ("/detokenize", {"tokens": [2**80]}, "tokens", "0 to 4095"),
     ],
@@ -254,12 +274,73 @@ def test_wrong_fields_are_named(path: str, body: Any, param: str | None, text: s
     check_error(httpx.post(server.url + path, json=body), 400, "invalid_request", param, text)
 
 
+@pytest.mark.parametrize(
+    "bad", ["", [4096], "x" * 9000, [5] * 2000, "x" * 10**6], ids=["", "id", "text", "ids", "long"]
+)
+@pytest.mark.parametrize("is_streamed", [False, True])
+def test_a_bad_prompt_in_a_list_is_told_before_anything_is_computed(
+    bad: Any, is_streamed: bool, server: ServerProcess
+) -> None:
+    good = "Hello" if isinstance(bad, str) else [5]
+    before = _counted(server)
+    body = {"prompt": [good, good, bad, good], "max_tokens": 200, "ignore_eos": True, "stream": is_streamed}
+    answer = httpx.post(server.url + TEXT, json=body, timeout=60)
+    error = answer.json()["error"]
+    assert answer.status_code == 400 and error["param"] == "prompt[2]" and error["message"].startswith("prompt[2]: ")
+    assert _counted(server) == before
+
+
+def test_usage_with_every_chunk(server: ServerProcess) -> None:
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    body = {"messages": HI, "max_tokens": 5, "ignore_eos": True, "stream_options": options}
+    *events, last = transcript(server, CHAT, **body)
+    told = [event["usage"]["completion_tokens"] for event in events]
+    assert told == sorted(told) and told[-1] == 5 == last["usage"]["completion_tokens"] and set(told) >= {1, 2, 3, 4}
+    assert {event["usage"]["prompt_tokens"] for event in events} == {last["usage"]["prompt_tokens"]}
+    assert {event["usage"]["total_tokens"] - event["usage"]["completion_tokens"] for event in events} == {
+        last["usage"]["prompt_tokens"]
+    }
+
+
+def test_messages_as_the_template_writes_them(server: ServerProcess) -> None:
+    """llama.cpp's /apply-template; what a template is told, and a conversation with a call of a tool in it."""
+
+    def post(**body: Any) -> httpx.Response:
+        return httpx.post(server.url + "/apply-template", json=body)
+
+    assert post(messages=HI).json() == {"prompt": "user: import os\n#"}
+    assert post(messages=HI, add_generation_prompt=False, max_tokens=5).json() == {"prompt": "user: import os\n"}
+    begun: list[Any] = [*HI, {"role": "assistant", "content": "Yes"}]
+    assert post(messages=begun, continue_final_message=True).json() == {"prompt": "user: import os\nassistant: Yes"}
+    assert post(messages=[{"role": "developer", "content": "x"}]).json() == {"prompt": "system: x\n#"}
+    check_error(post(messages=[]), 400, "invalid_request", "messages", "at least one")
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    replayed = [*HI, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    replayed.append({"role": "tool", "tool_call_id": "c", "content": "5"})
+    assert post(messages=replayed).json() == {"prompt": "user: import os\nassistant: \ntool: 5\n#"}
+    body = {"messages": replayed, "max_tokens": 2, "chat_template_kwargs": {"enable_thinking": False}}
+    assert httpx.post(server.url + CHAT, json=body, timeout=60).status_code == 200
+
+
 def test_defaults_written_out_are_no_error(server: ServerProcess) -> None:
     body = {
         "prompt": "x", "echo": False, "best_of": 1, "logit_bias": {}, "suffix": None, "use_beam_search": False,
         "stream": False, "user": "me", "priority": 5, "max_tokens": 1,
     }  # fmt: skip
     assert httpx.post(server.url + "/v1/completions", json=body).status_code == 200
+
+
+def test_the_description_forbids_nothing_that_is_taken(server: ServerProcess) -> None:
+    """And has the bounds of what is."""
+    schemas = httpx.get(server.url + "/openapi.json").json()["components"]["schemas"]
+    taken = {"suffix": "", "best_of": 1, "bad_words": [], "length_penalty": 1.0, "detokenize": True, "max_tokens": -1}
+    for name, value in (taken | {"n": 3, "temperature": 0.5, "prompt": "x", "verbosity": "low"}).items():
+        for kind in ("CompletionBody", "ChatBody"):
+            schema = schemas[kind]["properties"].get(name)
+            assert schema is None or jsonschema_rs.is_valid({**schema, "components": {"schemas": schemas}}, value), name
+    for name, value in {"n": 0, "temperature": 101, "top_p": 0, "top_k": -2, "suffix": "x", "echo": 1}.items():
+        schema = schemas["CompletionBody"]["properties"][name]
+        assert not jsonschema_rs.is_valid(schema, value), name
 
 
 def test_a_chat_template_of_its_own(demo_model: Path, offline: LLM) -> None:
@@ -275,7 +356,7 @@ def test_a_chat_template_of_its_own(demo_model: Path, offline: LLM) -> None:
             assert (await live.post({"messages": HI}, "/tokenize")).json()["tokens"] == whole.prompt_token_ids
         async with live_server(demo_model) as live:
             check_error(
-                await live.post({"messages": HI}, CHAT), 400, "invalid_request", None, "chat_template is not set"
+                await live.post({"messages": HI}, CHAT), 400, "invalid_request", "messages", "has no chat template"
             )
 
     asyncio.run(run())
@@ -321,8 +402,8 @@ def test_fuzzed_by_its_own_description(server: ServerProcess) -> None:
             if answer.status_code < 400:
                 return
             error = answer.json()["error"]
-            assert set(error) == {"message", "type", "param", "code"}
-            param = error["param"]
+            assert {"message", "type", "param", "code"} <= set(error)
+            param = error["param"] and re.split(r"[.\[]", error["param"])[0]  # the field with the place that is wrong
             if not isinstance(body, dict) or param not in body or body[param] == right_ones.get(param):
                 return
             del body[param]

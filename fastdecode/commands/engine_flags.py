@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import fastdecode
@@ -114,3 +115,11 @@ def _type(name: str, annotation: str) -> type:
     if name == "kv_cache_memory":
         return str  # "4GiB"
     return {"int": int, "float": float}.get(annotation.split(" ")[0], str)
+
+
+def read_template(path: Path) -> str:
+    """Of --chat-template.  Raises ConfigError."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the chat template: {error}") from error

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import fastdecode
 from cpu_attention import parse_bytes
-from fastdecode.commands.engine_flags import add_engine_flags, engine_options, run_on_s_worker
+from fastdecode.commands.engine_flags import add_engine_flags, engine_options, read_template, run_on_s_worker
 from fastdecode.config_file import add_config_flags
 from fastdecode.errors import ConfigError
 from fastdecode.server.options import ServerOptions
@@ -56,6 +56,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     server.add_argument(
         "--chat-template", default=None, metavar="FILE", help="instead of the one that the model's tokenizer has; Jinja"
     )
+    server.add_argument(
+        "--trust-request-chat-template", action="store_true",
+        help="requests may bring a chat template of their own, which is a program that runs here",
+    )  # fmt: skip
     # Waiting is bounded by --max-queue, before the engine.
     add_engine_flags(parser, without=("max_num_waiting",))
     add_config_flags(parser)
@@ -86,16 +90,9 @@ def _server_options(args: argparse.Namespace) -> ServerOptions:
         shutdown_timeout_s=args.shutdown_timeout,
         max_body_bytes=max_body_bytes,
         client_timeout_s=args.client_timeout,
-        chat_template=None if args.chat_template is None else _read(Path(args.chat_template)),
+        chat_template=None if args.chat_template is None else read_template(Path(args.chat_template)),
+        trust_request_chat_template=args.trust_request_chat_template,
     )
-
-
-def _read(path: Path) -> str:
-    """Raises ConfigError."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read the chat template: {error}") from error
 
 
 def _serve(args: argparse.Namespace, options: ServerOptions) -> int:

@@ -17,9 +17,19 @@ class ChunkWriter:
     """Of one answer."""
 
     def __init__(
-        self, *, is_chat: bool, body_id: str, model: str, created: int, num_logprobs: int | None, with_usage: bool
+        self,
+        *,
+        is_chat: bool,
+        body_id: str,
+        model: str,
+        created: int,
+        num_logprobs: int | None,
+        prompt_tokens: int,
+        with_usage: bool,
+        with_usage_so_far: bool = False,
     ) -> None:
-        """created: seconds since 1970; num_logprobs: as in SamplingParams."""
+        """created: seconds since 1970; num_logprobs: as in SamplingParams; with_usage_so_far: in every chunk, as vLLM's
+        ``continuous_usage_stats`` has it."""
         self._is_chat, self._num_logprobs = is_chat, num_logprobs
         self._head = {
             "id": body_id,
@@ -27,7 +37,7 @@ class ChunkWriter:
             "created": created,
             "model": model,
         }
-        self._tail: dict[str, Any] = {"usage": None} if with_usage else {}
+        self._prompt_tokens, self._with_usage, self._with_usage_so_far = prompt_tokens, with_usage, with_usage_so_far
         self._characters: dict[int, int] = {}  # of the tokens told, by choice; its keys are the choices begun
         self._num_tokens = 0
 
@@ -49,9 +59,12 @@ class ChunkWriter:
         if delta.finish_reason:
             yield self._chat(index, {}, None, delta.finish_reason, delta.stop_reason)
 
-    def usage(self, prompt_tokens: int) -> dict[str, Any]:
+    def usage(self) -> dict[str, Any]:
         """The last chunk of an answer with usage."""
-        return {**self._head, "choices": [], "usage": usage(prompt_tokens, self._num_tokens)}
+        return {**self._head, "choices": [], "usage": self._usage_so_far()}
+
+    def _usage_so_far(self) -> dict[str, int]:
+        return usage(self._prompt_tokens, self._num_tokens)
 
     def _logprobs(self, index: int, delta: Delta) -> dict[str, Any] | None:
         if self._num_logprobs is None or not delta.logprobs:
@@ -74,4 +87,7 @@ class ChunkWriter:
         return self._chunk({"index": index, "delta": delta, "logprobs": logprobs, **end})
 
     def _chunk(self, choice: dict[str, Any]) -> dict[str, Any]:
-        return {**self._head, "choices": [choice], **self._tail}
+        chunk: dict[str, Any] = {**self._head, "choices": [choice]}
+        if self._with_usage:
+            chunk["usage"] = self._usage_so_far() if self._with_usage_so_far else None
+        return chunk

@@ -5,6 +5,7 @@ Codes come from `fastdecode.errors.RequestError` and, for what has to do with HT
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,9 +52,12 @@ def kind_of(code: str) -> Kind:
     return KINDS.get(code, KINDS["invalid_request"])
 
 
-def envelope(code: str, message: str, param: str | None = None) -> dict[str, Any]:
-    """param: the field that is wrong."""
-    return {"error": {"message": message, "type": kind_of(code).type, "param": param, "code": code}}
+def envelope(
+    code: str, message: str, param: str | None = None, numbers: Mapping[str, int] | None = None
+) -> dict[str, Any]:
+    """param: the field that is wrong; numbers: of the message, for programs."""
+    told = {"message": message, "type": kind_of(code).type, "param": param, "code": code}
+    return {"error": {**told, **(numbers or {})}}
 
 
 def status_of(error: OutputError) -> int:
@@ -61,4 +65,4 @@ def status_of(error: OutputError) -> int:
 
 
 def error_body(error: OutputError) -> dict[str, Any]:
-    return envelope(error.code, error.message)
+    return envelope(error.code, error.message, error.param, error.numbers)

@@ -10,22 +10,28 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from fastdecode.conversation import Conversation, read_messages
 from fastdecode.errors import RequestError
-from fastdecode.openai_api.bodies import ChatBody, CompletionBody, read_body
-from fastdecode.prompts import Conversation, Prompt
+from fastdecode.openai_api.bodies import MAX_PRIORITY, NO_LIMIT, ChatBody, CompletionBody, TemplateBody, read_body
+from fastdecode.prompts import Prompt
 from fastdecode.sampling_params import SamplingParams
 
 CHAT_URL, COMPLETIONS_URL = "/v1/chat/completions", "/v1/completions"
 URLS = (CHAT_URL, COMPLETIONS_URL)
 
 _COMPLETION_TOKENS = 16  # OpenAI's default for completions; a chat goes on to the end of the context
-_MAX_PRIORITY = 2**31 - 1
 _AS_THEY_ARE = (
     "n", "temperature", "top_p", "top_k", "min_p", "seed", "stop", "stop_token_ids", "ignore_eos", "min_tokens",
     "presence_penalty", "frequency_penalty", "repetition_penalty", "skip_special_tokens",
     "include_stop_str_in_output",
 )  # fmt: skip
-_FIELDS = {*_AS_THEY_ARE, "max_tokens", "logprobs"}  # that SamplingParams may complain about
+_FIELDS = {
+    *_AS_THEY_ARE,
+    "max_tokens",
+    "max_completion_tokens",
+    "logprobs",
+    "top_logprobs",
+}  # that SamplingParams may complain about
 
 
 @dataclass(frozen=True)
@@ -36,7 +42,15 @@ class ReadRequest:
     is_chat: bool
     is_streamed: bool = False
     with_usage: bool = False  # in a last chunk
+    with_usage_so_far: bool = False  # in every chunk
     priority: int = 0  # lower goes first
+
+    @property
+    def places(self) -> list[str]:
+        """What errors call each of the prompts."""
+        if len(self.prompts) > 1:
+            return [f"prompt[{index}]" for index in range(len(self.prompts))]
+        return ["messages" if self.is_chat else "prompt"]
 
     @property
     def prompt(self) -> Prompt:
@@ -45,9 +59,9 @@ class ReadRequest:
         return prompt
 
 
-def read_line(url: str, body: object, defaults: SamplingParams) -> ReadRequest:
-    """Of a batch file: one prompt, answered whole, in the file's turn.  Raises like read_request."""
-    request = read_request(url, body, defaults)
+def read_line(url: str, body: object, defaults: SamplingParams, chat_template: str | None = None) -> ReadRequest:
+    """Of a batch file: one prompt, answered whole, in the file's turn.  Takes and raises what read_request does."""
+    request = read_request(url, body, defaults, chat_template)
     if request.is_streamed:
         raise _wrong("stream", "this answer comes whole; leave it out or set it to false")
     if len(request.prompts) > 1:
@@ -57,46 +71,91 @@ def read_line(url: str, body: object, defaults: SamplingParams) -> ReadRequest:
     return request
 
 
-def read_request(url: str, body: object, defaults: SamplingParams, chat_template: str | None = None) -> ReadRequest:
-    """defaults: the model's own; chat_template: None: the tokenizer's.
+def read_request(
+    url: str,
+    body: object,
+    defaults: SamplingParams,
+    chat_template: str | None = None,
+    *,
+    trust_chat_template: bool = False,
+) -> ReadRequest:
+    """defaults: the model's own; chat_template: None: the tokenizer's; trust_chat_template: a request may bring one.
 
     Raises RequestError, which says what field is wrong, and why.
     """
     if url not in URLS:
-        raise RequestError("invalid_request", f"url {url!r} is none of {', '.join(URLS)}")
-    return _read_chat(body, defaults, chat_template) if url == CHAT_URL else _read_completion(body, defaults)
+        raise RequestError("invalid_request", f"url {url!r} is none of {', '.join(URLS)}", "url")
+    if url == COMPLETIONS_URL:
+        return _read_completion(body, defaults)
+    return _read_chat(body, defaults, chat_template, trust_chat_template)
 
 
 def _read_completion(raw: object, defaults: SamplingParams) -> ReadRequest:
     body = read_body(raw, CompletionBody)
     max_tokens = _COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
-    params = _params(body, defaults, max_tokens=max_tokens, logprobs=body.logprobs)
+    params = _params(body, defaults, {}, max_tokens=_limit(max_tokens), logprobs=body.logprobs)
     return _request(body, _prompts(body.prompt), params, is_chat=False)
 
 
-def _read_chat(raw: object, defaults: SamplingParams, chat_template: str | None) -> ReadRequest:
+def _read_chat(raw: object, defaults: SamplingParams, chat_template: str | None, trust: bool) -> ReadRequest:
     body = read_body(raw, ChatBody)
-    if not body.messages:
-        raise _wrong("messages", "at least one")
-    if body.top_logprobs is not None and not body.logprobs:
+    if body.top_logprobs and not body.logprobs:
         raise _wrong("top_logprobs", "needs logprobs to be true")
-    messages = [flatten(message) for message in body.messages]
-    conversation = Conversation(messages, chat_template, body.add_generation_prompt)
-    max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+    conversation = read_conversation(body, chat_template, trust_chat_template=trust)
+    sent_as = {"logprobs": "top_logprobs"}
+    max_tokens = body.max_tokens
+    if body.max_completion_tokens is not None:
+        max_tokens, sent_as["max_tokens"] = body.max_completion_tokens, "max_completion_tokens"
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    params = _params(body, defaults, max_tokens=max_tokens, logprobs=logprobs)
+    params = _params(body, defaults, sent_as, max_tokens=_limit(max_tokens), logprobs=logprobs)
     return _request(body, [conversation], params, is_chat=True)
+
+
+def read_conversation(
+    body: ChatBody | TemplateBody, chat_template: str | None, *, trust_chat_template: bool
+) -> Conversation:
+    """Takes and raises what read_request does."""
+    if body.chat_template is not None and not trust_chat_template:
+        told = "not supported here: a template is a program, and this one takes none from a request"
+        raise _wrong("chat_template", f"{told} (--chat-template FILE sets one for all)")
+    begins, continues = body.add_generation_prompt, body.continue_final_message
+    variables = dict(body.chat_template_kwargs or {})
+    if body.verbosity is not None:
+        variables.setdefault("verbosity", body.verbosity)  # for templates that read it, as a hint
+    return Conversation(
+        read_messages(body.messages),
+        body.chat_template or chat_template,
+        add_generation_prompt=not continues if begins is None else begins,
+        continue_final_message=continues,
+        template_kwargs=variables,
+        reasoning_effort=body.reasoning_effort,
+    )
 
 
 def _request(
     body: CompletionBody | ChatBody, prompts: list[Prompt], params: SamplingParams, *, is_chat: bool
 ) -> ReadRequest:
-    if body.stream_options and not body.stream:
+    options = body.stream_options
+    if options and not body.stream:
         raise _wrong("stream_options", "needs stream to be true")
-    if abs(body.priority) > _MAX_PRIORITY:
-        raise _wrong("priority", f"from {-_MAX_PRIORITY} to {_MAX_PRIORITY}, lower goes first; got {body.priority}")
-    with_usage = bool(body.stream_options and body.stream_options.include_usage)
-    return ReadRequest(body.model, prompts, params, is_chat, body.stream, with_usage, body.priority)
+    if options and options.include_obfuscation:
+        raise _wrong("stream_options.include_obfuscation", "not supported here")
+    if abs(body.priority) > MAX_PRIORITY:
+        raise _wrong("priority", f"from {-MAX_PRIORITY} to {MAX_PRIORITY}, lower goes first; got {body.priority}")
+    return ReadRequest(
+        body.model,
+        prompts,
+        params,
+        is_chat,
+        is_streamed=body.stream,
+        with_usage=bool(options and (options.include_usage or options.continuous_usage_stats)),
+        with_usage_so_far=bool(options and options.continuous_usage_stats),
+        priority=body.priority,
+    )
+
+
+def _limit(max_tokens: int | None) -> int | None:
+    return None if max_tokens == NO_LIMIT else max_tokens
 
 
 def _prompts(given: str | list[Any]) -> list[Prompt]:
@@ -109,30 +168,20 @@ def _prompts(given: str | list[Any]) -> list[Prompt]:
     return [given] if kinds == {int} else list(given)
 
 
-def _params(body: CompletionBody | ChatBody, defaults: SamplingParams, **more: Any) -> SamplingParams:
+def _params(
+    body: CompletionBody | ChatBody, defaults: SamplingParams, sent_as: Mapping[str, str], **more: Any
+) -> SamplingParams:
+    """sent_as: what the body calls some of SamplingParams' fields."""
     if more.get("max_tokens") == 0:
-        raise RequestError("invalid_request", "max_tokens must be from 1, got 0", "max_tokens")
+        name = sent_as.get("max_tokens", "max_tokens")
+        raise RequestError("invalid_request", f"{name} must be from 1, got 0", name)
     said = {name: getattr(body, name) for name in _AS_THEY_ARE if getattr(body, name) is not None}
     try:
         return replace(defaults, **said, **more)
-    except ValueError as error:  # its first word is the field's name
-        name = (re.match(r"[a-z_]+", str(error)) or [""])[0]
-        raise RequestError("invalid_request", str(error), name if name in _FIELDS else None) from error
-
-
-def flatten(message: Mapping[str, Any]) -> dict[str, Any]:
-    """Content in parts, as newer clients write it, becomes one text, as chat templates want it."""
-    if not isinstance(message.get("role"), str):
-        raise _wrong("messages", "each has a role, like 'user'")
-    parts = message.get("content")
-    if not isinstance(parts, list):
-        return dict(message)
-    texts = []
-    for part in parts:
-        if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-            raise _wrong("messages", "content may have parts of type 'text' only")
-        texts.append(part["text"])
-    return {**message, "content": "\n".join(texts)}
+    except ValueError as error:
+        told = re.sub(r"[a-z_]+", lambda word: sent_as.get(word[0], word[0]), str(error))
+        name = (re.match(r"[a-z_]+", told) or [""])[0]  # its first word is the field's name
+        raise RequestError("invalid_request", told, name if name in _FIELDS else None) from error
 
 
 def _wrong(name: str, why: str) -> RequestError:

@@ -140,14 +140,7 @@ class Scheduler:
         An empty queue takes any number, so that a request for more samples than the queue holds is served, too.
         """
         for sequence in sequences:
-            needed = self._credits.blocks(sequence.max_kv_tokens)
-            if needed > self._credits.largest:
-                size = self._config.block_tokens
-                raise RequestError(
-                    "kv_budget_exceeded",
-                    f"prompt + output is {sequence.max_kv_tokens} tokens of KV = {needed} blocks of {size}; the "
-                    f"largest R-worker has {self._credits.largest}: raise kv_cache_memory or lower max_tokens",
-                )
+            self.check_fits(sequence.max_kv_tokens)
         if not self.has_room(len(sequences)):
             raise RequestError(
                 "queue_full",
@@ -155,6 +148,17 @@ class Scheduler:
             )
         for sequence in sequences:
             self._waiting.add(sequence)
+
+    def check_fits(self, max_kv_tokens: int) -> None:
+        """Raises RequestError if no R-worker could ever hold so many."""
+        needed = self._credits.blocks(max_kv_tokens)
+        if needed > self._credits.largest:
+            size = self._config.block_tokens
+            raise RequestError(
+                "kv_budget_exceeded",
+                f"prompt + output is {max_kv_tokens} tokens of KV = {needed} blocks of {size}; the "
+                f"largest R-worker has {self._credits.largest}: raise kv_cache_memory or lower max_tokens",
+            )
 
     def schedule(self) -> Step | None:
         """The next step; None if there is nothing to do."""

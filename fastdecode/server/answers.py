@@ -86,7 +86,12 @@ class StreamedAnswer(Answer):
 
     async def _bodies(self) -> AsyncIterator[bytes]:
         """Events; those that are there at a time go out as one, for a send costs more than all that makes an event."""
-        writer = ChunkWriter(**self._heading, with_usage=self._request.with_usage)
+        writer = ChunkWriter(
+            **self._heading,
+            prompt_tokens=sum(len(stream.prompt_token_ids) for stream in self._streams),
+            with_usage=self._request.with_usage,
+            with_usage_so_far=self._request.with_usage_so_far,
+        )
         num_samples = self._request.params.n
         async for deltas in deltas_of(self._streams):
             events = [
@@ -97,7 +102,7 @@ class StreamedAnswer(Answer):
             if events:
                 yield b"".join(events)
         if self._request.with_usage:
-            yield _event(writer.usage(sum(len(stream.prompt_token_ids) for stream in self._streams)))
+            yield _event(writer.usage())
 
 
 async def _until_gone(receive: Receive) -> None:

@@ -37,14 +37,16 @@ def error_response(
     code: str,
     message: str,
     param: str | None = None,
+    numbers: Mapping[str, int] | None = None,
     *,
     beside: Mapping[str, Any] | None = None,
     headers: Mapping[str, str] | None = None,
 ) -> Response:
-    """beside: more of the body."""
+    """numbers: of the error; beside: more of the body."""
     kind = kind_of(code)
     retry = {} if kind.retry_after_s is None else {"Retry-After": str(kind.retry_after_s)}
-    return JSONBody({**(beside or {}), **envelope(code, message, param)}, kind.status, {**(headers or {}), **retry})
+    body = {**(beside or {}), **envelope(code, message, param, numbers)}
+    return JSONBody(body, kind.status, {**(headers or {}), **retry})
 
 
 def error_event(error: Exception) -> dict[str, Any]:
@@ -54,13 +56,13 @@ def error_event(error: Exception) -> dict[str, Any]:
     return envelope(*_told(error))
 
 
-def _told(error: Exception) -> tuple[str, str, str | None]:
-    """code, message, param"""
+def _told(error: Exception) -> tuple[str, str, str | None, Mapping[str, int]]:
+    """What `envelope` takes."""
     if isinstance(error, RequestError):
-        return error.code, str(error), error.param
+        return error.code, str(error), error.param, error.numbers
     if isinstance(error, FastDecodeError):
-        return "engine_dead", f"the engine has ended: {error}", None
-    return "internal_error", _OURS, None
+        return "engine_dead", f"the engine has ended: {error}", None, {}
+    return "internal_error", _OURS, None, {}
 
 
 async def _answer(request: Request, error: Exception) -> Response:

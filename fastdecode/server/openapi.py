@@ -38,5 +38,9 @@ def describe(app: FastAPI, bodies: Sequence[type[msgspec.Struct]]) -> dict[str, 
         for operation in path.values():
             operation["responses"] |= {"4XX": error, "5XX": error}
     _, schemas = msgspec.json.schema_components([ErrorBody, *bodies], ref_template=_REF)
+    for body in bodies:
+        for name, values in getattr(body, "neutral", {}).items():
+            # Of a field that is not supported: what may be said of it.
+            schemas[body.__name__]["properties"].setdefault(name, {"enum": [None, *values]})
     document.setdefault("components", {}).setdefault("schemas", {}).update(schemas)
     return document

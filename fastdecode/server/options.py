@@ -20,6 +20,7 @@ class ServerOptions:
     shutdown_timeout_s: what runs has so long to end after SIGTERM.
     max_body_bytes: of a request.
     chat_template: instead of the one that the model's tokenizer has; Jinja.
+    trust_request_chat_template: a request may bring a chat template of its own, which is a program.
     client_timeout_s: a client that neither sends what it began nor reads what it is sent is left after so long.
     """
 
@@ -33,6 +34,7 @@ class ServerOptions:
     max_body_bytes: int = 32 << 20
     client_timeout_s: float = 60.0
     chat_template: str | None = None
+    trust_request_chat_template: bool = False
 
     def __post_init__(self) -> None:
         if not self.served_model_name or not all(self.served_model_name):

@@ -11,7 +11,6 @@ from starlette.responses import Response
 
 from fastdecode.errors import RequestError
 from fastdecode.openai_api import ChatBody, CompletionBody, ReadRequest, read_request
-from fastdecode.prompts import Prompt
 from fastdecode.server.answers import Answer, StreamedAnswer, WholeAnswer
 from fastdecode.server.errors import JSONBody
 from fastdecode.server.life import Life
@@ -53,48 +52,29 @@ def openai_router(life: Life, options: ServerOptions) -> APIRouter:
         body, path, defaults = await request.body(), request.url.path, service.opened.default_params
 
         def read() -> ReadRequest:
-            return read_request(path, read_json(body), defaults, options.chat_template)
+            trust = options.trust_request_chat_template
+            return read_request(path, read_json(body), defaults, options.chat_template, trust_chat_template=trust)
 
         return await asyncio.to_thread(read) if len(body) > _LARGE_BYTES else read()
 
     async def submit(read: ReadRequest) -> list[Stream]:
         """A stream per prompt: all or none."""
-        for prompt in read.prompts:
-            _check_length(prompt, life.service)
         num_sequences = len(read.prompts) * read.params.n
         if len(read.prompts) > 1 and num_sequences > options.max_queue:
             told = f"{len(read.prompts)} prompts x n = {read.params.n} are {num_sequences} sequences"
             raise RequestError(
                 "invalid_request", f"prompt: {told}; a list has to fit in the queue, of {options.max_queue}", "prompt"
             )
-        streams: list[Stream] = []
-        try:
-            for prompt in read.prompts:
-                streams.append(
-                    await life.service.submit(
-                        prompt,
-                        read.params,
-                        priority=read.priority,
-                        timeout_s=options.timeout_s,
-                        stream=read.is_streamed,
-                    )
-                )
-        except BaseException:
-            for stream in streams:
-                stream.abort()
-            raise
-        return streams
+        return await life.service.submit_all(
+            read.prompts,
+            read.params,
+            places=read.places,
+            priority=read.priority,
+            timeout_s=options.timeout_s,
+            stream=read.is_streamed,
+        )
 
     return router
-
-
-def _check_length(prompt: Prompt, service: Service) -> None:
-    """Raises RequestError for what would keep a tokenizer's thread busy only to be refused."""
-    tokenizer, limit = service.opened.tokenizer, service.opened.max_model_len
-    text = prompt if isinstance(prompt, str) else ""
-    if tokenizer and tokenizer.fewest_tokens(text) > limit:
-        told = f"{len(text)} characters, at least {tokenizer.fewest_tokens(text)} tokens; the limit is max_model_len"
-        raise RequestError("context_length_exceeded", f"the prompt has {told} = {limit}: shorten it")
 
 
 def read_json(body: bytes) -> Any:

@@ -16,7 +16,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Literal, TypeVar
@@ -116,25 +116,55 @@ class Service:
         timeout_s: float | None = None,
         stream: bool = False,
     ) -> Stream:
-        """stream: deltas are wanted.  Raises RequestError (the request, or ``queue_full``, or ``draining``)."""
+        """One of `submit_all`."""
+        (made,) = await self.submit_all([prompt], params, priority=priority, timeout_s=timeout_s, stream=stream)
+        return made
+
+    async def submit_all(
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams,
+        *,
+        places: Sequence[str] | None = None,
+        priority: int = 0,
+        timeout_s: float | None = None,
+        stream: bool = False,
+    ) -> list[Stream]:
+        """A stream for each, or none at all: each is looked at before the first is computed.
+
+        places: what errors call the prompts.  stream: deltas are wanted.  Raises RequestError (a prompt by its place,
+        or ``queue_full``, or ``draining``).
+        """
         self._check_open()
-        if self._num_inside >= self._engine.num_places + self._max_queue:
+        if self._num_inside + (len(prompts) - 1) * params.n >= self._engine.num_places + self._max_queue:
             self.num_refused += 1
             raise RequestError("queue_full", f"{self._max_queue} sequences wait already; try again later")
-        self._num_inside += params.n
+        self._num_inside += params.n * len(prompts)
         try:
-            read = await asyncio.get_running_loop().run_in_executor(
-                self._tokenizers, read_prompt, prompt, self.opened.tokenizer
-            )
+            read = []
+            for index, prompt in enumerate(prompts):  # one after the other: others want a thread, too
+                try:
+                    read.append(
+                        await asyncio.get_running_loop().run_in_executor(self._tokenizers, self._read, prompt, params)
+                    )
+                except RequestError as error:
+                    raise _placed(error, places[index] if places else None, len(prompts)) from error
             self._check_open()
         except BaseException:
-            self._num_inside -= params.n
+            self._num_inside -= params.n * len(prompts)
             raise
-        made = Stream(read.token_ids, params.n, self._inbox.put)
-        self._inbox.put(_Submission(made, read, params, priority, timeout_s, stream))
+        made = [Stream(each.token_ids, params.n, self._inbox.put) for each in read]
+        for each, prompt_read in zip(made, read, strict=True):
+            self._inbox.put(_Submission(each, prompt_read, params, priority, timeout_s, stream))
         if self._death:  # since the last look, and perhaps since the inbox was read for the last time
             raise self._death
         return made
+
+    def _read(self, prompt: Prompt, params: SamplingParams) -> ReadPrompt:
+        """In a tokenizer's thread.  Raises RequestError for what the engine would refuse, too."""
+        read = read_prompt(prompt, self.opened.tokenizer, self.opened.max_model_len)
+        self._engine.check(read.token_ids, params)
+        return read
 
     async def with_tokenizer(self, action: Callable[[Tokenizer], T]) -> T:
         """`action` in one of the tokenizer's threads.  Raises what it raises, and RequestError without a tokenizer."""
@@ -270,6 +300,14 @@ class Service:
         for stream, event in events:
             self._num_inside -= 0 if isinstance(event, Delta) else stream.num_samples
             stream.put(event)
+
+
+def _placed(error: RequestError, place: str | None, num_prompts: int) -> RequestError:
+    """Which of several it is, in words too; what names a field already keeps it."""
+    if place is None or error.param:
+        return error
+    told = f"{place}: {error}" if num_prompts > 1 else str(error)
+    return RequestError(error.code, told, place, numbers=error.numbers)
 
 
 @dataclass(frozen=True)

@@ -1,16 +1,17 @@
-"""Between text and tokens over HTTP: /tokenize and /detokenize, with vLLM's bodies."""
+"""Between messages, text and tokens over HTTP: /tokenize and /detokenize, with vLLM's bodies; llama.cpp's
+/apply-template."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import msgspec
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from fastdecode.errors import RequestError
-from fastdecode.openai_api.bodies import read_body
-from fastdecode.openai_api.requests import flatten
+from fastdecode.openai_api import ChatBody
+from fastdecode.openai_api.bodies import TemplateBody, read_body
+from fastdecode.openai_api.requests import read_conversation
+from fastdecode.prompts import Prompt, read_prompt
 from fastdecode.server.errors import JSONBody
 from fastdecode.server.life import Life
 from fastdecode.server.openapi import takes
@@ -19,14 +20,11 @@ from fastdecode.server.routes import read_json
 from fastdecode.text import Tokenizer
 
 
-class TokenizeBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+class TokenizeBody(TemplateBody):
     """prompt or messages"""
 
-    model: str | None = None
     prompt: str | None = None
-    messages: list[dict[str, Any]] | None = None
     add_special_tokens: bool = True  # of a prompt; a chat template writes its own
-    add_generation_prompt: bool = True  # of messages
     return_token_strs: bool = False
 
 
@@ -45,11 +43,20 @@ def tokens_router(life: Life, options: ServerOptions) -> APIRouter:
         life.check_model(body.model)
         if (body.prompt is None) == (body.messages is None):
             raise RequestError("invalid_request", "prompt: give either prompt or messages", "prompt")
-        token_ids, texts = await service.with_tokenizer(
-            lambda tokenizer: _encode(tokenizer, body, options.chat_template)
-        )
+        token_ids, texts = await service.with_tokenizer(lambda tokenizer: _encode(tokenizer, body, options))
         length = service.opened.max_model_len
         return JSONBody({"count": len(token_ids), "max_model_len": length, "tokens": token_ids, "token_strs": texts})
+
+    @router.post("/apply-template", openapi_extra=takes(ChatBody))
+    async def apply_template(request: Request) -> Response:
+        service = life.service
+        body = read_body(read_json(await request.body()), ChatBody)
+        life.check_model(body.model)
+        conversation = read_conversation(
+            body, options.chat_template, trust_chat_template=options.trust_request_chat_template
+        )
+        text = await service.with_tokenizer(lambda tokenizer: tokenizer.render_chat(conversation))
+        return JSONBody({"prompt": text})
 
     @router.post("/detokenize", openapi_extra=takes(DetokenizeBody))
     async def detokenize(request: Request) -> Response:
@@ -67,13 +74,13 @@ def tokens_router(life: Life, options: ServerOptions) -> APIRouter:
     return router
 
 
-def _encode(tokenizer: Tokenizer, body: TokenizeBody, chat_template: str | None) -> tuple[list[int], list[str] | None]:
+def _encode(tokenizer: Tokenizer, body: TokenizeBody, options: ServerOptions) -> tuple[list[int], list[str] | None]:
     """In a tokenizer's thread.  Raises RequestError."""
     if body.messages is None:
         token_ids = tokenizer.encode(body.prompt or "", add_special_tokens=body.add_special_tokens)
     else:
-        messages = [flatten(message) for message in body.messages]
-        token_ids = tokenizer.encode_chat(
-            messages, chat_template=chat_template, add_generation_prompt=body.add_generation_prompt
+        conversation: Prompt = read_conversation(
+            body, options.chat_template, trust_chat_template=options.trust_request_chat_template
         )
+        token_ids = read_prompt(conversation, tokenizer).token_ids
     return token_ids, [tokenizer.token_text(token) for token in token_ids] if body.return_token_strs else None
