@@ -1,10 +1,11 @@
 """`run-batch` killed again and again, and resumed: nothing is lost, nothing comes twice, and nothing differs.
 
-    python bench/batch_kills.py [--lines 500] [--kills 20] [--model DIR] [--transport inproc] [--seed 0] [--json FILE]
+    python bench/batch_kills.py [--lines 500] [--kills 20] [--model DIR] [--chats] [--transport inproc] [--json FILE]
 
-A run is left alone first.  Then the same file is done by runs that get SIGKILL at random moments, at the start as well
-as between and within results; the last one is left alone, and the joined output has to have every custom_id once with
-the same choices as the first.
+Lines are completions of the demonstration's model, or with --chats conversations for a model that has a chat template
+(bench/clients/make_smollm2.sh makes one).  A run is left alone first.  Then the same file is done by runs that get
+SIGKILL at random moments, at the start as well as between and within results; the last one is left alone, and the
+joined output has to have every custom_id once with the same choices as the first.
 """
 
 from __future__ import annotations
@@ -22,14 +23,23 @@ import numpy as np
 
 ROOT = Path(__file__).parents[1]
 
+_THINGS = ("a river", "日本の朝ごはん", "the number {}", "Grüße aus Köln 🙂", "a train that is {} minutes late")
 
-def make_input(path: Path, num_lines: int) -> Path:
+
+def make_input(path: Path, num_lines: int, max_tokens: int = 60, *, is_chat: bool = False) -> Path:
     """Prompts that are all different, outputs of many lengths, half of them drawn."""
     with path.open("w") as file:
         for i in range(num_lines):
-            body = {"prompt": f"# {i}\nimport", "max_tokens": 1 + i % 60, "temperature": i % 2}
-            line = {"custom_id": f"r{i}", "method": "POST", "url": "/v1/completions", "body": body}
-            file.write(json.dumps(line) + "\n")
+            body: dict[str, Any] = {"max_tokens": 1 + i % max_tokens, "temperature": i % 2}
+            if is_chat:
+                thing = _THINGS[i % len(_THINGS)].format(i)
+                body["messages"] = [{"role": "user", "content": f"{i}: write a sentence about {thing}."}]
+                if i % 3 == 0:
+                    body["messages"].insert(0, {"role": "system", "content": "You answer in one short sentence."})
+            else:
+                body["prompt"] = f"# {i}\nimport"
+            url = "/v1/chat/completions" if is_chat else "/v1/completions"
+            file.write(json.dumps({"custom_id": f"r{i}", "method": "POST", "url": url, "body": body}) + "\n")
     return path
 
 
@@ -94,20 +104,21 @@ def kill_and_resume(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("lines", 500), ("kills", 20), ("seed", 0)):
+    for name, default in (("lines", 500), ("kills", 20), ("max-tokens", 60), ("seed", 0)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--model", type=Path, default=ROOT / "scripts" / "demo_model")
+    parser.add_argument("--chats", action="store_true", help="conversations; the model has to have a chat template")
     parser.add_argument("--transport", default="inproc", choices=("inproc", "shm", "ipc", "tcp"))
+    parser.add_argument("--kv-cache-memory", default="64MiB", metavar="BYTES")
     parser.add_argument("--json", metavar="FILE", help="also write the figures there")
     args = parser.parse_args()
     generator = np.random.default_rng(args.seed)
     with tempfile.TemporaryDirectory() as name:
         source, whole, out = (Path(name) / file for file in ("in.jsonl", "whole.jsonl", "out.jsonl"))
-        make_input(source, args.lines)
-        finish(start(args.model, source, whole, "--transport", args.transport))
-        kills = kill_and_resume(
-            args.model, source, out, generator, args.lines, args.kills, "--transport", args.transport
-        )
+        make_input(source, args.lines, args.max_tokens, is_chat=args.chats)
+        flags = ("--transport", args.transport, "--kv-cache-memory", args.kv_cache_memory)
+        finish(start(args.model, source, whole, *flags))
+        kills = kill_and_resume(args.model, source, out, generator, args.lines, args.kills, *flags)
         expected, found = choices(whole), choices(out)
     print(f"{'kill':>4} {'after':>8} {'lines before':>13} {'after':>6}")
     for number, kill in enumerate(kills, 1):
@@ -122,7 +133,8 @@ def main() -> None:
         f"middle of results; {len(found)} lines, {len(missing)} missing, {len(differing)} differ"
     )
     if args.json:
-        settings = {name: getattr(args, name) for name in ("lines", "kills", "seed", "transport")}
+        names = ("lines", "kills", "chats", "max_tokens", "seed", "transport")
+        settings = {"model": args.model.name, **{name: getattr(args, name) for name in names}}
         facts = {"settings": settings, "kills": kills, "is_equal": is_equal}
         Path(args.json).write_text(json.dumps(facts, indent=1) + "\n")
     sys.exit(0 if is_equal and num_struck == args.kills else 1)
