@@ -17,9 +17,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from gpu_sworker.attention import AttentionCall
+from gpu_sworker.errors import UnsupportedModel, foreign_errors
 from gpu_sworker.model import read_config
 from gpu_sworker.prefill import PromptChunk
 from gpu_sworker.probe import AttentionSpec
@@ -40,12 +41,19 @@ def describe_model(directory: str | Path, device: str) -> tuple[ModelFacts, int]
     Raises ModelNotFound, UnsupportedModel.
     """
     config = read_config(Path(directory))
+    with foreign_errors(lambda what: UnsupportedModel(config.model_type, f"its config.json is not valid ({what})")):
+        return _describe(config, device)
+
+
+def _describe(config: PretrainedConfig, device: str) -> tuple[ModelFacts, int]:
     text = config.get_text_config(decoder=True)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     heads, layers = text.num_attention_heads, text.num_hidden_layers
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
     kv_heads = getattr(text, "num_key_value_heads", None) or heads
+    if heads % kv_heads:
+        raise ValueError(f"{heads} query heads are not a multiple of {kv_heads} KV heads")
     spec = AttentionSpec(heads, kv_heads, head_dim, head_dim**-0.5, None, None, None)
     num_parameters = sum(p.numel() for p in model.parameters())
     ends = {p for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m for p in m.parameters()}

@@ -6,16 +6,29 @@ Weights come from safetensors only, code from transformers only: nothing in the 
 from __future__ import annotations
 
 import json
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError, safe_open
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from safetensors import SafetensorError
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+from transformers.utils import logging as transformers_logging
 
 from gpu_sworker.attention import ATTENTION_NAME
-from gpu_sworker.errors import NOT_THROUGH_INTERFACE, ModelNotFound, UnsupportedModel
+from gpu_sworker.checkpoint import StoredTensor, refuse_quantised_config, refuse_quantised_tensors, stored_dtype
+from gpu_sworker.errors import NOT_THROUGH_INTERFACE, ModelNotFound, UnsupportedModel, first_line, foreign_errors
+
+logger = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -38,87 +51,161 @@ def choose_device(device: str) -> torch.device:
     return chosen
 
 
-def choose_dtype(dtype: str, config: PretrainedConfig, device: torch.device) -> torch.dtype:
+def choose_dtype(
+    dtype: str, config: PretrainedConfig, device: torch.device, tensors: Mapping[str, StoredTensor]
+) -> torch.dtype:
     """``auto``: the checkpoint's own on CUDA; float32 on CPUs, most of which are slow at anything less."""
-    if dtype == "auto":
-        stored = getattr(config, "dtype", None)
-        return stored if device.type == "cuda" and isinstance(stored, torch.dtype) else torch.float32
-    return DTYPES[dtype]
+    if dtype != "auto":
+        return DTYPES[dtype]
+    if device.type != "cuda":
+        return torch.float32
+    for said in (config, config.get_text_config(decoder=True)):
+        if getattr(said, "dtype", None) in DTYPES.values():
+            chosen: torch.dtype = said.dtype
+            return chosen
+    stored = stored_dtype(tensors)
+    chosen = stored if stored in DTYPES.values() and stored else torch.float32
+    logger.warning("config.json names no dtype to compute in; %s is taken, by the dtype of the weights", chosen)
+    return chosen
 
 
 def read_config(directory: Path) -> PretrainedConfig:
     """The configuration, vetted as far as it tells.  Raises ModelNotFound, UnsupportedModel."""
-    if not directory.is_dir():
+    path = directory / "config.json"
+    with foreign_errors(lambda what: ModelNotFound(f"{path} cannot be read: {what}")):
+        is_directory, is_there = directory.is_dir(), path.exists()
+    if not is_directory:
         raise ModelNotFound(
             f"{directory} is no directory; give the path of a Hugging Face model directory (with config.json and "
             "*.safetensors). Nothing is downloaded: fetch a model first, for example with "
-            "`huggingface-cli download NAME --local-dir DIR`"
+            "`hf download NAME --local-dir DIR`"
         )
-    try:
-        raw = json.loads((directory / "config.json").read_text())
-    except FileNotFoundError:
-        raise ModelNotFound(f"{directory} has no config.json; it is not a Hugging Face model directory") from None
-    except ValueError as error:
-        raise ModelNotFound(f"{directory / 'config.json'} is not JSON: {error}") from error
-    model_type = str(raw.get("model_type", "unknown")) if isinstance(raw, dict) else "unknown"
-    try:
+    if not is_there:
+        raise ModelNotFound(f"{directory} has no config.json; it is not a Hugging Face model directory")
+    with foreign_errors(lambda what: ModelNotFound(f"{path} is not JSON, or cannot be read: {what}")):
+        raw = json.loads(path.read_text())
+    if not isinstance(raw, dict):
+        raise ModelNotFound(f"{path} is not JSON of a configuration: it holds a {type(raw).__name__}")
+    model_type = str(raw.get("model_type", "unknown"))
+    refuse_quantised_config(directory, raw, model_type)
+    if "auto_map" in raw:
+        reason = "it brings its own code, which is never run"
+    elif model_type in CONFIG_MAPPING:
+        reason = "its config.json is not valid"
+    else:
+        reason = "transformers does not know it"
+    with foreign_errors(lambda what: UnsupportedModel(model_type, f"{reason} ({what})")):
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
-    except (ValueError, KeyError, OSError, TypeError, StrictDataclassError) as error:
-        if "auto_map" in raw:
-            reason = "it brings its own code, which is never run"
-        elif model_type in CONFIG_MAPPING:
-            reason = "its config.json is not valid"
-        else:
-            reason = "transformers does not know it"
-        raise UnsupportedModel(model_type, f"{reason} ({_first_line(error)})") from error
-    _vet_config(config, model_type)
-    config.return_dict = True  # an output format for scripts; everything here reads fields by name
+        _vet_config(config, model_type)
+        config.return_dict = True  # an output format for scripts; everything here reads fields by name
     return config
 
 
-def load(directory: Path, config: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """The model with its attention suspended, on `device`, in evaluation mode.
+def load(
+    directory: Path,
+    config: PretrainedConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    tensors: Mapping[str, StoredTensor],
+) -> PreTrainedModel:
+    """The model with its attention suspended, on `device`, in evaluation mode.  tensors: what the directory holds.
 
     Raises ModelNotFound, UnsupportedModel.
     """
-    _check_weights(directory)
-    try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            directory,
-            config=config,
-            dtype=dtype,
-            attn_implementation=ATTENTION_NAME,
-            use_safetensors=True,
-            trust_remote_code=False,
-            local_files_only=True,
-            output_loading_info=True,
-        )
-    except (ValueError, KeyError) as error:  # how models say that they know only their own attention
-        if ATTENTION_NAME in str(error):
-            raise UnsupportedModel(config.model_type, NOT_THROUGH_INTERFACE) from error
-        raise UnsupportedModel(config.model_type, f"transformers does not load it: {_first_line(error)}") from error
-    except (OSError, SafetensorError, RuntimeError) as error:
-        raise ModelNotFound(f"the weights in {directory} cannot be loaded: {_first_line(error)}") from error
-    missing = sorted(info["missing_keys"])
-    if missing:
+    refuse_quantised_tensors(tensors, config.model_type)
+    wishes = _generation_config(directory)
+    with foreign_errors(lambda what: _not_loaded(config.model_type, what)), _quiet_transformers():
+        try:
+            model, info = AutoModelForCausalLM.from_pretrained(
+                directory,
+                config=config,
+                dtype=dtype,
+                attn_implementation=ATTENTION_NAME,
+                use_safetensors=True,
+                trust_remote_code=False,
+                local_files_only=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # told below
+                generation_config=wishes,
+            )
+        except (OSError, SafetensorError) as error:
+            raise ModelNotFound(f"the weights in {directory} cannot be loaded: {first_line(error)}") from error
+    _check_loaded(directory, model, info)
+    with foreign_errors(lambda what: UnsupportedModel(config.model_type, f"its weights do not go to {device}: {what}")):
+        return model.to(device).eval()
+
+
+def eos_token_ids(*configs: object) -> tuple[int, ...]:
+    """All that any of the configurations names, in their order: many chat models name one here and another there."""
+    named: list[object] = []
+    for config in configs:
+        ids = getattr(config, "eos_token_id", None)
+        named += ids if isinstance(ids, list | tuple) else [ids]
+    return tuple(dict.fromkeys(i for i in named if isinstance(i, int) and i >= 0))
+
+
+def _not_loaded(model_type: str, what: str) -> UnsupportedModel:
+    if ATTENTION_NAME in what:  # how models say that they know only their own attention
+        return UnsupportedModel(model_type, NOT_THROUGH_INTERFACE)
+    return UnsupportedModel(model_type, f"transformers does not load it: {what}")
+
+
+def _check_loaded(directory: Path, model: PreTrainedModel, info: Mapping[str, Any]) -> None:
+    """Raises ModelNotFound for tensors that are not there or do not fit; one line for those nobody asked for."""
+    name = type(model).__name__
+    if mismatched := sorted(info["mismatched_keys"]):
+        tensor, stored, wanted = mismatched[0]
         raise ModelNotFound(
-            f"the weights in {directory} lack {len(missing)} tensors that {type(model).__name__} needs "
+            f"{len(mismatched)} tensors in {directory} cannot be loaded into {name}, because their shapes differ "
+            f"({tensor}: {list(stored)} is stored, {list(wanted)} wanted, ...); does config.json belong to the weights?"
+        )
+    if missing := sorted(info["missing_keys"]):
+        raise ModelNotFound(
+            f"the weights in {directory} lack {len(missing)} tensors that {name} needs "
             f"({', '.join(missing[:3])}, ...); is the download complete, and does config.json belong to it?"
         )
-    return model.to(device).eval()
+    unexpected = sorted(info["unexpected_keys"])
+    if unexpected:
+        logger.warning(
+            "%d tensors in %s are of no use to %s and left out: %s%s",
+            len(unexpected), directory, name, ", ".join(unexpected[:3]), ", ..." if len(unexpected) > 3 else "",
+        )  # fmt: skip
+
+
+def _generation_config(directory: Path) -> GenerationConfig | None:
+    """None: there is none.  One that cannot be read keeps no model from loading."""
+    path = directory / "generation_config.json"
+    if not path.exists():
+        return None
+    try:
+        with foreign_errors(ModelNotFound):
+            return GenerationConfig.from_pretrained(directory, local_files_only=True)
+    except ModelNotFound as error:
+        logger.warning("%s is left out, because transformers does not take it: %s", path, error)
+        return GenerationConfig()
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """What it would say about tensors is said here, in a line."""
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity(max(before, transformers_logging.ERROR))
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(before)
 
 
 def _vet_config(config: PretrainedConfig, model_type: str) -> None:
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModel(model_type, "it is an encoder-decoder, with cross-attention between two stacks")
-    if getattr(config, "quantization_config", None):
-        method = config.quantization_config
-        name = method.get("quant_method", "unknown") if isinstance(method, dict) else type(method).__name__
-        raise UnsupportedModel(model_type, f"its weights are quantised ({name}); use the unquantised checkpoint")
     model_class = _causal_lm_class(config)
     if model_class is None:
         raise UnsupportedModel(model_type, "it is no causal language model")
     text = config.get_text_config(decoder=True)
+    for name in ("num_hidden_layers", "num_attention_heads"):
+        if isinstance(number := getattr(text, name, None), int) and number < 1:
+            raise UnsupportedModel(model_type, f"its config.json is not valid: {name} is {number}")
     others = set(getattr(text, "layer_types", None) or ()) - _ATTENTION_LAYER_TYPES
     if others or getattr(model_class, "_is_stateful", False):
         kinds = ", ".join(sorted(map(str, others))) or "state-space"
@@ -135,28 +222,3 @@ def _causal_lm_class(config: PretrainedConfig) -> Any:
     except KeyError:
         return None
     return model_class[0] if isinstance(model_class, list | tuple) else model_class
-
-
-def _check_weights(directory: Path) -> None:
-    """Every shard is there and whole: safetensors says in its header how long the file has to be."""
-    names = sorted(path.name for path in directory.glob("*.safetensors"))
-    index = directory / "model.safetensors.index.json"
-    if index.exists():
-        try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ModelNotFound(f"{index} is damaged: {error}") from error
-    if not names:
-        pickled = [path.name for path in directory.iterdir() if path.suffix in (".bin", ".pt", ".pth")]
-        hint = f"; {pickled[0]} is a pickle, which is never opened: convert it with save_pretrained" if pickled else ""
-        raise ModelNotFound(f"{directory} has a config.json but no *.safetensors weights{hint}")
-    for name in names:
-        try:
-            with safe_open(directory / name, framework="pt"):
-                pass
-        except (SafetensorError, OSError) as error:
-            raise ModelNotFound(f"{directory / name} is missing, truncated or damaged: {_first_line(error)}") from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

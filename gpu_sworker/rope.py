@@ -37,7 +37,7 @@ def reach(config: PretrainedConfig) -> Reach:
     """From the configuration alone, as transformers has read it: legacy keys are gone."""
     text = config.get_text_config(decoder=True)
     declared = getattr(text, "max_position_embeddings", None)
-    if declared is None:
+    if not declared or declared < 0:
         return Reach(None, "its configuration sets no bound")
     said = f"its config.json says max_position_embeddings = {declared}"
     layers = _layer_ropes(text)

@@ -16,9 +16,10 @@ import torch
 from torch.nn.functional import pad
 
 from gpu_sworker.attention import AttentionCall, Forward
-from gpu_sworker.errors import UnsupportedModel
+from gpu_sworker.checkpoint import stored_tensors
+from gpu_sworker.errors import UnsupportedModel, foreign_errors
 from gpu_sworker.linear import pack_linears, padded_rows
-from gpu_sworker.model import choose_device, choose_dtype, load, read_config
+from gpu_sworker.model import choose_device, choose_dtype, eos_token_ids, load, read_config
 from gpu_sworker.prefill import PromptChunk, PromptKV, prompt_attention
 from gpu_sworker.probe import (
     FLAT_LOGITS_ROWS,
@@ -90,25 +91,29 @@ class SWorker:
         self.is_asynchronous = self.device.type != "cpu"  # a forward only launches work, and returns before it is done
         self._staging = make_staging(self.device)
         config = read_config(directory)
-        self.dtype = choose_dtype(dtype, config, self.device)
-        self._model = load(directory, config, self.dtype, self.device)
+        tensors = stored_tensors(directory)
+        self.dtype = choose_dtype(dtype, config, self.device, tensors)
+        self._model = load(directory, config, self.dtype, self.device, tensors)
         self._prompt_kv = PromptKV()
         self.generation_config = self._model.generation_config
-        text_config = config.get_text_config(decoder=True)
+        with foreign_errors(lambda what: UnsupportedModel(config.model_type, f"its config.json is not valid ({what})")):
+            text_config = config.get_text_config(decoder=True)
+            num_layers, vocab_size = int(text_config.num_hidden_layers), int(text_config.vocab_size)
+            positions = reach(config)
+            eos = eos_token_ids(self.generation_config, config, text_config)
         num_parameters = sum(p.numel() for p in self._model.parameters())
         with self.inference():
             linear_kernel = pack_linears(self._model, linear_kernel)
         make_rope_per_sequence(self._model)
-        positions = reach(config)
-        layers = self._probe(config.model_type, text_config.num_hidden_layers)
+        layers = self._probe(config.model_type, num_layers)
         self.facts = ModelFacts(
             model_type=config.model_type,
             layers=layers,
-            vocab_size=text_config.vocab_size,
+            vocab_size=vocab_size,
             max_positions=positions.longest,
             positions_reason=positions.reason,
             restart_tokens=positions.restart_tokens,
-            eos_token_ids=_eos_token_ids(self._model),
+            eos_token_ids=eos,
             num_parameters=num_parameters,
             dtype=str(self.dtype).removeprefix("torch."),
             device=str(self.device),
@@ -173,14 +178,14 @@ class SWorker:
         ids = np.zeros(NUM_PROBE_TOKENS, np.int64)
         alone = FlatBatch(ids, np.arange(NUM_PROBE_TOKENS), np.array([NUM_PROBE_TOKENS - 1]))
         flat = FlatBatch(np.array(FLAT_TOKEN_IDS), np.array(FLAT_POSITIONS), np.array(FLAT_LOGITS_ROWS))
-        try:
-            with self.inference():
-                layers = probe(self._start(alone, probing=True), num_layers)
-                check_flat(self._start(flat), layers)
-        except NotSplittable as reason:
-            raise UnsupportedModel(model_type, str(reason)) from reason
-        except Exception as error:  # the model's own code, fed as no model of its kind likes it
-            raise UnsupportedModel(model_type, f"its forward pass fails: {type(error).__name__}: {error}") from error
+        # The model's own code, fed as no model of its kind likes it.
+        with foreign_errors(lambda what: UnsupportedModel(model_type, f"its forward pass fails: {what}")):
+            try:
+                with self.inference():
+                    layers = probe(self._start(alone, probing=True), num_layers)
+                    check_flat(self._start(flat), layers)
+            except NotSplittable as reason:
+                raise UnsupportedModel(model_type, str(reason)) from reason
         return layers
 
     def _start(self, batch: FlatBatch, probing: bool = False) -> Forward:
@@ -198,11 +203,3 @@ class SWorker:
             return output.logits[0]
 
         return Forward(run, batch.known_lengths, probing=probing)
-
-
-def _eos_token_ids(model: torch.nn.Module) -> tuple[int, ...]:
-    for config in (model.generation_config, model.config):
-        ids = getattr(config, "eos_token_id", None)
-        if ids is not None:
-            return tuple(ids) if isinstance(ids, list | tuple) else (int(ids),)
-    return ()

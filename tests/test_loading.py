@@ -1,0 +1,249 @@
+"""What may be wrong with a model directory, and that each fault is told as one, in a line, whatever noticed it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Case
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from fastdecode import cli
+from gpu_sworker import ModelNotFound, SWorker, SWorkerError, UnsupportedModel, describe_model
+from gpu_sworker.checkpoint import StoredTensor, refuse_quantised_tensors, stored_dtype
+from gpu_sworker.errors import foreign_errors
+from gpu_sworker.model import choose_dtype
+
+WEIGHT = "model.layers.0.mlp.up_proj.weight"
+
+
+@pytest.fixture
+def copy(llama: Case, tmp_path: Path) -> Path:
+    """A model directory to damage."""
+    return Path(shutil.copytree(llama.directory, tmp_path / "model"))
+
+
+def edit(directory: Path, name: str = "config.json", **changes: object) -> None:
+    path = directory / name
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def edit_tensors(directory: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    tensors = load_file(directory / "model.safetensors")
+    change(tensors)
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+# tensor names -> dtypes beside one another, part of the reason
+QUANTISED: dict[str, tuple[dict[str, str], str]] = {
+    "fp8": ({"a.weight": "F8_E4M3", "a.weight_scale": "F32"}, "fp8"),
+    "fp8, scales lost": ({"a.weight": "F8_E5M2"}, "fp8"),
+    "fp8, DeepSeek": ({"a.weight": "BF16", "a.weight_scale_inv": "F32"}, "fp8"),
+    "int8": ({"a.weight": "I8"}, "int8"),
+    "int8, bitsandbytes": ({"a.weight": "I8", "a.SCB": "F32"}, "bitsandbytes"),
+    "nf4": ({"a.weight": "U8", "a.weight.absmax": "F32", "a.weight.quant_map": "F32"}, "bitsandbytes"),
+    "gptq": ({"a.qweight": "I32", "a.qzeros": "I32", "a.scales": "F16", "a.g_idx": "I32"}, "gptq"),
+    "awq": ({"a.qweight": "I32", "a.qzeros": "I32", "a.scales": "F16"}, "awq"),
+    "packed": ({"a.weight_packed": "I32", "a.weight_scale": "BF16", "a.weight_shape": "I64"}, "compressed-tensors"),
+    "nvfp4": ({"a.weight": "U8", "a.weight_scale": "F8_E4M3", "a.weight_scale_2": "F32"}, "modelopt"),
+    "mxfp4": ({"experts.down_proj_blocks": "U8", "experts.down_proj_scales": "U8"}, "mxfp4"),
+    "mlx": ({"a.weight": "U32", "a.scales": "BF16", "a.biases": "BF16"}, "stored as U32"),
+    "hqq": ({"a.W_q": "U8"}, "hqq"),
+    "exl2": ({"a.q_weight": "I32", "a.q_scale": "I32"}, "exl2"),
+    "scales of a kind not known here": ({"a.weight": "F16", "a.weight_scale": "F32"}, "a.weight_scale"),
+    "zero points": ({"experts.up": "F16", "experts.up_zero_point": "F32"}, "up_zero_point"),
+}
+
+
+@pytest.mark.parametrize("name", QUANTISED)
+def test_quantised_weights_are_told_by_what_is_stored(name: str) -> None:
+    dtypes, reason = QUANTISED[name]
+    with pytest.raises(UnsupportedModel, match=f"quantised .*{reason}.*use the unquantised"):
+        refuse_quantised_tensors({key: StoredTensor(dtype, (4, 4)) for key, dtype in dtypes.items()}, "llama")
+
+
+def test_what_only_looks_quantised_is_not_refused() -> None:
+    harmless = {
+        "h.0.attn.bias": "U8", "h.0.attn.masked_bias": "F32", "gpt_neox.attention.bias": "BOOL", "position_ids": "I64",
+        "router.per_expert_scale": "F32", "logit_scale": "F32", "a.weight": "BF16", "a.bias": "F16", "blocks": "F32",
+    }  # fmt: skip
+    refuse_quantised_tensors({key: StoredTensor(dtype, (4,)) for key, dtype in harmless.items()}, "gpt2")
+
+
+def test_float8_weights_are_refused_whatever_the_configuration_says(copy: Path) -> None:
+    edit_tensors(copy, lambda tensors: tensors.update({WEIGHT: tensors[WEIGHT].to(torch.float8_e4m3fn)}))
+    with pytest.raises(UnsupportedModel, match=f"quantised \\(fp8\\): {WEIGHT} is stored as F8_E4M3"):
+        SWorker(copy)
+
+
+@pytest.mark.parametrize(
+    "changes, name",
+    [
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "gptq"),
+        ({"compression_config": {"format": "float-quantized"}}, "compressed-tensors"),
+        ({"text_config": {"quantization_config": {"quant_method": "fp8"}}}, "fp8"),
+        ({"quantization": {"group_size": 64, "bits": 4}}, "mlx"),
+    ],
+)
+def test_quantised_by_its_configuration(changes: dict[str, Any], name: str, copy: Path) -> None:
+    edit(copy, **changes)
+    for load in (SWorker, lambda directory: describe_model(directory, "emulated")):
+        with pytest.raises(UnsupportedModel, match=f"quantised \\({name}\\): config.json has"):
+            load(copy)
+
+
+@pytest.mark.parametrize(
+    "file, content, name",
+    [
+        ("quantize_config.json", '{"bits": 4}', "gptq"),
+        ("quant_config.json", '{"w_bit": 4}', "awq"),
+        ("hf_quant_config.json", '{"quantization": {"quant_algo": "NVFP4"}}', "NVFP4"),
+    ],
+)
+def test_quantised_by_a_file_beside_it(file: str, content: str, name: str, copy: Path) -> None:
+    (copy / file).write_text(content)
+    with pytest.raises(UnsupportedModel, match=f"quantised \\({name}\\): {file}"):
+        SWorker(copy)
+
+
+def test_tensors_nobody_asked_for_are_told_in_one_line(
+    copy: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    more = {f"mtp.{i}": torch.ones(2) for i in range(5)}
+    old = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}  # older transformers stored it: harmless
+    edit_tensors(copy, lambda tensors: tensors.update(more | old))
+    SWorker(copy)
+    (line,) = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert line.startswith("5 tensors in") and line.endswith("left out: mtp.0, mtp.1, mtp.2, ...")
+    assert "LOAD REPORT" not in "".join(capfd.readouterr())
+
+
+def test_a_whole_model_is_loaded_without_a_word(copy: Path, caplog: pytest.LogCaptureFixture) -> None:
+    SWorker(copy)
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+def test_a_tied_head_that_is_stored_too_is_no_surprise(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        tie_word_embeddings=True, pad_token_id=0,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    embedding = "model.embed_tokens.weight"
+    edit_tensors(tmp_path, lambda tensors: tensors.update({"lm_head.weight": tensors[embedding].clone()}))
+    SWorker(tmp_path)
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+def test_missing_tensors(copy: Path, caplog: pytest.LogCaptureFixture) -> None:
+    edit_tensors(copy, lambda tensors: tensors.pop(WEIGHT))
+    with pytest.raises(ModelNotFound, match=f"lack 1 tensors that LlamaForCausalLM needs \\({WEIGHT}"):
+        SWorker(copy)
+    assert not caplog.records
+
+
+def test_shapes_that_differ(copy: Path) -> None:
+    edit_tensors(copy, lambda tensors: tensors.update({WEIGHT: torch.ones(3, 5)}))
+    with pytest.raises(ModelNotFound, match=rf"{WEIGHT}: \[3, 5\] is stored, \[96, 64\] wanted"):
+        SWorker(copy)
+
+
+def test_other_weights_beside_the_models_own_are_left_alone(copy: Path) -> None:
+    save_file({"a.qweight": torch.ones(2, dtype=torch.int32)}, copy / "consolidated.safetensors")
+    assert SWorker(copy).facts.model_type == "llama"
+
+
+# Each of them raises another class somewhere in transformers, torch or pydantic.
+NO_CONFIGURATION: list[dict[str, Any]] = [
+    {"pad_token_id": 256},
+    {"num_attention_heads": 0},
+    {"torch_dtype": "fp16", "dtype": None},
+    {"num_hidden_layers": 0},
+    {"num_hidden_layers": -1},
+    {"vocab_size": "many"},
+    {"hidden_act": "nope"},
+    {"layer_types": 7},
+    {"layer_types": ["full_attention"]},
+    {"rope_parameters": {"rope_type": "linear"}},
+    {"rope_parameters": {"rope_type": "yarn", "factor": "x"}},
+    {"rope_parameters": 7},
+    {"max_position_embeddings": "x"},
+    {"model_type": ["llama"]},
+    {"num_key_value_heads": 3},
+    {"head_dim": -16},
+    {"text_config": {"a": 1}},
+    {"eos_token_id": [2, None, "x"]},
+]
+
+
+@pytest.mark.parametrize("changes", NO_CONFIGURATION, ids=str)
+def test_configurations_that_make_no_model(changes: dict[str, Any], copy: Path) -> None:
+    edit(copy, **changes)
+    for load in (SWorker, lambda directory: describe_model(directory, "emulated")):
+        with pytest.raises(SWorkerError) as info:
+            load(copy)
+        assert "\n" not in str(info.value)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "7", "[" * 100_000, "\x00", '"\ud800"'])
+def test_config_json_that_is_none(content: str, copy: Path) -> None:
+    (copy / "config.json").write_bytes(content.encode(errors="surrogatepass"))
+    with pytest.raises(ModelNotFound, match="config.json is not JSON"):
+        SWorker(copy)
+
+
+@pytest.mark.parametrize("index", ["{", "[]", '{"weight_map": 7}', '{"weight_map": {"a": 1}}', '{"weight_map": {}}'])
+def test_index_that_is_none(index: str, copy: Path) -> None:
+    (copy / "model.safetensors").unlink()
+    (copy / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(ModelNotFound):
+        SWorker(copy)
+
+
+def test_exit_code(copy: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    edit(copy, pad_token_id=256)
+    assert cli.main(["generate", str(copy), "--prompt", "x"]) == 2
+    error = capfd.readouterr().err
+    assert "AssertionError: Padding_idx" in error and "Traceback" not in error
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit, MemoryError, GeneratorExit])
+def test_what_ends_the_process_is_no_foreign_error(kind: type[BaseException]) -> None:
+    with pytest.raises(kind), foreign_errors(ModelNotFound):
+        raise kind
+
+
+def test_panics_of_rust_code_are_foreign_errors() -> None:
+    panic = type("PanicException", (BaseException,), {})
+    with pytest.raises(ModelNotFound, match="PanicException: index out of bounds"), foreign_errors(ModelNotFound):
+        raise panic("index out of bounds\nmore")
+
+
+@pytest.mark.parametrize(
+    "said, stored, chosen",
+    [
+        (torch.bfloat16, "F16", torch.bfloat16),
+        (None, "F16", torch.float16),
+        (None, "BF16", torch.bfloat16),
+        (None, "F64", torch.float32),
+    ],
+)
+def test_dtype_on_cuda(said: torch.dtype | None, stored: str, chosen: torch.dtype) -> None:
+    """That of the configuration, or that of most of what is stored."""
+    tensors = {
+        "norm": StoredTensor("F32", (8,)),
+        "weight": StoredTensor(stored, (8, 8)),
+        "mask": StoredTensor("U8", ()),
+    }
+    config = LlamaConfig(dtype=said)
+    assert stored_dtype(tensors) == {"F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}[stored]
+    assert choose_dtype("auto", config, torch.device("cuda"), tensors) == chosen
+    assert choose_dtype("auto", config, torch.device("cpu"), tensors) == torch.float32
+    assert choose_dtype("float16", config, torch.device("cuda"), tensors) == torch.float16
