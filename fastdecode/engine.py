@@ -8,9 +8,11 @@ add_request ─► Scheduler ─► Step ─► Pipeline ─► tokens ─► Sc
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterable
 
+import numpy as np
 import torch
 
 from fastdecode.errors import RequestError, RWorkerError
@@ -23,6 +25,7 @@ from fastdecode.r_workers.rpool import RPool
 from fastdecode.recovery import Recovery, pairs
 from fastdecode.request import Sequence
 from fastdecode.results import Continuation, LiveRequest, finished_output, next_delta, refused_output
+from fastdecode.row_faults import RowFaults
 from fastdecode.sampling import MicroBatchResult, sampling_rows, scoring_rows
 from fastdecode.sampling_params import SamplingParams
 from fastdecode.scheduling.scheduler import Scheduler
@@ -30,7 +33,7 @@ from fastdecode.step_log import StepRecord, make_record
 from fastdecode.text import Tokenizer
 from fastdecode.timeline import NoTimeline, Timeline
 from fastdecode.totals import PoolTotals
-from gpu_sworker import EmulatedSWorker, SWorker
+from gpu_sworker import EmulatedSWorker, RowFault, SWorker
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +60,8 @@ class Engine:
         self._by_sequence: dict[int, tuple[LiveRequest, Continuation]] = {}
         self._num_requests = 0
         self._recovery = Recovery(rpool, self._pipeline, scheduler)
-        self._homeless: list[RequestOutput] = []  # requests that fit nowhere since an R-worker was lost
+        self._faults = RowFaults(sworker.facts.dtype)
+        self._failed: list[RequestOutput] = []  # requests that ended with an error, and are not handed out yet
         self._on_step = on_step
         self._first_step: float | None = None  # when it began
 
@@ -144,14 +148,14 @@ class Engine:
         with self._timeline.span("schedule"):
             step = self._scheduler.schedule() if self._rpool.alive else None
         if step is None:
-            return self._take_homeless()
+            return self._take_failed()
         started = time.monotonic()
         results = self._run(step)
         if results is None:
-            return self._take_homeless()
+            return self._take_failed()
         self._tell(step, started)
         with self._timeline.span("commit"):
-            return self._commit(step, results, started) + self._take_homeless()
+            return self._commit(step, results, started) + self._take_failed()
 
     def add_r_worker(self, find: Callable[[int], RWorkerHandle]) -> None:
         """One more, found beside the steps under the number it will have; it is used once it is there."""
@@ -215,18 +219,22 @@ class Engine:
             self._refuse(sequence, error)
 
     def _refuse(self, sequence: Sequence, error: RWorkerError) -> None:
-        """Its request: no R-worker that is left has room for it."""
+        """No R-worker that is left has room for it."""
+        told = f"{error}; no other has room for {sequence.max_kv_tokens} tokens of KV"
+        self._fail(sequence, RequestError("worker_lost", told))
+
+    def _fail(self, sequence: Sequence, error: RequestError) -> None:
+        """Ends its request, with all its samples."""
         live = self._live.get(sequence.request.request_id)
         if live is None:
             return  # another of its continuations came before
-        told = RequestError("worker_lost", f"{error}; no other has room for {sequence.max_kv_tokens} tokens of KV")
         request = live.request
         prompt_ids = list(request.prompt_token_ids)
-        self._homeless.append(refused_output(request.request_id, live.prompt, prompt_ids, told, request.params.n))
+        self._failed.append(refused_output(request.request_id, live.prompt, prompt_ids, error, request.params.n))
         self.abort([request.request_id])
 
-    def _take_homeless(self) -> list[RequestOutput]:
-        taken, self._homeless = self._homeless, []
+    def _take_failed(self) -> list[RequestOutput]:
+        taken, self._failed = self._failed, []
         return taken
 
     def _run(self, step: Step) -> list[MicroBatchResult] | None:
@@ -272,7 +280,7 @@ class Engine:
         )
         to_score = scoring_rows(micro_batch.scored, scored)
         return MicroBatchResult(
-            self._sworker.sample(logits[: len(sampled)], sampling_rows(sampled, self._sworker.facts.vocab_size)),
+            self._sworker.sample(logits[: len(sampled)], sampling_rows(sampled)),
             self._sworker.score(logits[len(sampled) :], to_score.token_ids, to_score.num_logprobs),
         )
 
@@ -294,7 +302,13 @@ class Engine:
                 tokens[segment.seq_id] = token = int(result.sampled.token_ids[row])
                 continuation.take(token, result.sampled.logprobs[row])
                 live.first_token = live.first_token or now
+        failed = self._failures(step, results)
         finished = self._scheduler.commit(step, tokens)
+        for sequence, error in failed:
+            self._fail(sequence, error)
+        if failed:  # other samples of their requests have ended, too
+            tokens = {seq_id: token for seq_id, token in tokens.items() if seq_id in self._by_sequence}
+            finished = [sequence for sequence in finished if sequence.seq_id in self._by_sequence]
         finished += self._stop_at_strings(tokens)
         for seq_id in {**tokens, **{sequence.seq_id: None for sequence in finished}}:
             live, continuation = self._by_sequence[seq_id]
@@ -309,6 +323,20 @@ class Engine:
                 outputs.append(finished_output(live, now, self._tokenizer))
         self._release(finished)
         return outputs
+
+    def _failures(self, step: Step, results: list[MicroBatchResult]) -> list[tuple[Sequence, RequestError]]:
+        """Sequences whose logits are no distribution, or leave nothing that their request may take."""
+        faults: dict[int, RowFault] = {}
+        for micro_batch, result in zip(step.micro_batches, results, strict=True):
+            scores = iter(result.scores)
+            for segment in micro_batch.scored:
+                of_segment = [next(scores)[0].logprob for _ in segment.scored]
+                if any(map(math.isnan, of_segment)):
+                    faults[segment.seq_id] = RowFault.NOT_FINITE
+            for row in np.flatnonzero(result.sampled.faults).tolist():
+                faults[micro_batch.sampled[row].seq_id] = RowFault(result.sampled.faults[row])
+        sequences = ((self._scheduler.running(seq_id), fault) for seq_id, fault in faults.items())
+        return [(sequence, self._faults.explain(fault, sequence, step.number)) for sequence, fault in sequences]
 
     def _stop_at_strings(self, seq_ids: Iterable[int]) -> list[Sequence]:
         """Ends sequences whose text has come to a stop string; returns those that were not ended already."""

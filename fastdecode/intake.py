@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+
+import numpy as np
 
 from fastdecode.errors import RequestError
 from fastdecode.outputs import Delta
@@ -11,6 +13,7 @@ from fastdecode.request import Request, Sequence
 from fastdecode.results import Continuation, LiveRequest
 from fastdecode.sampling_params import SamplingParams
 from fastdecode.text import StopFinder, Tokenizer
+from fastdecode.token_rules import TokenRules
 from gpu_sworker import ModelFacts, derive_seed
 
 
@@ -69,15 +72,72 @@ class Intake:
                 "invalid_request",
                 f"token id {bad!r} is not in the vocabulary; ids are whole numbers from 0 to {facts.vocab_size - 1}",
             )
+        stops = frozenset(params.stop_ids)
+        ends = frozenset() if params.ignore_eos else frozenset(facts.eos_token_ids)
         return Request(
             request_id=request_id,
             prompt_token_ids=tuple(prompt_token_ids),
             params=params,
             max_new_tokens=left if params.max_tokens is None else min(left, params.max_tokens),
-            stop_token_ids=frozenset(params.stop_ids),
-            eos_token_ids=frozenset() if params.ignore_eos else frozenset(facts.eos_token_ids),
+            stop_token_ids=stops,
+            eos_token_ids=ends,
             priority=priority,
+            rules=self._token_rules(params, prompt_token_ids, stops | ends),
         )
+
+    def _token_rules(self, params: SamplingParams, prompt: list[int], ends: frozenset[int]) -> TokenRules | None:
+        """Raises RequestError.  Costs nothing of a request that has none."""
+        biases = params.logit_bias or {}
+        has_words = bool(params.allowed_ids or params.bad_words or biases)
+        if not (has_words or params.has_penalties or params.min_tokens):
+            return None
+        self._check_vocabulary("logit_bias", biases)
+        self._check_vocabulary("allowed_token_ids", params.allowed_ids)
+        rules = TokenRules(
+            allowed=np.array(params.allowed_ids, np.int64) if params.allowed_ids else None,
+            bad_words=self._bad_words(params.bad_words or ()),
+            bias_ids=np.array(list(biases), np.int64),
+            bias_values=np.array(list(biases.values()), np.float32),
+            ends=np.array(sorted(t for t in ends if t < self._facts.vocab_size), np.int64),
+            min_tokens=params.min_tokens,
+            prompt_ids=np.unique(prompt) if params.repetition_penalty != 1 else np.empty(0, np.int64),
+        )
+        if rules.is_certain_to_fail():
+            also = [name for name in ("bad_words", "min_tokens") if getattr(params, name)]
+            raise RequestError(
+                "invalid_request",
+                f"allowed_token_ids: {' and '.join(also)} leave none of {_cut(list(params.allowed_ids))} to take "
+                "(min_tokens bans what ends the text); allow others as well",
+                "allowed_token_ids",
+            )
+        return rules
+
+    def _check_vocabulary(self, name: str, token_ids: Iterable[int]) -> None:
+        size = self._facts.vocab_size
+        beyond = next((token_id for token_id in token_ids if token_id >= size), None)
+        if beyond is not None:
+            raise RequestError(
+                "invalid_request",
+                f"{name}: token id {beyond} is not in the vocabulary; ids are whole numbers from 0 to {size - 1}",
+                name,
+            )
+
+    def _bad_words(self, words: Iterable[str]) -> tuple[tuple[int, ...], ...]:
+        """The tokens of each at the beginning of a text, after a space, and where no word begins."""
+        found: dict[tuple[int, ...], None] = {}
+        for word in words:
+            if self._tokenizer is None:
+                raise _wrong_words("need a tokenizer, which skip_tokenizer_init left out")
+            try:
+                of_word = self._tokenizer.encode_anywhere(word)
+            except RequestError as error:
+                raise _wrong_words(f"{word!r} cannot be encoded: {error}") from error
+            if not of_word:
+                raise _wrong_words(f"the tokenizer makes no tokens of {word!r}")
+            for ids in of_word:
+                self._check_vocabulary("bad_words", ids)
+                found[ids] = None
+        return tuple(found)
 
     def _stop_finder(self, request: Request, *, is_streamed: bool) -> StopFinder | None:
         params = request.params
@@ -88,3 +148,11 @@ class Intake:
         return self._tokenizer.stop_finder(
             request.prompt_token_ids, params.stop_strings, skip_special_tokens=params.skip_special_tokens
         )
+
+
+def _wrong_words(why: str) -> RequestError:
+    return RequestError("invalid_request", f"bad_words: {why}", "bad_words")
+
+
+def _cut(values: list[int]) -> str:
+    return repr(values) if len(values) <= 8 else f"[{', '.join(map(str, values[:8]))}, ...]"

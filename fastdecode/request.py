@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 
 from fastdecode.sampling_params import SamplingParams
 from fastdecode.scheduling.predictor import Prediction
+from fastdecode.token_rules import TokenRules
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Request:
     stop_token_ids: frozenset[int]  # params' own
     eos_token_ids: frozenset[int]  # empty when they are to be ignored
     priority: int = 0  # lower goes first, as with vLLM
+    rules: TokenRules | None = None  # None: its logits are taken as they are
     true_output_tokens: int | None = None  # known in simulations and replays only
 
     @property

@@ -13,6 +13,7 @@ import numpy as np
 
 from fastdecode.plan import Segment
 from fastdecode.request import Sequence
+from fastdecode.token_rules import TokenRules
 from gpu_sworker import Penalties, Sampled, SamplingRows, TokenLogprob, uniforms
 
 # vLLM's: below the first a temperature means the likeliest token, and none divides by less than the second.
@@ -45,39 +46,44 @@ def scoring_rows(segments: Sequence_[Segment], sequences: Sequence_[Sequence]) -
     return ScoringRows(np.array(token_ids, np.int64), np.array(num_logprobs, np.int64))
 
 
-def sampling_rows(sequences: Sequence_[Sequence], vocab_size: int) -> SamplingRows:
+def sampling_rows(sequences: Sequence_[Sequence]) -> SamplingRows:
     """How to sample the next token of each sequence; draw number = tokens generated so far."""
     params = [sequence.request.params for sequence in sequences]
     counts = np.array([len(sequence.output_token_ids) for sequence in sequences], np.uint64)
     seeds = np.array([sequence.seed for sequence in sequences], np.uint64)
-    penalties, banned = [], []
-    for row, sequence in enumerate(sequences):
-        request = sequence.request
-        if request.params.has_penalties:
-            penalties.append(
-                Penalties(
-                    row,
-                    list(request.prompt_token_ids),
-                    sequence.output_token_ids,
-                    request.params.presence_penalty,
-                    request.params.frequency_penalty,
-                    request.params.repetition_penalty,
-                )
-            )
-        if len(sequence.output_token_ids) < request.params.min_tokens:
-            ends = sorted(t for t in request.eos_token_ids | request.stop_token_ids if t < vocab_size)
-            if ends:
-                banned.append((row, ends))
-    return SamplingRows(
+    rows = SamplingRows(
         temperature=np.array([_temperature(p.temperature) for p in params], np.float32),
         top_k=np.array([p.top_k for p in params], np.int64),
         top_p=np.array([p.top_p for p in params], np.float32),
         min_p=np.array([p.min_p for p in params], np.float32),
         uniforms=uniforms(seeds, counts),
         num_logprobs=np.array([-1 if p.logprobs is None else p.logprobs for p in params], np.int64),
-        penalties=penalties,
-        banned=banned,
     )
+    for row, sequence in enumerate(sequences):
+        if sequence.request.rules:
+            _add_rules(rows, row, sequence, sequence.request.rules)
+    return rows
+
+
+def _add_rules(rows: SamplingRows, row: int, sequence: Sequence, rules: TokenRules) -> None:
+    params, output = sequence.request.params, sequence.output_token_ids
+    if rules.allowed is not None:
+        rows.allowed.append((row, rules.allowed))
+    if banned := rules.banned(output):
+        rows.banned.append((row, banned))
+    if len(rules.bias_ids):
+        rows.biases.append((row, rules.bias_ids, rules.bias_values))
+    if params.has_penalties:
+        rows.penalties.append(
+            Penalties(
+                row,
+                rules.prompt_ids,
+                output,
+                params.presence_penalty,
+                params.frequency_penalty,
+                params.repetition_penalty,
+            )
+        )
 
 
 def _temperature(asked: float) -> float:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 MAX_SAMPLES = 1024
 MAX_LOGPROBS = 1000
 MAX_STOPS = 256
+MAX_BAD_WORDS = 1024
 _INT_MAX = 2**31 - 1
 
 
@@ -28,6 +29,10 @@ class SamplingParams:
         through the model, for `prompt_logprobs`, and nothing is generated.
     min_tokens: no end-of-sequence or stop token before this many.
     presence_penalty, frequency_penalty, repetition_penalty: 0, 0 and 1 change nothing.
+    logit_bias: token id -> what is added to its logit before anything else, -100 to 100.
+    allowed_token_ids: the only tokens that may come; None: all.
+    bad_words: strings that must not come, in the tokens that the tokenizer makes of each, with and without a space
+        before it: the last of them is not taken where the others came before it.  Other tokens may spell it, too.
     logprobs: log-probabilities of the sampled token and of this many likeliest ones; None: none.
     prompt_logprobs: the same of every token of the prompt but the first; penalties do not touch them.
     detokenize: False leaves `text` empty;  skip_special_tokens: leave special tokens out of it.
@@ -48,6 +53,9 @@ class SamplingParams:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] | None = field(default=None, hash=False)
+    allowed_token_ids: Sequence[int] | None = None
+    bad_words: Sequence[str] | None = None
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     detokenize: bool = True
@@ -83,6 +91,7 @@ class SamplingParams:
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
         self._check_stops()
+        self._check_tokens()
         self._check_contradictions()
 
     @property
@@ -92,6 +101,11 @@ class SamplingParams:
     @property
     def stop_ids(self) -> tuple[int, ...]:
         return self.stop_token_ids  # type: ignore[return-value]
+
+    @property
+    def allowed_ids(self) -> tuple[int, ...]:
+        """Empty: all."""
+        return self.allowed_token_ids or ()  # type: ignore[return-value]
 
     @property
     def has_penalties(self) -> bool:
@@ -106,6 +120,31 @@ class SamplingParams:
         for token_id in self.stop_ids:
             _check_int("stop_token_ids", token_id, 0, _INT_MAX)
 
+    def _check_tokens(self) -> None:
+        if self.logit_bias is not None:
+            if not isinstance(self.logit_bias, Mapping):
+                raise ValueError(f"logit_bias must map token ids to numbers from -100 to 100, got {self.logit_bias!r}")
+            biases = {_token_id("logit_bias", key): value for key, value in self.logit_bias.items()}
+            for token_id, bias in biases.items():
+                if isinstance(bias, bool) or not isinstance(bias, int | float) or not -100 <= bias <= 100:
+                    raise ValueError(f"logit_bias of token {token_id} must be a number from -100 to 100, got {bias!r}")
+            object.__setattr__(self, "logit_bias", {key: float(bias) for key, bias in biases.items()} or None)
+        if self.allowed_token_ids is not None:
+            ids = tuple(
+                _token_id("allowed_token_ids", each) for each in _listed("allowed_token_ids", self.allowed_token_ids)
+            )
+            if not ids:
+                raise ValueError("allowed_token_ids must hold at least one token id; leave it out to allow all")
+            object.__setattr__(self, "allowed_token_ids", tuple(dict.fromkeys(ids)))
+        if self.bad_words is not None:
+            words = _listed("bad_words", self.bad_words)
+            if len(words) > MAX_BAD_WORDS:
+                raise ValueError(f"bad_words takes at most {MAX_BAD_WORDS} entries, got {len(words)}")
+            for word in words:
+                if not isinstance(word, str) or not word:
+                    raise ValueError(f"bad_words must hold strings that are not empty, got {word!r}")
+            object.__setattr__(self, "bad_words", tuple(dict.fromkeys(words)) or None)
+
     def _check_contradictions(self) -> None:
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise ValueError(f"min_tokens ({self.min_tokens}) must be at most max_tokens ({self.max_tokens})")
@@ -114,10 +153,27 @@ class SamplingParams:
 
 
 def _plain(value: Any) -> Any:
-    """Numbers and arrays of numpy or torch as Python's, also within a list."""
+    """Numbers and arrays of numpy or torch as Python's, also within a list or a mapping."""
     if hasattr(value, "tolist"):
         return value.tolist()
+    if isinstance(value, Mapping):
+        return {_plain(key): _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _listed(name: str, values: object) -> list[object]:
+    if not isinstance(values, list):
+        raise ValueError(f"{name} must be a list, got {values!r}")
+    return values
+
+
+def _token_id(name: str, value: object) -> int:
+    """Also as a string, as JSON's keys are."""
+    if isinstance(value, str) and value.isascii() and value.isdigit():
+        value = int(value[:20])
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= _INT_MAX:
+        raise ValueError(f"{name} must hold token ids, whole numbers from 0 to the vocabulary's size; got {value!r}")
+    return value
 
 
 def _check_int(name: str, value: object, low: int, high: int) -> None:

@@ -40,6 +40,18 @@ class Tokenizer:
         with foreign_code("the tokenizer does not take this prompt"):
             return list(self._tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])
 
+    def encode_anywhere(self, word: str) -> list[tuple[int, ...]]:
+        """Its tokens as vLLM bans them, at the beginning of a text and after a space, and where no word begins.
+
+        Those may all be different, or all the same.  Raises RequestError like `encode`.
+        """
+        bare = word.lstrip() or word
+        line, after_line = (self.encode(text, add_special_tokens=False) for text in ("\n", "\n" + bare))
+        forms = [self.encode(text, add_special_tokens=False) for text in (bare, " " + bare)]
+        if after_line[: len(line)] == line:
+            forms.append(after_line[len(line) :])
+        return list(dict.fromkeys(tuple(ids) for ids in forms if ids))
+
     def fewest_tokens(self, text: str) -> int:
         """That it can have, without encoding it; a tokenizer that drops parts of texts may make fewer of it."""
         return -(-len(text) // self._longest_token)

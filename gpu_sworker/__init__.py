@@ -10,7 +10,7 @@ from gpu_sworker.model import DTYPES
 from gpu_sworker.prefill import PromptChunk
 from gpu_sworker.probe import AttentionSpec
 from gpu_sworker.reference import generate_reference
-from gpu_sworker.sampler import Penalties, Sampled, SamplingRows, TokenLogprob, derive_seed, uniforms
+from gpu_sworker.sampler import Penalties, RowFault, Sampled, SamplingRows, TokenLogprob, derive_seed, uniforms
 from gpu_sworker.staging import Transfer
 from gpu_sworker.sworker import FlatBatch, ModelFacts, SWorker
 
@@ -24,6 +24,7 @@ __all__ = [
     "ModelNotFound",
     "Penalties",
     "PromptChunk",
+    "RowFault",
     "SWorker",
     "SWorkerError",
     "Sampled",

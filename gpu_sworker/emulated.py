@@ -25,7 +25,7 @@ from gpu_sworker.model import read_config
 from gpu_sworker.prefill import PromptChunk
 from gpu_sworker.probe import AttentionSpec
 from gpu_sworker.rope import reach
-from gpu_sworker.sampler import Sampled, SamplingRows, TokenLogprob
+from gpu_sworker.sampler import RowFault, Sampled, SamplingRows, TokenLogprob
 from gpu_sworker.staging import HostStaging
 from gpu_sworker.sworker import FlatBatch, ModelFacts
 
@@ -123,7 +123,8 @@ class EmulatedSWorker:
     def sample(self, logits: torch.Tensor, rows: SamplingRows) -> Sampled:
         token_ids = np.full(len(logits), _TOKEN_ID)
         asked = rows.num_logprobs.tolist()
-        return Sampled(token_ids, [self._even_odds(_TOKEN_ID, count) if count >= 0 else [] for count in asked])
+        logprobs = [self._even_odds(_TOKEN_ID, count) if count >= 0 else [] for count in asked]
+        return Sampled(token_ids, logprobs, np.full(len(logits), RowFault.NONE))
 
     def score(self, logits: torch.Tensor, token_ids: np.ndarray, num_logprobs: np.ndarray) -> list[list[TokenLogprob]]:
         return [self._even_odds(*pair) for pair in zip(token_ids.tolist(), num_logprobs.tolist(), strict=True)]

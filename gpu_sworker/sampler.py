@@ -1,18 +1,21 @@
 """From logits to tokens, for all rows of a micro-batch at once.
 
-The order of operations is vLLM's: log-probabilities are those of the raw logits; then penalties, banned
-tokens, temperature, min-p, top-k, top-p; then one draw per row by inverse CDF.  A row's draw is a number in
+The order of operations is vLLM's: log-probabilities are those of the raw logits; then allowed and banned tokens,
+biases, penalties, temperature, min-p, top-k, top-p; then one draw per row by inverse CDF.  A row's draw is a number in
 [0, 1) made from its own seed and position (`uniforms`), so it depends on nothing else in the batch.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from enum import IntEnum
 
 import numpy as np
 import torch
 
 _SCORED_AT_A_TIME = 64  # rows
+
+TokenIds = np.ndarray | list[int]
 
 
 @dataclass(frozen=True)
@@ -20,8 +23,8 @@ class Penalties:
     """Of one row.  The ids may repeat; how often a token was generated counts for `frequency`."""
 
     row: int
-    prompt_token_ids: list[int]
-    output_token_ids: list[int]
+    prompt_token_ids: TokenIds
+    output_token_ids: TokenIds
     presence: float
     frequency: float
     repetition: float
@@ -38,7 +41,17 @@ class SamplingRows:
     uniforms: np.ndarray  # [n] float64 in [0, 1), the draws
     num_logprobs: np.ndarray  # [n] int64; -1: none, 0: of the sampled token alone
     penalties: list[Penalties] = field(default_factory=list)
-    banned: list[tuple[int, list[int]]] = field(default_factory=list)  # (row, token ids it must not take)
+    allowed: list[tuple[int, TokenIds]] = field(default_factory=list)  # (row, the only token ids it may take)
+    banned: list[tuple[int, TokenIds]] = field(default_factory=list)  # (row, token ids it must not take)
+    biases: list[tuple[int, TokenIds, np.ndarray]] = field(default_factory=list)  # (row, token ids, what is added)
+
+
+class RowFault(IntEnum):
+    """Why a row has no token."""
+
+    NONE = 0
+    NOT_FINITE = 1  # the model's logits hold NaN or +inf, or nothing but -inf: they are no distribution
+    NOTHING_LEFT = 2  # of what the model gives, nothing is both allowed and not banned
 
 
 @dataclass(frozen=True)
@@ -50,8 +63,9 @@ class TokenLogprob:
 
 @dataclass(frozen=True)
 class Sampled:
-    token_ids: np.ndarray  # [n] int64
+    token_ids: np.ndarray  # [n] int64; of rows with a fault any token
     logprobs: list[list[TokenLogprob]]  # per row the sampled token first, then the most likely; empty if not asked
+    faults: np.ndarray  # [n] int64 of RowFault
 
 
 def uniforms(seeds: np.ndarray, positions: np.ndarray) -> np.ndarray:
@@ -73,21 +87,55 @@ def derive_seed(seed: int, index: int) -> int:
 
 
 def sample(logits: torch.Tensor, rows: SamplingRows) -> Sampled:
-    """logits: [n, vocab] of any float dtype, left unchanged."""
+    """logits: [n, vocab] of any float dtype, left unchanged.  A row with a fault does its neighbours no harm."""
     raw = logits.float()
-    logits = raw
-    if rows.penalties or rows.banned:
-        logits = raw.clone()
-        for penalties in rows.penalties:
-            _apply_penalties(logits[penalties.row], penalties)
-        for row, banned in rows.banned:
-            logits[row, torch.tensor(banned, device=logits.device)] = -torch.inf
-    token_ids = _likeliest(logits)
+    token_ids = _likeliest(raw)
+    is_sound = _is_finite_at(raw, token_ids)
+    has_choice, logits = is_sound, raw
+    if rows.allowed or rows.banned or rows.biases or rows.penalties:
+        logits = _constrained(raw, rows)
+        token_ids = _likeliest(logits)
+        has_choice = _is_finite_at(logits, token_ids)
     random = np.flatnonzero(rows.temperature > 0)
     if len(random):
         where = torch.from_numpy(random).to(logits.device)
         token_ids[where] = _draw(logits[where], rows, random)
-    return Sampled(token_ids.cpu().numpy(), _logprobs(raw, token_ids, rows.num_logprobs))
+    faults = torch.where(has_choice, RowFault.NONE, RowFault.NOTHING_LEFT).where(is_sound, RowFault.NOT_FINITE)
+    on_host = torch.stack((token_ids, faults)).cpu().numpy()  # together: each by itself would wait for the device
+    return Sampled(on_host[0], _logprobs(raw, token_ids, rows.num_logprobs), on_host[1])
+
+
+def _is_finite_at(logits: torch.Tensor, likeliest: torch.Tensor) -> torch.Tensor:
+    """Whether each row is a distribution: the first NaN, if there is one, counts as the largest.  # [n] bool"""
+    return logits.gather(1, likeliest[:, None])[:, 0].isfinite()
+
+
+def _constrained(logits: torch.Tensor, rows: SamplingRows) -> torch.Tensor:
+    """A copy, each row with what its own request says of single tokens."""
+    device, logits = logits.device, logits.clone()
+    if rows.allowed:
+        where = _pairs(rows.allowed, device)
+        is_limited = torch.zeros(len(logits), 1, dtype=torch.bool, device=device)
+        is_limited[where[0]] = True
+        is_allowed = torch.zeros_like(logits, dtype=torch.bool)
+        is_allowed[where] = True
+        logits.masked_fill_(is_limited & ~is_allowed, -torch.inf)
+    if rows.banned:
+        logits[_pairs(rows.banned, device)] = -torch.inf
+    if rows.biases:
+        added = np.concatenate([values for _, _, values in rows.biases]).astype(np.float32)
+        where = _pairs([(row, ids) for row, ids, _ in rows.biases], device)
+        logits[where] += torch.from_numpy(added).to(device)
+    for penalties in rows.penalties:
+        _apply_penalties(logits[penalties.row], penalties)
+    return logits
+
+
+def _pairs(of_rows: list[tuple[int, TokenIds]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Row and token id of each, behind one another."""
+    places = np.repeat([row for row, _ in of_rows], [len(ids) for _, ids in of_rows])
+    ids = np.concatenate([np.asarray(ids, np.int64) for _, ids in of_rows])
+    return torch.from_numpy(places).to(device), torch.from_numpy(ids).to(device)
 
 
 def score(logits: torch.Tensor, token_ids: torch.Tensor, num_logprobs: np.ndarray) -> list[list[TokenLogprob]]:
@@ -148,16 +196,16 @@ def _draw(logits: torch.Tensor, rows: SamplingRows, random: np.ndarray) -> torch
     # Below the total, so that the token found has a probability of its own.
     goal = torch.minimum(column(rows.uniforms) * total, torch.nextafter(total, torch.zeros_like(total)))
     drawn = torch.searchsorted(cumulative, goal, right=True)[:, 0].clamp(max=logits.shape[1] - 1)
-    # Logits that are not finite have no distribution; a row of them must not spoil its neighbours.
+    # What has no distribution has a fault, or is too much for the temperature, where one token is all there is.
     return torch.where(torch.isfinite(total[:, 0]), drawn, logits.argmax(dim=1))
 
 
 def _apply_penalties(logits: torch.Tensor, penalties: Penalties) -> None:
     """In place on one row [vocab].  Repetition: CTRL (Keskar et al. 2019); the others: OpenAI's."""
     device = logits.device
-    output = torch.tensor(penalties.output_token_ids, dtype=torch.long, device=device)
+    output = torch.as_tensor(penalties.output_token_ids, dtype=torch.long, device=device)
     if penalties.repetition != 1:
-        prompt = torch.tensor(penalties.prompt_token_ids, dtype=torch.long, device=device)
+        prompt = torch.as_tensor(penalties.prompt_token_ids, dtype=torch.long, device=device)
         seen = torch.cat([prompt, output]).unique()
         values = logits[seen]
         logits[seen] = torch.where(values > 0, values / penalties.repetition, values * penalties.repetition)

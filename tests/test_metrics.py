@@ -12,6 +12,7 @@ from typing import Any
 
 import httpx
 import pytest
+import torch
 from conftest import Case
 from fastapi import FastAPI
 from prometheus_client.parser import text_string_to_metric_families
@@ -133,6 +134,26 @@ def test_what_a_run_did(llama: Case) -> None:
                 idle = after["fastdecode:r_idle_seconds_total", number]
                 assert 0 < attention < seconds and attention + idle == pytest.approx(seconds)
             assert 0 < after["fastdecode:s_idle_seconds_total", ""] < seconds
+
+    asyncio.run(run())
+
+
+def test_requests_that_fail_are_counted_by_code(llama: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def run() -> None:
+        async with serving(llama.directory) as (service, client):
+            before = await scrape(client)
+            assert before["fastdecode:request_failures_total", "invalid_logits"] == 0
+            sworker = service._engine._sworker
+            sample = sworker.sample
+            monkeypatch.setattr(sworker, "sample", lambda logits, rows: sample(logits * torch.nan, rows))
+            stream = await service.submit([5], SamplingParams(n=2))
+            with pytest.raises(RequestError, match="NaN") as failed:
+                await stream.output()
+            assert failed.value.code == "invalid_logits"
+            after = await scrape(client)
+            assert after["fastdecode:request_failures_total", "invalid_logits"] == 1
+            assert after["fastdecode:request_failures_total", "worker_lost"] == 0
+            assert after["vllm:request_success_total", "error"] == 2
 
     asyncio.run(run())
 

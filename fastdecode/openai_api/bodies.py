@@ -12,7 +12,7 @@ import msgspec
 
 from fastdecode.errors import RequestError
 from fastdecode.openai_api.neutral import NEUTRAL_FOR_CHAT, NEUTRAL_FOR_COMPLETIONS, asks_for_nothing
-from fastdecode.sampling_params import MAX_LOGPROBS, MAX_SAMPLES, MAX_STOPS
+from fastdecode.sampling_params import MAX_BAD_WORDS, MAX_LOGPROBS, MAX_SAMPLES, MAX_STOPS
 
 MAX_PRIORITY = 2**31 - 1
 NO_LIMIT = -1  # as max_tokens: many clients write it
@@ -39,6 +39,9 @@ _Penalty = Annotated[float, _told(minimum=-2, maximum=2)]
 _Repetition = Annotated[float, _told(minimum=0.01, maximum=100)]
 _Texts = Annotated[list[str], _told(maxItems=MAX_STOPS)]
 _TokenIds = Annotated[list[int], _told(maxItems=MAX_STOPS)]
+_Allowed = Annotated[list[int], _told(minItems=1)]
+_BadWords = Annotated[list[str], _told(maxItems=MAX_BAD_WORDS)]
+_Biases = Annotated[dict[str, float], _told(description="token id -> -100 to 100")]
 _Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 _Verbosity = Literal["low", "medium", "high"]
 _Messages = Annotated[list[dict[str, Any]], _told(minItems=1)]
@@ -62,6 +65,7 @@ class _Body(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     stop: str | _Texts | None = None
     presence_penalty: _Penalty | None = None
     frequency_penalty: _Penalty | None = None
+    logit_bias: _Biases | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
     # Of vLLM
@@ -72,6 +76,8 @@ class _Body(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     min_tokens: _Count | None = None
     ignore_eos: bool | None = None
     stop_token_ids: _TokenIds | None = None
+    allowed_token_ids: _Allowed | None = None
+    bad_words: _BadWords | None = None
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
     # About the caller, or about caches; not about the answer

@@ -41,6 +41,7 @@ KINDS = {
     "draining": Kind(503, _UNAVAILABLE, retry_after_s=5),  # of another server, or of this one's successor
     "cancelled": Kind(503, _UNAVAILABLE),  # it was running when the server had to end
     # Ours
+    "invalid_logits": Kind(500, _SERVER),  # the model's logits were NaN or infinite; its neighbours go on
     "worker_lost": Kind(500, _SERVER),  # its R-worker was lost, and no other had room
     "engine_dead": Kind(503, _UNAVAILABLE),  # no R-worker is left, or the engine failed: this process ends
     "internal_error": Kind(500, _SERVER),  # a fault of this program; its log has the traceback

@@ -8,8 +8,6 @@ from __future__ import annotations
 from typing import Any
 
 _BOTH: dict[str, tuple[Any, ...]] = {
-    "allowed_token_ids": (),
-    "bad_words": ([],),
     "best_of": (1,),  # or what n is
     "documents": ([],),
     "early_stopping": (False,),
@@ -18,7 +16,6 @@ _BOTH: dict[str, tuple[Any, ...]] = {
     "grammar": ("",),
     "kv_transfer_params": ({},),
     "length_penalty": (1.0,),
-    "logit_bias": ({},),
     "mirostat": (0,),
     "detokenize": (True,),
     "prompt_logprobs": (),

@@ -23,7 +23,7 @@ _COMPLETION_TOKENS = 16  # OpenAI's default for completions; a chat goes on to t
 _AS_THEY_ARE = (
     "n", "temperature", "top_p", "top_k", "min_p", "seed", "stop", "stop_token_ids", "ignore_eos", "min_tokens",
     "presence_penalty", "frequency_penalty", "repetition_penalty", "skip_special_tokens",
-    "include_stop_str_in_output",
+    "include_stop_str_in_output", "logit_bias", "allowed_token_ids", "bad_words",
 )  # fmt: skip
 _FIELDS = {
     *_AS_THEY_ARE,

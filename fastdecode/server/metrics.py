@@ -38,6 +38,7 @@ _REQUEST_TOKENS = tuple(float(digit * 10**power) for power in range(6) for digit
 _STEP_TOKENS = tuple(float(1 << power) for power in (0, *range(3, 15)))
 
 _REASONS = ("stop", "length", "abort", "error")  # of an end; vLLM's words
+_FAILURES = ("invalid_logits", "worker_lost", "invalid_request")  # codes of what fails in the middle
 _STATES = ("loading", "ready", "degraded", "draining", "dead")
 
 
@@ -54,6 +55,7 @@ class Metrics:
         self._idle_s: list[float] = []  # [num_r_workers]
         self._last_end_s = 0.0  # of the last step, since the first one's begin
         self._finished = dict.fromkeys(_REASONS, 0)
+        self._failed = dict.fromkeys(_FAILURES, 0)
         self._first_token, self._queue = Histogram(_FIRST_TOKEN_S), Histogram(_REQUEST_S)
         self._next_token, self._whole = Histogram(_NEXT_TOKEN_S), Histogram(_REQUEST_S)
         self._request_prompt, self._request_new = Histogram(_REQUEST_TOKENS), Histogram(_REQUEST_TOKENS)
@@ -89,6 +91,8 @@ class Metrics:
         with self._lock:
             for completion in output.outputs:
                 self._finished[completion.finish_reason] += 1
+            if output.error:
+                self._failed[output.error.code] = self._failed.get(output.error.code, 0) + 1
             if output.metrics is None:
                 return
             if output.metrics.first_token_s is not None:
@@ -128,6 +132,8 @@ class Metrics:
             ("iteration_tokens_total", "Tokens in a step.", self._step_tokens),
         ):
             families.histogram(f"vllm:{name}", text, histogram)
+        failures = [(code, float(count)) for code, count in self._failed.items()]
+        families.counters("fastdecode:request_failures", "Requests ended by an error, by its code.", "code", failures)
         families.counter(
             "fastdecode:queue_rejections", "Requests refused because the queue was full (429).", service.num_refused
         )
