@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
+from fastdecode.detokenize import OutputText, StopStrings
 from fastdecode.errors import RequestError
 from fastdecode.outputs import Delta
 from fastdecode.request import Request, Sequence
 from fastdecode.results import Continuation, LiveRequest
 from fastdecode.sampling_params import SamplingParams
-from fastdecode.text import StopFinder, Tokenizer
+from fastdecode.text import Tokenizer
 from fastdecode.token_rules import TokenRules
 from gpu_sworker import ModelFacts, derive_seed
 
@@ -34,11 +35,14 @@ class Intake:
         """The request with its n sequences, each with a seed of its own.  Raises RequestError."""
         request = self._make_request(request_id, prompt_token_ids, params, priority)
         seed = params.seed if params.seed is not None else derive_seed(self._seed, int(request_id))
+        self._check_stops(params)
+        stops = StopStrings(params.stop_strings) if params.stop_strings else None
+        is_watched = on_delta is not None or stops is not None or params.logprobs is not None
         continuations = []
         for index in range(params.n):
             sequence = Sequence(self._num_sequences, request, index, derive_seed(seed, index))
             self._num_sequences += 1
-            continuations.append(Continuation(sequence, self._stop_finder(request, is_streamed=on_delta is not None)))
+            continuations.append(Continuation(sequence, self._text(request, stops), is_watched))
         live = LiveRequest(request, prompt, continuations, params.n, time.monotonic(), on_delta)
         if params.prompt_logprobs is not None:
             live.prompt_scores = [None] * len(prompt_token_ids)
@@ -46,9 +50,8 @@ class Intake:
 
     def check(self, prompt_token_ids: list[int], params: SamplingParams) -> Request:
         """The request that `take` would make.  Raises RequestError as it would; changes nothing, in any thread."""
-        request = self._make_request("", prompt_token_ids, params, 0)
-        self._stop_finder(request, is_streamed=False)
-        return request
+        self._check_stops(params)
+        return self._make_request("", prompt_token_ids, params, 0)
 
     def _make_request(
         self, request_id: str, prompt_token_ids: list[int], params: SamplingParams, priority: int
@@ -139,14 +142,16 @@ class Intake:
                 found[ids] = None
         return tuple(found)
 
-    def _stop_finder(self, request: Request, *, is_streamed: bool) -> StopFinder | None:
-        params = request.params
-        if not params.stop_strings and not (is_streamed and self._tokenizer and params.detokenize):
-            return None
-        if self._tokenizer is None:
+    def _check_stops(self, params: SamplingParams) -> None:
+        if params.stop_strings and self._tokenizer is None:
             raise RequestError("invalid_request", "stop strings need a tokenizer, which skip_tokenizer_init left out")
-        return self._tokenizer.stop_finder(
-            request.prompt_token_ids, params.stop_strings, skip_special_tokens=params.skip_special_tokens
+
+    def _text(self, request: Request, stops: StopStrings | None) -> OutputText | None:
+        params = request.params
+        if self._tokenizer is None or not params.detokenize:
+            return None
+        return self._tokenizer.output_text(
+            request.prompt_token_ids, stops, skip_special_tokens=params.skip_special_tokens
         )
 
 

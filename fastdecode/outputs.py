@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 class Logprob:
     logprob: float
     rank: int  # 1: the most likely token
-    decoded_token: str | None = None
+    decoded_token: str | None = None  # by itself, with its space; `bytes:\\xe2\\x82` if that is no text
+    token_bytes: bytes | None = None  # what it adds to a text: nothing, if it is special and these are skipped
 
 
 # Per token of a prompt: itself and the likeliest ones there; None for the first, which nothing comes before.
@@ -25,6 +26,9 @@ class CompletionOutput:
     logprobs: list[dict[int, Logprob]] | None  # per token: the sampled one and the likeliest ones
     finish_reason: str  # "stop", "length" or "error"
     stop_reason: int | str | None = None  # the stop token or string; None for the end-of-sequence token
+    text_offsets: list[int] | None = (
+        None  # per token: where in `text` its own begins; None unless logprobs were asked for
+    )
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,8 @@ class Delta:
     logprobs: list[dict[int, Logprob]] | None  # of those tokens; None unless asked for
     finish_reason: str | None = None  # with the last one
     stop_reason: int | str | None = None
+    # Of those tokens: where in the whole text their own begin; beyond its end, if a stop string cuts that off.
+    text_offsets: list[int] | None = None
     prompt_logprobs: PromptLogprobs | None = None  # with the first one, if asked for
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from fastdecode.detokenize import OutputText, StopMatch
 from fastdecode.errors import RequestError
 from fastdecode.outputs import (
     CompletionOutput,
@@ -16,7 +17,8 @@ from fastdecode.outputs import (
     RequestOutput,
 )
 from fastdecode.request import Request, Sequence
-from fastdecode.text import StopFinder, StopMatch, Tokenizer
+from fastdecode.sampling_params import SamplingParams
+from fastdecode.text import Tokenizer
 from gpu_sworker import TokenLogprob
 
 
@@ -25,19 +27,61 @@ class Continuation:
     """A sequence and what only the outside wants of it."""
 
     sequence: Sequence
-    stop_finder: StopFinder | None
+    text: OutputText | None  # None: nobody wants any
+    is_watched: bool  # its text is wanted while it grows: for a stream, stop strings, or the places of its tokens
     stop_match: StopMatch | None = None
     logprobs: list[list[TokenLogprob]] = field(default_factory=list)
     is_begun: bool = False  # in a stream: something of it was told
-    told_tokens: int = 0  # of a request that is streamed
-    told_text: str = ""
+    num_told_tokens: int = 0  # of a request that is streamed
 
     def take(self, token_id: int, logprobs: list[TokenLogprob]) -> None:
         """Notes a new token, before the scheduler does."""
         if logprobs:
             self.logprobs.append(logprobs)
-        if self.stop_finder and self.stop_match is None:
-            self.stop_match = self.stop_finder.push(token_id)
+        if self.text is None or not self.is_watched:
+            return
+        if self._is_hidden(token_id):
+            self.text.push_hidden()
+            return
+        match = self.text.push(token_id)
+        if self.sequence.request.max_new_tokens == len(self.sequence.output_token_ids) + 1:
+            match = match or self.text.finish()
+        self.stop_match = self.stop_match or match
+
+    def finished_text(self) -> str:
+        """The whole, when the sequence is finished: without the token or string that ended it, unless that was asked
+        for.
+        """
+        if self.text is None:
+            return ""
+        if not (self.is_watched or self.text.is_finished):
+            token_ids = self.sequence.output_token_ids
+            self.text.push_all([t for t in token_ids if not self._is_hidden(t)])
+        self.text.finish()
+        return self.text.whole(self._end())
+
+    def next_text(self) -> str:
+        """What is certain and was not told yet."""
+        if self.text is None:
+            return ""
+        if not self.sequence.finish_reason:
+            return self.text.take_certain()
+        self.text.finish()
+        return self.text.take(self._end())
+
+    def _end(self) -> int:
+        """Where the text ends, now that the sequence is finished."""
+        assert self.text is not None
+        if self.stop_match is None or not isinstance(self.sequence.stop_reason, str):
+            return self.text.num_characters
+        is_included = self.sequence.request.params.include_stop_str_in_output
+        return self.stop_match.end if is_included else self.stop_match.position
+
+    def _is_hidden(self, token_id: int) -> bool:
+        """It ends the sequence and is not to be in its text."""
+        request = self.sequence.request
+        is_end = token_id in request.eos_token_ids or token_id in request.stop_token_ids
+        return is_end and not request.params.include_stop_str_in_output
 
 
 @dataclass(eq=False)
@@ -74,43 +118,31 @@ def finished_output(live: LiveRequest, now: float, tokenizer: Tokenizer | None) 
 def next_delta(live: LiveRequest, continuation: Continuation, tokenizer: Tokenizer | None) -> Delta:
     """What was added since the last one.  All texts together are the text of the output."""
     is_first, continuation.is_begun = not continuation.is_begun, True
-    sequence, params = continuation.sequence, continuation.sequence.request.params
-    if sequence.finish_reason:
-        text = _text(continuation, tokenizer)
-    else:
-        text = _certain_text(continuation.stop_finder.text, params.stop_strings) if continuation.stop_finder else ""
-    begin, told = continuation.told_tokens, continuation.told_text
-    # A tokenizer that takes back what it has said is not followed: what was sent was sent.
-    fresh = text[len(told) :] if text.startswith(told) else ""
-    continuation.told_tokens, continuation.told_text = len(sequence.output_token_ids), told + fresh
+    sequence = continuation.sequence
+    begin, continuation.num_told_tokens = continuation.num_told_tokens, len(sequence.output_token_ids)
+    params = sequence.request.params
+    is_asked = params.logprobs is not None
     return Delta(
         request_id=sequence.request.request_id,
         index=sequence.index,
-        text=fresh,
+        text=continuation.next_text(),
         token_ids=sequence.output_token_ids[begin:],
-        logprobs=None if params.logprobs is None else [_logprobs(e, tokenizer) for e in continuation.logprobs[begin:]],
+        logprobs=[_named(e, tokenizer, params) for e in continuation.logprobs[begin:]] if is_asked else None,
         finish_reason=sequence.finish_reason,
         stop_reason=sequence.stop_reason,
+        text_offsets=continuation.text.offsets[begin:] if is_asked and continuation.text else None,
         prompt_logprobs=_prompt_logprobs(live, tokenizer) if is_first else None,
     )
 
 
 def _prompt_logprobs(live: LiveRequest, tokenizer: Tokenizer | None) -> PromptLogprobs | None:
     """All of them: whatever is generated comes after the whole prompt, and the first of n sequences ahead of others."""
-    if live.request.params.prompt_logprobs is None:
+    params = live.request.params
+    if params.prompt_logprobs is None:
         return None
     first, *others = live.prompt_scores
     assert first is None and all(others), "every token but the first has a score"
-    return [None, *(_logprobs(entries, tokenizer) for entries in others if entries)]
-
-
-def _certain_text(text: str, stops: tuple[str, ...]) -> str:
-    """Without an end that the next tokens may make a stop string of."""
-    longest = max(map(len, stops), default=1) - 1
-    for length in range(min(longest, len(text)), 0, -1):
-        if any(stop.startswith(text[-length:]) for stop in stops):
-            return text[:-length]
-    return text
+    return [None, *(_named(entries, tokenizer, params) for entries in others if entries)]
 
 
 def refused_output(
@@ -124,37 +156,31 @@ def refused_output(
 
 def _completion(continuation: Continuation, tokenizer: Tokenizer | None) -> CompletionOutput:
     sequence = continuation.sequence
-    asked = sequence.request.params.logprobs is not None
+    params = sequence.request.params
+    is_asked = params.logprobs is not None
     assert sequence.finish_reason is not None, "it is finished"
+    text = continuation.finished_text()
+    offsets = continuation.text.offsets if continuation.text else []
     return CompletionOutput(
         index=sequence.index,
-        text=_text(continuation, tokenizer),
+        text=text,
         token_ids=list(sequence.output_token_ids),
-        cumulative_logprob=sum(entries[0].logprob for entries in continuation.logprobs) if asked else None,
-        logprobs=[_logprobs(entries, tokenizer) for entries in continuation.logprobs] if asked else None,
+        cumulative_logprob=sum(entries[0].logprob for entries in continuation.logprobs) if is_asked else None,
+        logprobs=[_named(e, tokenizer, params) for e in continuation.logprobs] if is_asked else None,
         finish_reason=sequence.finish_reason,
         stop_reason=sequence.stop_reason,
+        text_offsets=[min(offset, len(text)) for offset in offsets] if is_asked and continuation.text else None,
     )
 
 
-def _text(continuation: Continuation, tokenizer: Tokenizer | None) -> str:
-    """Without the token or string that ended it, unless that was asked for."""
-    sequence, params = continuation.sequence, continuation.sequence.request.params
-    if tokenizer is None or not params.detokenize:
-        return ""
-    if isinstance(sequence.stop_reason, str) and continuation.stop_match:
-        return continuation.stop_match.cut(include_stop=params.include_stop_str_in_output)
-    token_ids = sequence.output_token_ids
-    if sequence.finish_reason == "stop" and not params.include_stop_str_in_output:
-        token_ids = token_ids[:-1]
-    prompt = sequence.request.prompt_token_ids
-    return tokenizer.decode_continuation(prompt, token_ids, skip_special_tokens=params.skip_special_tokens)
+def _named(entries: list[TokenLogprob], tokenizer: Tokenizer | None, params: SamplingParams) -> dict[int, Logprob]:
+    """Of one place, by token id."""
+    return {entry.token_id: _named_entry(entry, tokenizer, params) for entry in entries}
 
 
-def _logprobs(entries: list[TokenLogprob], tokenizer: Tokenizer | None) -> dict[int, Logprob]:
-    return {
-        entry.token_id: Logprob(
-            entry.logprob, entry.rank, tokenizer.token_text(entry.token_id) if tokenizer else None
-        )
-        for entry in entries
-    }  # fmt: skip
+def _named_entry(entry: TokenLogprob, tokenizer: Tokenizer | None, params: SamplingParams) -> Logprob:
+    if tokenizer is None:
+        return Logprob(entry.logprob, entry.rank)
+    piece = tokenizer.piece(entry.token_id)
+    data = b"" if piece.is_special and params.skip_special_tokens else piece.data
+    return Logprob(entry.logprob, entry.rank, piece.name, data)

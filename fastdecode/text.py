@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-from tokenizers.decoders import DecodeStream
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from fastdecode.chat_template import foreign_code, render
 from fastdecode.conversation import Conversation
-from fastdecode.errors import ConfigError, RequestError
+from fastdecode.detokenize import (
+    CleanStream,
+    OutputText,
+    PieceStream,
+    StopStrings,
+    Stream,
+    TokenPiece,
+    Vocabulary,
+    WindowStream,
+    read_vocabulary,
+    text_in_window,
+)
+from fastdecode.errors import ConfigError
 
-_CONTEXT_TOKENS = 6  # of the prompt, enough for a tokenizer to see that a text goes on
-_HALF_A_CHARACTER = "\ufffd"
+_CLEAN_UP = PreTrainedTokenizerBase.clean_up_tokenization
 
 
 class Tokenizer:
@@ -30,6 +39,9 @@ class Tokenizer:
                 f"no tokenizer could be loaded from {directory} ({type(error).__name__}: {str(error)[:200]}); give one "
                 "with tokenizer=DIR, or pass token ids and skip_tokenizer_init=True"
             ) from error
+        self._vocabulary = _read_vocabulary(self._tokenizer)
+        self._clean_up = _read_clean_up(self._tokenizer)
+        self._pieces: dict[int, TokenPiece] = {}
         self._longest_token = max(map(len, self._tokenizer.get_vocab()), default=1)  # characters
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
@@ -67,69 +79,75 @@ class Tokenizer:
         return render(self._tokenizer, conversation)
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
-        return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens))
+        return str(self._tokenizer.decode(self._known(token_ids), skip_special_tokens=skip_special_tokens))
+
+    def output_text(
+        self, prompt_token_ids: Sequence[int], stops: StopStrings | None, *, skip_special_tokens: bool
+    ) -> OutputText:
+        """What output tokens will add to the prompt's text."""
+        return OutputText(self._stream(prompt_token_ids, skip_special_tokens), stops)
 
     def decode_continuation(
         self, prompt_token_ids: Sequence[int], token_ids: Sequence[int], *, skip_special_tokens: bool
     ) -> str:
         """The text that `token_ids` add to the prompt: some tokenizers drop a space at the beginning of a text."""
-        tail = list(prompt_token_ids[-_CONTEXT_TOKENS:])
-        before = self.decode(tail, skip_special_tokens=skip_special_tokens)
-        whole = self.decode([*tail, *token_ids], skip_special_tokens=skip_special_tokens)
-        if whole.startswith(before) and not before.endswith(_HALF_A_CHARACTER):
-            return whole[len(before) :]
-        return self.decode(token_ids, skip_special_tokens=skip_special_tokens)
+        stream = self._stream(prompt_token_ids, skip_special_tokens)
+        return stream.push(token_ids) + stream.flush()
 
-    def token_text(self, token_id: int) -> str:
-        return self.decode([token_id], skip_special_tokens=False)
+    def piece(self, token_id: int) -> TokenPiece:
+        """What a token says by itself, in the middle of a text."""
+        if (known := self._pieces.get(token_id)) is None:
+            known = self._pieces[token_id] = self._make_piece(token_id)
+        return known
 
-    def stop_finder(
-        self, prompt_token_ids: Sequence[int], stops: Sequence[str], *, skip_special_tokens: bool
-    ) -> StopFinder:
-        backend = getattr(self._tokenizer, "backend_tokenizer", None)
-        if backend is None:
-            raise RequestError("invalid_request", "stop strings and streams need a fast tokenizer (tokenizer.json)")
-        return StopFinder(backend, prompt_token_ids[-_CONTEXT_TOKENS:], stops, skip_special_tokens)
+    def _make_piece(self, token_id: int) -> TokenPiece:
+        if self._vocabulary:
+            data = self._vocabulary.pieces(skip_special_tokens=False)[token_id]
+            return TokenPiece(data, self._vocabulary.is_special(token_id))
+        text = text_in_window(self._decode_plain, self.encode("x", add_special_tokens=False), token_id)
+        return TokenPiece(text.encode(errors="replace"), token_id in self._tokenizer.all_special_ids)
 
+    def _stream(self, prompt_token_ids: Sequence[int], skip_special_tokens: bool) -> Stream:
+        stream: Stream
+        if self._vocabulary:
+            stream = PieceStream(self._vocabulary, prompt_token_ids, skip_special_tokens=skip_special_tokens)
+        else:
+            decode = partial(self._decode_plain, skip_special_tokens=skip_special_tokens)
+            stream = WindowStream(decode, prompt_token_ids)
+        return CleanStream(stream, self._clean_up) if self._clean_up else stream
 
-class StopFinder:
-    """Looks for stop strings in a text that grows by a token at a time, also across their borders."""
+    def _decode_plain(self, token_ids: Sequence[int], skip_special_tokens: bool = False) -> str:
+        """Before the clean-up of spaces, if that is transformers' own."""
+        options = {"clean_up_tokenization_spaces": False} if self._clean_up else {}
+        return str(self._tokenizer.decode(self._known(token_ids), skip_special_tokens=skip_special_tokens, **options))
 
-    def __init__(self, backend: Any, context: Sequence[int], stops: Sequence[str], skip_special_tokens: bool) -> None:
-        self._backend = backend
-        self._skip_special_tokens = skip_special_tokens
-        self._stream = DecodeStream(ids=list(context), skip_special_tokens=skip_special_tokens)
-        self._stops = tuple(stops)
-        self.text = ""
-
-    def push(self, token_id: int) -> StopMatch | None:
-        """The first stop string that this token completes, if any."""
-        fresh = self._step(token_id)
-        if not fresh:
-            return None  # half a character, or a special token
-        before = len(self.text)
-        self.text += fresh
-        found = [(self.text.find(stop, max(0, before - len(stop) + 1)), stop) for stop in self._stops]
-        position, stop = min(((p, s) for p, s in found if p >= 0), default=(-1, ""))
-        return StopMatch(self.text, position, stop) if position >= 0 else None
-
-    def _step(self, token_id: int) -> str | None:
-        try:
-            return self._stream.step(self._backend, token_id)
-        except Exception as error:  # tokenizers raises nothing more exact
-            if "Invalid prefix" not in str(error):
-                raise
-            # Bytes that are no UTF-8 after all changed the text already given out (byte-fallback tokenizers; vLLM
-            # issue 17448): go on with a fresh stream.
-            self._stream = DecodeStream(skip_special_tokens=self._skip_special_tokens)
-            return self._stream.step(self._backend, token_id)
+    def _known(self, token_ids: Sequence[int]) -> list[int]:
+        """Without ids beyond the last token's, which a model may have: tokenizers in Python fail at them."""
+        if self._tokenizer.is_fast:
+            return list(token_ids)
+        size = len(self._tokenizer)
+        return [token_id for token_id in token_ids if token_id < size]
 
 
-@dataclass(frozen=True)
-class StopMatch:
-    text: str  # up to and with the token that completed the stop string
-    position: int  # where in it the stop string begins
-    stop: str
+def _read_clean_up(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], str] | None:
+    """What transformers does to a text that was decoded, unless a tokenizer has its own way or has none."""
+    is_theirs = type(tokenizer).clean_up_tokenization is _CLEAN_UP
+    if not (is_theirs and getattr(tokenizer, "clean_up_tokenization_spaces", False)):
+        return None
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    is_for_bpe_too = getattr(
+        tokenizer, "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output", False
+    )
+    if backend is not None and type(backend.model).__name__ == "BPE" and not is_for_bpe_too:
+        return None  # transformers leaves it out there
+    return tokenizer.clean_up_tokenization
 
-    def cut(self, *, include_stop: bool) -> str:
-        return self.text[: self.position + (len(self.stop) if include_stop else 0)]
+
+def _read_vocabulary(tokenizer: PreTrainedTokenizerBase) -> Vocabulary | None:
+    """None if it decodes in another way than by tokenizer.json's decoder."""
+    kind = type(tokenizer)
+    if not isinstance(tokenizer, PreTrainedTokenizerFast) or kind._decode is not PreTrainedTokenizerFast._decode:
+        return None
+    if kind.decode is not PreTrainedTokenizerBase.decode or kind.clean_up_tokenization is not _CLEAN_UP:
+        return None
+    return read_vocabulary(tokenizer.backend_tokenizer)

@@ -9,6 +9,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from fastdecode.detokenize import StopStrings
 from fastdecode.errors import ConfigError
 from fastdecode.text import Tokenizer
 
@@ -47,16 +48,16 @@ def test_a_prompt_that_ends_in_half_a_character(llama_like: Tokenizer) -> None:
 
 
 def test_stops_see_the_same_text(llama_like: Tokenizer) -> None:
-    finder = llama_like.stop_finder([ONCE, UPON], [" time"], skip_special_tokens=True)
-    assert finder.push(A) is None
-    match = finder.push(TIME)
-    assert match and match.cut(include_stop=False) == " a" and match.cut(include_stop=True) == " a time"
+    text = llama_like.output_text([ONCE, UPON], StopStrings([" time"]), skip_special_tokens=True)
+    assert text.push(A) is None
+    match = text.push(TIME)
+    assert match and text.whole(match.position) == " a" and text.whole(match.end) == " a time"
 
 
 @pytest.mark.parametrize("rubbish", [[0xFF], [0xE2, 0x82], [0xC3, 0x28], [0x80] * 5])
 def test_bytes_that_are_no_text(rubbish: list[int], llama_like: Tokenizer) -> None:
     """Whatever comes between, nothing is raised and a stop after it is found."""
-    finder = llama_like.stop_finder([], ["END"], skip_special_tokens=True)
+    finder = llama_like.output_text([], StopStrings(["END"]), skip_special_tokens=True)
     for token in [byte(0x41), *map(byte, rubbish), LETTER, byte(0x42), *map(byte, rubbish), LETTER]:
         assert finder.push(token) is None
     matches = [finder.push(token) for token in (END, LETTER)]

@@ -7,10 +7,40 @@ text   text … with the last, finish_reason ┴─► usage, if it was asked fo
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from itertools import takewhile
 from typing import Any
 
 from fastdecode.openai_api.responses import chat_logprobs, text_logprobs, usage
-from fastdecode.outputs import Delta
+from fastdecode.outputs import Delta, Logprob
+
+
+@dataclass(frozen=True)
+class _Token:
+    token_id: int
+    logprobs: dict[int, Logprob]
+    offset: int  # where in the text its own begins
+
+
+@dataclass(eq=False)
+class _Told:
+    """Of one choice.  A token whose text is held back waits with it: a stop string may cut its place off."""
+
+    num_characters: int = 0
+    waiting: list[_Token] = field(default_factory=list)
+
+    def take(self, delta: Delta) -> list[_Token]:
+        """The tokens whose places are known now."""
+        assert delta.logprobs is not None
+        self.num_characters += len(delta.text)
+        offsets = delta.text_offsets or [0] * len(delta.token_ids)
+        self.waiting += map(_Token, delta.token_ids, delta.logprobs, offsets)
+        if delta.finish_reason:
+            taken = [replace(token, offset=min(token.offset, self.num_characters)) for token in self.waiting]
+        else:
+            taken = list(takewhile(lambda token: token.offset <= self.num_characters, self.waiting))
+        self.waiting = self.waiting[len(taken) :]
+        return taken
 
 
 class ChunkWriter:
@@ -38,15 +68,15 @@ class ChunkWriter:
             "model": model,
         }
         self._prompt_tokens, self._with_usage, self._with_usage_so_far = prompt_tokens, with_usage, with_usage_so_far
-        self._characters: dict[int, int] = {}  # of the tokens told, by choice; its keys are the choices begun
+        self._told: dict[int, _Told] = {}  # by choice, those that have begun
         self._num_tokens = 0
 
     def chunks(self, index: int, delta: Delta) -> Iterator[dict[str, Any]]:
         """index: of the choice.  None at all if there is nothing to show yet."""
         self._num_tokens += len(delta.token_ids)
-        if self._is_chat and index not in self._characters:
+        if self._is_chat and index not in self._told:
             yield self._chat(index, {"role": "assistant", "content": ""})
-        self._characters.setdefault(index, 0)
+        self._told.setdefault(index, _Told())
         logprobs = self._logprobs(index, delta)
         is_something = bool(delta.text or logprobs)
         if not self._is_chat:
@@ -67,13 +97,15 @@ class ChunkWriter:
         return usage(self._prompt_tokens, self._num_tokens)
 
     def _logprobs(self, index: int, delta: Delta) -> dict[str, Any] | None:
-        if self._num_logprobs is None or not delta.logprobs:
+        if self._num_logprobs is None or delta.logprobs is None:
             return None
         if self._is_chat:
-            return chat_logprobs(delta.token_ids, delta.logprobs, self._num_logprobs)
-        made = text_logprobs(delta.token_ids, delta.logprobs, self._characters[index])
-        self._characters[index] += sum(map(len, made["tokens"]))
-        return made
+            return chat_logprobs(delta.token_ids, delta.logprobs, self._num_logprobs) if delta.logprobs else None
+        tokens = self._told[index].take(delta)
+        if not tokens:
+            return None
+        offsets = [token.offset for token in tokens]
+        return text_logprobs([token.token_id for token in tokens], [token.logprobs for token in tokens], offsets)
 
     def _chat(
         self,

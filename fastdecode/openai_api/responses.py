@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from fastdecode.detokenize import bytes_name
 from fastdecode.outputs import CompletionOutput, Logprob, RequestOutput
 
 _LEAST_LOGPROB = -9999.0  # of a token that cannot be: JSON has no -inf; vLLM's number
@@ -56,15 +57,16 @@ def chat_logprobs(token_ids: Sequence[int], logprobs: list[dict[int, Logprob]], 
     }
 
 
-def text_logprobs(token_ids: Sequence[int], logprobs: list[dict[int, Logprob]], offset: int = 0) -> dict[str, Any]:
-    """offset: characters of the tokens before these."""
+def text_logprobs(
+    token_ids: Sequence[int], logprobs: list[dict[int, Logprob]], text_offsets: Sequence[int] | None
+) -> dict[str, Any]:
+    """text_offsets: per token, where in the text its own begins; None: there is no text."""
     chosen = [entries[token] for token, entries in zip(token_ids, logprobs, strict=True)]
-    tokens = [_text(entry) for entry in chosen]
     return {
-        "tokens": tokens,
+        "tokens": [_text(entry) for entry in chosen],
         "token_logprobs": [_logprob(entry) for entry in chosen],
-        "top_logprobs": [{_text(e): _logprob(e) for e in entries.values()} for entries in logprobs],
-        "text_offset": [offset + sum(map(len, tokens[:i])) for i in range(len(tokens))],
+        "top_logprobs": [_by_name(entries) for entries in logprobs],
+        "text_offset": [0] * len(chosen) if text_offsets is None else list(text_offsets),
     }
 
 
@@ -83,7 +85,7 @@ def _chat_choice(completion: CompletionOutput, num_logprobs: int | None) -> dict
 def _text_choice(completion: CompletionOutput, num_logprobs: int | None) -> dict[str, Any]:
     logprobs = None
     if num_logprobs is not None and completion.logprobs is not None:
-        logprobs = text_logprobs(completion.token_ids, completion.logprobs)
+        logprobs = text_logprobs(completion.token_ids, completion.logprobs, completion.text_offsets)
     return {
         "text": completion.text,
         "logprobs": logprobs,
@@ -97,9 +99,21 @@ def _likeliest(entries: dict[int, Logprob], count: int) -> list[Logprob]:
     return sorted(entries.values(), key=lambda entry: entry.rank)[:count]
 
 
+def _by_name(entries: dict[int, Logprob]) -> dict[str, float]:
+    """As many as there are: of tokens with the same text the first keeps its name, and the sampled one comes first."""
+    named: dict[str, float] = {}
+    for token_id, entry in entries.items():
+        name = _text(entry)
+        if name in named:
+            name = bytes_name(entry.token_bytes or name.encode(errors="replace"))
+        named[f"token_id:{token_id}" if name in named else name] = _logprob(entry)
+    return named
+
+
 def _token(entry: Logprob) -> dict[str, Any]:
     text = _text(entry)
-    return {"token": text, "logprob": _logprob(entry), "bytes": list(text.encode(errors="replace"))}
+    data = text.encode(errors="replace") if entry.token_bytes is None else entry.token_bytes
+    return {"token": text, "logprob": _logprob(entry), "bytes": list(data)}
 
 
 def _text(entry: Logprob) -> str:

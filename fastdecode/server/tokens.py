@@ -83,4 +83,4 @@ def _encode(tokenizer: Tokenizer, body: TokenizeBody, options: ServerOptions) ->
             body, options.chat_template, trust_chat_template=options.trust_request_chat_template
         )
         token_ids = read_prompt(conversation, tokenizer).token_ids
-    return token_ids, [tokenizer.token_text(token) for token in token_ids] if body.return_token_strs else None
+    return token_ids, [tokenizer.piece(token).name for token in token_ids] if body.return_token_strs else None
