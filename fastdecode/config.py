@@ -28,7 +28,7 @@ class EngineConfig:
     device: ``auto`` (CUDA if there is one), ``cpu``, ``cuda``, ``cuda:N``; or ``emulated:a10``, ``v100``, ``h100`` or
         ``emulated:FILE`` of a calibration: no weights, made-up tokens, that device's time, and real R-workers.
     linear_kernel: how a CPU multiplies with weights: ``plain`` (torch's own way), ``onednn`` (weights rearranged once,
-        at load) or ``auto``, whichever is measured to be faster.
+        at load) or ``auto``, by processor, dtype and shapes.
     kv_cache_dtype: how R-workers store K and V: float32, float16, bfloat16, int8, int4 or k8v4
         (K in int8, V in int4). ``auto``: like dtype.
     kv_cache_memory: bytes of KV per R-worker, like ``"4GiB"``; None: a share of what is free, or what the

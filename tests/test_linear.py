@@ -51,13 +51,47 @@ def test_a_tied_weight_stays_where_it_is_shared() -> None:
     assert (model.up.weight.shape, model.up.weight.dtype) == ((40, 24), torch.float32)
 
 
-@pytest.mark.parametrize("plain_s, packed_s, chosen", [(1.0, 0.5, "onednn"), (1.0, 0.95, "plain"), (0.5, 1.0, "plain")])
-def test_auto_takes_what_is_measured_to_be_faster(
-    plain_s: float, packed_s: float, chosen: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    "cpu, dtype, shape, chosen",
+    [
+        ("AVX512", torch.float32, (2816, 1024), "onednn"),
+        ("AVX512", torch.bfloat16, (2816, 1024), "onednn"),
+        ("AVX512", torch.float32, (256, 256), "onednn"),
+        ("AVX512", torch.float32, (96, 64), "plain"),
+        ("AVX2", torch.float32, (2816, 1024), "plain"),
+        ("DEFAULT", torch.float32, (2816, 1024), "plain"),
+    ],
+)
+def test_the_rule(cpu: str, dtype: torch.dtype, shape: tuple[int, int], chosen: str) -> None:
+    made = room.choose_kernel(cpu, dtype, shape)
+    assert made.kernel == chosen and str(list(shape)) in made.reason and cpu in made.reason
+    assert str(dtype).removeprefix("torch.") in made.reason
+
+
+def test_auto_goes_by_processor_and_the_shape_that_does_most(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(room, "_medians", lambda calls: [plain_s, packed_s])
+    """And by nothing else, clocks least of all; the log tells what it chose and why."""
+
+    def no_clock(*_: object) -> float:
+        raise AssertionError("a choice by a measurement is another one in the next run")
+
+    for clock in ("perf_counter", "monotonic"):
+        monkeypatch.setattr(f"time.{clock}", no_clock)
+    for cpu, width, chosen in (("AVX512", 300, "onednn"), ("AVX512", 100, "plain"), ("AVX2", 300, "plain")):
+        monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda cpu=cpu: cpu)
+        model = nn.Sequential(nn.Linear(8, 8), nn.Linear(width, width), nn.Linear(width, width))
+        with torch.inference_mode(), caplog.at_level("INFO", logger="gpu_sworker.linear"):
+            assert pack_linears(model, "auto") == chosen
+        said = caplog.records[-1].getMessage()
+        assert said.startswith(f"linear layers: {chosen} (float32 weights like [{width}, {width}], {cpu}")
+
+
+def test_what_was_asked_for_and_cannot_be_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     with torch.inference_mode():
-        assert pack_linears(Model(), "auto") == chosen
+        pack_linears(Model(torch.float64), "onednn")
+    (record,) = [record for record in caplog.records if record.name == "gpu_sworker.linear"]
+    assert record.levelname == "WARNING" and "plain (oneDNN cannot pack them here" in record.getMessage()
 
 
 @pytest.mark.parametrize("kernel", ["auto", "onednn"])
