@@ -15,9 +15,8 @@ import pytest
 from cpu_attention import RWorker, available_memory_bytes, machine
 from transport import Admit, Attend, Attended, Hello, LayerSpec, Step, Welcome, connect
 
-pytestmark = pytest.mark.alone
-
-# Bounds that docs/figures.md states.  Compiling takes 3 s on the machine it was tried on, loading 0.2 s.
+# Bounds that docs/figures.md states.  Compiling takes 3 s on the machine it was tried on, loading 0.2 s, all of it in
+# this process; so the processor's time is measured, which does not grow when others want the cores.
 COLD_S, CACHED_S = 10.0, 2.0
 
 OPEN_SESSION = """
@@ -26,9 +25,9 @@ from cpu_attention import RWorker
 from transport import Hello, LayerSpec, Welcome
 worker = RWorker(kv_cache_bytes=1 << 26)
 layers = (LayerSpec(32, 8, 128, 0.1), LayerSpec(32, 8, 128, 0.1, window=512))
-started = time.perf_counter()
+started = time.process_time()
 assert isinstance(worker.handle(1, Hello(layers, sys.argv[1], 64)), Welcome)
-print(time.perf_counter() - started)
+print(time.process_time() - started)
 """
 
 
