@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,10 +16,11 @@ from cpu_attention import RWorker, serve
 from fastdecode import LLM, SamplingParams
 from fastdecode.errors import ConfigError, RWorkerUnreachable
 from fastdecode.r_workers.patience import Patience
+from fastdecode.r_workers.processes import Processes
 from fastdecode.r_workers.rejoin import Rejoin, RWorkerHandle
 from fastdecode.request import Request, Sequence
 from fastdecode.scheduling.scheduler import Scheduler, SchedulerConfig
-from transport import Admit, Attend, Hello, LayerSpec, Listener, Message, connect, listen
+from transport import Admit, Attend, ChannelClosed, Hello, LayerSpec, Listener, Message, connect, listen
 
 GREEDY = SamplingParams(temperature=0, max_tokens=32)
 HELLO = Hello((LayerSpec(4, 2, 16, 0.25),), "float32", 16)
@@ -78,7 +80,7 @@ def run(llm: LLM, case: Case) -> None:
     assert [output.outputs[0].token_ids for output in quiet(llm, case.prompts, GREEDY)] == case.reference
 
 
-def wait_for(condition: Callable[[], object], timeout_s: float = 10) -> None:
+def wait_for(condition: Callable[[], object], timeout_s: float = 60) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline
@@ -197,6 +199,67 @@ def test_pauses_grow(monkeypatch: pytest.MonkeyPatch) -> None:
     finally:
         rejoin.close()
         place.close()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        subprocess.TimeoutExpired("an R-worker", 10),
+        OSError(12, "no memory for a process"),
+        UnicodeDecodeError("utf-8", b"\xff", 0, 1, "no address"),
+        RuntimeError("nobody thought of this"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_whatever_goes_wrong_it_is_looked_for_again(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When it is started, and when it is spoken to; and what was opened in vain is closed."""
+    monkeypatch.setattr("fastdecode.r_workers.rejoin._FIRST_PAUSE_S", 0.01)
+    place, attempts, channels = Place(), count(), []
+    place.open()
+
+    def fails(*_: object, **__: object) -> None:
+        raise error
+
+    def again() -> RWorkerHandle:
+        attempt = next(attempts)
+        if attempt == 0:
+            raise error
+        channels.append(connect(place.address))
+        if attempt == 1:
+            monkeypatch.setattr(channels[0], "send", fails)
+        return RWorkerHandle("it", channels[-1], again)
+
+    rejoin = Rejoin(HELLO)
+    try:
+        rejoin.seek(3, again)
+        [joined] = rejoin.take(30.0)
+        assert joined.worker == 3 and next(attempts) == 3
+        with pytest.raises(ChannelClosed):
+            channels[0].recv(timeout_s=1)
+        joined.handle.channel.close()
+    finally:
+        rejoin.close()
+        place.close()
+
+
+def test_one_that_takes_long_to_give_its_memory_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is not started again beside itself; the next look may find it gone.  At the end it is not waited for."""
+
+    class Slow:
+        pid, stdin, stdout = 4711, None, None
+
+        def kill(self) -> None:
+            pass
+
+        def wait(self, timeout: float) -> int:
+            raise subprocess.TimeoutExpired("it", timeout)
+
+    processes = Processes(transport="ipc", num_workers=1, num_threads=1, kv_cache_bytes=1 << 20)
+    processes._running[0] = Slow()  # type: ignore[assignment]
+    monkeypatch.setattr(processes, "_spawn", lambda index: pytest.fail("two of them would not fit"))
+    with pytest.raises(RWorkerUnreachable, match="process 4711.* still gives its memory back"):
+        processes._again(0)
+    processes.close()
 
 
 def test_patience() -> None:

@@ -17,7 +17,7 @@ from fastdecode.scheduling.kv_credits import KV_POLICIES
 from fastdecode.scheduling.load_control import START_POLICIES
 from fastdecode.scheduling.predictor import Learned, MaxTokens, NoisyOracle, Oracle, Predictor
 from fastdecode.scheduling.scheduler import Scheduler, SchedulerConfig
-from fastdecode.scheduling.waiting import ORDERS
+from fastdecode.scheduling.waiting import ORDERS, WaitingQueue
 
 END, OTHER = 1, 7
 BLOCK_TOKENS = 4
@@ -502,3 +502,42 @@ def test_one_that_is_larger_than_the_limit_costs_the_others_little(output: int) 
         world.add(a_sequence(i, prompt=1, output=10))
     world.run()
     assert len(world.steps) < output + 250
+
+
+class CountedId(int):
+    """A seq_id that knows how often ids are compared."""
+
+    comparisons = 0
+
+    def __lt__(self, other: int) -> bool:
+        CountedId.comparisons += 1
+        return int(self) < int(other)
+
+
+def test_thousands_put_back_are_sorted_once() -> None:
+    """A lost R-worker's sequences wait again before all others, as they came, whatever order they are put back in."""
+    queue, num = WaitingQueue("fcfs", 1, lambda sequence: 0.0), 3000
+    sequences = [a_sequence(CountedId(index)) for index in range(num)]
+    late = a_sequence(CountedId(num))
+    queue.add(late)
+    CountedId.comparisons = 0
+    for index in range(num):
+        queue.put_back(sequences[index * 7 % num if num % 7 else index])
+    started = []
+    while first := queue.first():
+        started.append(first)
+        assert queue.remove(first)
+    assert started == [*sequences, late] and CountedId.comparisons < num * 40
+
+
+def test_one_put_back_goes_before_those_that_came_later() -> None:
+    queue = WaitingQueue("fcfs", 1, lambda sequence: 0.0)
+    first, second, third, fourth = (a_sequence(index) for index in range(4))
+    queue.add(fourth)
+    for sequence in (third, first):
+        queue.put_back(sequence)
+    assert queue.first() is first and queue.remove(first)
+    queue.put_back(second)
+    queue.put_back(first)
+    assert queue.first() is first and queue.remove(first)
+    assert queue.first() is second and queue.remove(third) and queue.remove(second) and queue.first() is fourth

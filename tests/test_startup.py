@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +48,48 @@ def test_kernels_compile_in_bounded_time(kv_dtype: str, tmp_path: Path) -> None:
         assert out.returncode == 0, out.stderr[-2000:]
         seconds.append(float(out.stdout))
     assert seconds[0] < COLD_S and seconds[1] < CACHED_S, seconds
+
+
+FROM_ELSEWHERE = """
+import sys
+sys.path[:0] = sys.argv[1:]
+from fastdecode.r_workers.processes import Processes
+from transport import Ping, Pong
+processes = Processes(transport="ipc", num_workers=1, num_threads=1, kv_cache_bytes=1 << 20)
+try:
+    [handle] = processes.start()
+    handle.channel.send(Ping(7), timeout_s=20)
+    assert handle.channel.recv(timeout_s=20) == Pong(7)
+    handle.channel.close()
+    if sys.platform == "linux":
+        [process] = processes._running.values()
+        environment = open(f"/proc/{process.pid}/environ").read().split(chr(0))
+        print(next(line for line in environment if line.startswith("PYTHONPATH=")))
+finally:
+    processes.close()
+"""
+
+
+def test_r_worker_processes_start_from_anywhere_and_not_installed(tmp_path: Path) -> None:
+    """By an interpreter that finds this project only through the script's own path, in a directory whose files are
+    called as modules of ours and of others are; and no package's inside is on the worker's path."""
+    for name in ("numpy", "config", "errors", "text", "transport"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('taken from the current directory')")
+    (tmp_path / "elsewhere").mkdir()
+    script = tmp_path / "elsewhere" / "script.py"
+    script.write_text(FROM_ELSEWHERE)
+    interpreter = getattr(sys, "_base_executable", sys.executable)  # without this environment's packages
+    out = subprocess.run(
+        [interpreter, "-S", script, Path(__file__).parents[1], sysconfig.get_path("purelib")],
+        cwd=tmp_path,
+        env={name: value for name, value in os.environ.items() if not name.startswith("PYTHON")},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert out.returncode == 0, out.stderr[-2000:]
+    path = out.stdout.strip().removeprefix("PYTHONPATH=")
+    assert not any((Path(entry) / "__init__.py").exists() for entry in path.split(os.pathsep) if entry)
 
 
 def test_compiling_is_announced(caplog: pytest.LogCaptureFixture) -> None:

@@ -14,6 +14,7 @@ import time
 from functools import partial
 from pathlib import Path
 
+import cpu_attention
 from cpu_attention import LISTENING, available_cores, format_cores, numa_nodes, share_of_cores
 from fastdecode.errors import RWorkerUnreachable
 from fastdecode.r_workers.rejoin import RWorkerHandle
@@ -68,15 +69,18 @@ class Processes:
                 process.wait(max(0.0, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
                 logger.warning("R-worker process %d does not end by itself and is killed", process.pid)
-                process.kill()
-                process.wait()
+                if not _kill(process):
+                    logger.warning("R-worker process %d is killed and has not ended; it is left alone", process.pid)
         shutil.rmtree(self._directory, ignore_errors=True)
 
     def _again(self, index: int) -> RWorkerHandle:
         """In place of one that was lost, whose memory is needed.  Raises RWorkerUnreachable."""
         lost = self._running[index]
-        lost.kill()
-        lost.wait(STOP_TIMEOUT_S)
+        if not _kill(lost):
+            raise RWorkerUnreachable(
+                f"R-worker {index} (process {lost.pid}) is killed and still gives its memory back, which takes longer "
+                f"than {STOP_TIMEOUT_S:g} s"
+            )
         with self._lock:
             if self._is_closed:
                 raise RWorkerUnreachable("all R-workers are to end")
@@ -88,17 +92,25 @@ class Processes:
         cores = cores_of(index, self._num_workers, self._num_threads)
         self._num_ever += 1
         here = "127.0.0.1:0" if self._transport == "tcp" else f"{self._directory}/{self._num_ever - 1}"
-        command = [sys.executable, "-m", "cpu_attention", "--bind", f"{self._transport}://{here}", "--exit-with-parent"]
+        # -P: what lies in the directory that this was started in is not ours, whatever it is called.
+        command = [
+            sys.executable,
+            "-P",
+            "-m",
+            "cpu_attention",
+            "--bind",
+            f"{self._transport}://{here}",
+            "--exit-with-parent",
+        ]
         command += ["--kv-cache-memory", str(self._kv_cache_bytes), "--threads", str(self._num_threads)]
         command += ["--cores", format_cores(cores)] if cores else []
         command += ["--key-file", self._key_file] if self._key_file else []
-        packages = os.pathsep.join(filter(None, [_source_root(), os.environ.get("PYTHONPATH")]))
         self._running[index] = subprocess.Popen(
             [*command, "--log-level", "warning"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             start_new_session=True,  # Ctrl-C is for us; we end them
-            env=os.environ | {"PYTHONPATH": packages},
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(import_path())},
         )
 
     def _handle(self, index: int, deadline: float) -> RWorkerHandle:
@@ -112,6 +124,26 @@ def cores_of(index: int, num_workers: int, num_threads: int) -> tuple[int, ...]:
     """For the threads of one of several R-workers on this machine; none if there are not enough for all."""
     share = share_of_cores(index, num_workers, available_cores(), numa_nodes())
     return share[:num_threads] if num_threads <= len(share) else ()
+
+
+def import_path() -> list[str]:
+    """Where this process finds modules, for workers to find the same ones: installed, or by a script's own path.
+
+    Where `cpu_attention` lies is in it in any case.
+    """
+    root = Path(cpu_attention.__file__).resolve().parents[1]
+    path = [os.path.abspath(entry) for entry in sys.path]  # an empty one is the current directory
+    return path if any(Path(entry).resolve() == root for entry in path) else [str(root), *path]
+
+
+def _kill(process: subprocess.Popen[bytes]) -> bool:
+    """Whether it is gone: freeing much memory takes long."""
+    process.kill()
+    try:
+        process.wait(STOP_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        return False
+    return True
 
 
 def _close_pipes(process: subprocess.Popen[bytes]) -> None:
@@ -133,14 +165,10 @@ def _read_address(index: int, process: subprocess.Popen[bytes], deadline: float)
                 )
             chunk = os.read(process.stdout.fileno(), 4096)
             if not chunk:
-                raise RWorkerUnreachable(
-                    f"R-worker {index} (process {process.pid}) ended at its start with exit code {process.wait(5)}; "
-                    "its message is above"
-                )
+                try:
+                    how = f"ended at its start with exit code {process.wait(5)}"
+                except subprocess.TimeoutExpired:
+                    how = "has closed its output and does not end"
+                raise RWorkerUnreachable(f"R-worker {index} (process {process.pid}) {how}; its message is above")
             line += chunk
-    return line.decode().strip().removeprefix(LISTENING)
-
-
-def _source_root() -> str:
-    """Where this project's packages lie, so that workers find them without being installed."""
-    return str(Path(__file__).resolve().parents[1])
+    return line.decode(errors="replace").strip().removeprefix(LISTENING)

@@ -96,22 +96,30 @@ class Rejoin:
         while not self._is_closing.wait(pause := self._pauses.get(worker, _FIRST_PAUSE_S)):
             self._pauses[worker] = min(2 * pause, _LONGEST_PAUSE_S)
             try:
-                handle = again()
+                joined = self._attempt(worker, again)
             except (RWorkerError, TransportError, OSError) as error:
                 logger.info("R-worker %d does not come back yet: %s", worker, error)
-                continue
-            try:
-                welcome = self._open(handle)
-            except TransportError as error:
-                logger.info("%s does not come back yet: %s", handle.name, error)
-                welcome = None
+            except Exception:  # nobody else looks for it, so this goes on whatever it was
+                logger.warning("R-worker %d does not come back yet", worker, exc_info=True)
+            else:
+                if joined is None:
+                    continue
+                self._since[worker] = time.monotonic()
+                name, took_s = joined.handle.name, time.monotonic() - lost
+                logger.warning("%s joins, after %.1f s; new sequences go there", name, took_s)
+                self._joined.put(joined)
+                return
+
+    def _attempt(self, worker: int, again: Callable[[], RWorkerHandle]) -> Joined | None:
+        """As `_open`.  Raises whatever `again` and the transport do."""
+        handle = again()
+        welcome = None
+        try:
+            welcome = self._open(handle)
+        finally:
             if welcome is None:
                 handle.channel.close()
-                continue
-            self._since[worker] = time.monotonic()
-            logger.warning("%s joins, after %.1f s; new sequences go there", handle.name, time.monotonic() - lost)
-            self._joined.put(Joined(worker, handle, welcome))
-            return
+        return Joined(worker, handle, welcome) if welcome else None
 
     def _open(self, handle: RWorkerHandle) -> Welcome | None:
         """None if it refuses, or all of this is to end.  Raises TransportError."""

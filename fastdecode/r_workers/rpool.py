@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
@@ -147,6 +147,7 @@ class RPool:
         return welcomes
 
     def admit(self, admissions: Sequence[Admission]) -> None:
+        self._check_serving(admission.r_worker for admission in admissions)
         for worker in self._alive:
             own = [admission for admission in admissions if admission.r_worker == worker]
             if own:
@@ -174,6 +175,7 @@ class RPool:
 
     def begin(self, step: int, micro_batch: MicroBatch) -> Ticket:
         """Tells every R-worker concerned whose rows the coming layers carry."""
+        self._check_serving(segment.r_worker for segment in micro_batch.segments)
         shares, token, query = [], 0, 0
         for worker in self._alive:
             own = [segment for segment in micro_batch.segments if segment.r_worker == worker]
@@ -288,6 +290,11 @@ class RPool:
         self._timeline.add(f"R-worker {share.worker}", "attention", began_ns, ended_ns, *where)
         self._timeline.add(S_WORKER, "wait", waited_ns, ready_ns, *where)
         self._timeline.add(S_WORKER, "receive", ready_ns, now_ns, *where)
+
+    def _check_serving(self, workers: Iterable[int]) -> None:
+        """Before anything is sent: rows that are left out would shift those of all others."""
+        missing = set(workers).difference(self._alive)
+        assert not missing, f"a step has rows for R-workers {sorted(missing)}, which do not serve"
 
     def _send(self, worker: int, message: Message) -> None:
         channel = self._workers[worker].channel

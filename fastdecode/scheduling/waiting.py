@@ -11,6 +11,7 @@ passed by more than the window.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import chain, islice
@@ -72,9 +73,11 @@ class _Class:
     def __init__(self, order: str, window: int, job_length: Callable[[Sequence], float]) -> None:
         self._order, self._job_length = order, job_length
         self._window = 1 if order == "fcfs" else window
-        self._arrived: dict[int, Sequence] = {}  # by seq_id, in the order they came
-        self._next: dict[int, Sequence] = {}  # the window, in the order they start
-        self._preempted: dict[int, Sequence] = {}  # by rising seq_id, which is the order they came in
+        # Ordered ones, because they give their first in the same time however many were taken from before it.
+        self._arrived: OrderedDict[int, Sequence] = OrderedDict()  # by seq_id, in the order they came
+        self._next: OrderedDict[int, Sequence] = OrderedDict()  # the window, in the order they start
+        self._preempted: OrderedDict[int, Sequence] = OrderedDict()  # by seq_id, which rises in the order they came
+        self._is_sorted = True  # what was preempted: a lost R-worker puts back thousands at a time
 
     def __len__(self) -> int:
         return len(self._arrived) + len(self._next) + len(self._preempted)
@@ -83,14 +86,17 @@ class _Class:
         self._arrived[sequence.seq_id] = sequence
 
     def put_back(self, sequence: Sequence) -> None:
+        self._is_sorted = self._is_sorted and not self._preempted
         self._preempted[sequence.seq_id] = sequence
-        self._preempted = dict(sorted(self._preempted.items()))
 
     def __iter__(self) -> Iterator[Sequence]:
         return chain(self._arrived.values(), self._next.values(), self._preempted.values())
 
     def first(self) -> Sequence | None:
         if self._preempted:
+            if not self._is_sorted:
+                self._preempted = OrderedDict(sorted(self._preempted.items()))
+                self._is_sorted = True
             return next(iter(self._preempted.values()))
         if not self._next:
             window = list(islice(self._arrived.values(), self._window))
