@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import hashlib
 import json
+import lzma
 import os
 import resource
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -24,8 +28,11 @@ from fastdecode import LLM, SamplingParams
 from fastdecode.batch.journal import Journal
 from fastdecode.batch.result import BatchResult
 from fastdecode.batch.runner import run_batch
+from fastdecode.batch.source import kept
 from fastdecode.batch.survey import MAX_LINE_BYTES, lines, survey
 from fastdecode.errors import ConfigError
+from fastdecode.model_names import default_names, is_called
+from fastdecode.openai_api import read_line
 
 ROOT = Path(__file__).parents[1]
 TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
@@ -110,8 +117,8 @@ def test_every_kind_of_line(chatty_model: Path, tmp_path: Path) -> None:
     found = results(tmp_path / "out.jsonl")
     codes = {name: record["error"] and record["error"]["code"] for name, record in found.items()}
     assert codes == {
-        "text": None, "chat": None, "ids": None, "line-4": "invalid_request", "line-5": "invalid_request",
-        "line-6": "invalid_request", "get": "invalid_request", "url": "invalid_request", "field": "invalid_request",
+        "text": None, "chat": None, "ids": None, "line-5": "invalid_request", "line-6": "invalid_request",
+        "line-7": "invalid_request", "get": "invalid_request", "url": "invalid_request", "field": "invalid_request",
         "range": "invalid_request", "model": "model_not_found", "long": "context_length_exceeded",
         "vocabulary": "invalid_request", "empty": "invalid_request",
     }  # fmt: skip
@@ -247,9 +254,9 @@ def test_requests_in_flight_are_bounded(tmp_path: Path, llm: LLM, monkeypatch: p
     taken, most = 0, 0
     read = lines
 
-    def counted(path: Path) -> Any:
+    def counted(*arguments: Any) -> Any:
         nonlocal taken
-        for line in read(path):
+        for line in read(*arguments):
             taken += 1
             yield line
 
@@ -260,6 +267,188 @@ def test_requests_in_flight_are_bounded(tmp_path: Path, llm: LLM, monkeypatch: p
     monkeypatch.setattr("fastdecode.batch.runner.lines", counted)
     assert run(llm, source, tmp_path / "o", on_progress=note).is_complete
     assert 64 <= most <= 64 + 256 + 2, "waiting, running, and the next one"
+
+
+BOM = b"\xef\xbb\xbf"
+
+
+@pytest.mark.parametrize(
+    "pack", [bytes, BOM.__add__, gzip.compress, lambda b: gzip.compress(BOM + b), bz2.compress, lzma.compress,
+             lambda b: gzip.compress(b[:100]) + gzip.compress(b[100:])],
+    ids=["plain", "mark", "gzip", "gzip-mark", "bzip2", "xz", "gzip-twice"],
+)  # fmt: skip
+@pytest.mark.parametrize("is_pipe", [False, True])
+def test_inputs_are_read_packed_or_not_from_files_and_pipes(pack: Any, is_pipe: bool, tmp_path: Path) -> None:
+    """And are the same input, whatever they came as; nothing stays beside the output."""
+    plain = write(tmp_path / "plain.jsonl", ["\n", request("a", "x"), "\n", request("b", "\u2028ü"), "torn\n"])
+    source, out = tmp_path / "in", tmp_path / "out.jsonl"
+    given = pack(plain.read_bytes())
+    if is_pipe:
+        os.mkfifo(source)
+        threading.Thread(target=source.write_bytes, args=(given,)).start()
+    else:
+        source.write_bytes(given)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    with kept(source, out) as path:
+        found = survey(path, str(source))
+        assert [(line.index, line.number, line.custom_id) for line in lines(path)] == [
+            (0, 2, "a"), (1, 4, "b"), (2, 5, "line-5")
+        ]  # fmt: skip
+        assert sorted(path.name for path in tmp_path.iterdir()) == names
+    assert found.sha256 == hashlib.sha256(plain.read_bytes()).hexdigest() and found.name == str(source)
+
+
+@pytest.mark.parametrize(
+    "given, told",
+    [
+        ("{}\n".encode("utf-16"), "UTF-16.*iconv -f UTF-16"),
+        ("{}\n".encode("utf-16-le"), "UTF-16.*iconv"),
+        ("{}\n".encode("utf-16-be"), "UTF-16.*iconv"),
+        ("{}\n".encode("utf-32"), "UTF-32.*iconv -f UTF-32"),
+        (gzip.compress("{}\n".encode("utf-16")), "UTF-16"),
+        (gzip.compress(b"{}\n" * 999)[:-9], "damaged or cut off"),
+        (gzip.compress(os.urandom(999))[:500] + b"x" * 500, "damaged or cut off"),
+        (b"\x1f\x8bno gzip", "damaged or cut off"),
+        (bz2.compress(b"{}\n")[:-9] + b"123456789", "damaged or cut off|cannot read the input"),
+        (b"\x28\xb5\x2f\xfd....", "is zstd: unpack it"),
+        (b"PK\x03\x04....", "is a zip archive: unpack it"),
+    ],
+    ids=str,
+)
+def test_what_is_no_text_is_told_before_a_model_is_loaded(given: bytes, told: str, tmp_path: Path) -> None:
+    (tmp_path / "in").write_bytes(given)
+    with pytest.raises(ConfigError, match=told):
+        survey(tmp_path / "in")
+
+
+def test_a_pipe_as_input_can_be_resumed(chatty_model: Path, tmp_path: Path) -> None:
+    """Of the command itself, through its standard input; the results are a file's."""
+    source = write(tmp_path / "in.jsonl", [request(name, "x", max_tokens=2) for name in "abc"])
+    out = tmp_path / "out.jsonl"
+    words = command(chatty_model, Path("-"), out)
+    for flags, given in (([], source.read_bytes()), (["--resume"], gzip.compress(source.read_bytes()))):
+        done = subprocess.run([*words, *flags], input=given, cwd=ROOT, capture_output=True, timeout=120)
+        assert done.returncode == 0 and b"3 of 3 lines, 0 errors" in done.stderr, done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl", "out.jsonl.manifest.json"]
+    assert set(results(out)) == set("abc")
+    done = subprocess.run([*words, "--resume"], input=b"{}\n", cwd=ROOT, capture_output=True, timeout=120)
+    assert done.returncode == 2 and b"the input is not the one" in done.stderr
+
+
+def test_names_of_lines_that_have_none(tmp_path: Path, llm: LLM) -> None:
+    """Are no user's, and the same when the run goes on; what is wrong with an id is told as it is."""
+    source = write(tmp_path / "in.jsonl", [
+        "torn\n", request("line-1", "x", max_tokens=1), request("line-9", "x", max_tokens=1), "\n",
+        request("", "x"), request("a", "x") | {"custom_id": 7}, request("b", "x") | {"method": "post"},
+        request("c", "x") | {"method": None, "url": None}, request("d", "x") | {"url": 5}, "[]\n",
+    ])  # fmt: skip
+    out = tmp_path / "out.jsonl"
+    assert run(llm, source, out).is_complete
+    found = results(out)
+    assert {name for name, record in found.items() if record["error"] is None} == {"line-1", "line-9", "b", "c"}
+    told = {name: record["error"]["message"] for name, record in found.items() if record["error"]}
+    assert set(told) == {f"nameless-line-{number}" for number in (1, 5, 6, 10)} | {"d"}
+    assert told["nameless-line-6"] == "custom_id must be a string that is not empty, got 7"
+    assert told["nameless-line-5"].endswith('got ""') and told["d"] == "url must be a string, got 5"
+    before = out.read_bytes()
+    assert run(llm, source, out, resume=True).is_complete and out.read_bytes() == before
+    write(source, [*(request(f"{prefix}{2}", "x") for prefix in ("line-", "nameless-line-")), "torn\n", "\n"])
+    assert survey(source).nameless == "line-", "of another line"
+    write(source, ["\n", "torn\n", *(request(f"{prefix}{2}", "x") for prefix in ("line-", "nameless-line-"))])
+    found_names = survey(source)
+    assert (
+        found_names.num_lines == 3 and found_names.nameless.startswith("nameless-") and len(found_names.nameless) > 20
+    )
+
+
+def test_halves_of_surrogate_pairs_are_no_harm(tmp_path: Path, llm: LLM) -> None:
+    """In an id, in a field's name, in a prompt, in a message: the output is UTF-8, and each line has its result."""
+    half = "\ud800"
+    source = write(tmp_path / "in.jsonl", [
+        request("first", "x", max_tokens=1), request(half, "x", max_tokens=1), request("field", "x", **{half: 1}),
+        request("prompt", half), request("chat", [{"role": "user", "content": half}], "/v1/chat/completions"),
+        request("key", [{"role": "user", "content": "x", half: half}], "/v1/chat/completions", max_tokens=1),
+        request("nested", "x", metadata={half: half}, max_tokens=1), request("model", "x", model=half),
+        request("url", "x", half), request("stop", "x", stop=half, max_tokens=1), request("last", "x", max_tokens=1),
+    ])  # fmt: skip
+    out = tmp_path / "out.jsonl"
+    assert run(llm, source, out).is_complete
+    out.read_bytes().decode()
+    found = results(out)
+    assert len(found) == 11 and found[half]["error"] is None and found["last"]["error"] is None
+    assert {"field", "prompt", "chat", "model", "url"} <= {name for name, record in found.items() if record["error"]}
+    before = out.read_bytes()
+    assert run(llm, source, out, resume=True).is_complete and out.read_bytes() == before
+
+
+def test_results_have_no_line_ends_of_unicodes(tmp_path: Path, llm: LLM) -> None:
+    source = write(
+        tmp_path / "in.jsonl", [request(f"a{end}b", "x", max_tokens=1) for end in "\x85\u2028\u2029\x0b\x0c\r"]
+    )
+    assert run(llm, source, tmp_path / "out.jsonl").is_complete
+    assert len((tmp_path / "out.jsonl").read_bytes().decode().splitlines()) == 6
+
+
+def test_a_fault_of_ours_costs_one_line(tmp_path: Path, llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write(tmp_path / "in.jsonl", [request(name, name, max_tokens=1) for name in ("a", "bad", "c")])
+
+    def read(url: str | None, body: Any, *more: Any) -> Any:
+        return read_line(url, body, *more) if body["prompt"] != "bad" else 1 // 0
+
+    monkeypatch.setattr("fastdecode.batch.runner.read_line", read)
+    assert run(llm, source, tmp_path / "o").num_errors == 1
+    error = results(tmp_path / "o")["bad"]["error"]
+    assert error["code"] == "internal_error" and "ZeroDivisionError" in error["message"]
+    assert run(llm, source, tmp_path / "o", resume=True).is_complete
+
+
+def test_errors_of_lines_name_their_place(tmp_path: Path, llm: LLM) -> None:
+    """Also those that show when the line is read by the tokenizer."""
+    chat = "/v1/chat/completions"
+    source = write(tmp_path / "in.jsonl", [
+        request("part", [{"role": "user", "content": [{"type": "image_url"}]}], chat), request("long", "x" * 10**6),
+        request("number", [{"role": "user", "content": 5}], chat),
+        request("tokens", "x", chat, max_completion_tokens=0),
+        request("template", [{"role": "user", "content": "x"}], chat, chat_template="x"),
+        request("thinking", [{"role": "user", "content": "x"}], chat, chat_template_kwargs={"a": 1}, max_tokens=1),
+    ])  # fmt: skip
+    run(llm, source, tmp_path / "o")
+    errors = {name: record["response"]["body"].get("error") for name, record in results(tmp_path / "o").items()}
+    assert errors["thinking"] is None
+    assert errors["part"]["param"] == "messages[0].content[0]" and errors["number"]["param"] == "messages[0].content"
+    assert errors["template"]["param"] == "chat_template" and errors["tokens"]["param"] == "messages"
+    assert errors["long"]["code"] == "context_length_exceeded" and errors["long"]["n_ctx"] == llm.max_model_len
+
+
+def test_a_chat_template_of_the_run(demo_model: Path, tmp_path: Path) -> None:
+    """Which decides what is in the output; and a model without one says so."""
+    source = write(tmp_path / "in.jsonl", [request("a", [{"role": "user", "content": "import"}], "chat/completions")])
+    out, template = tmp_path / "out.jsonl", tmp_path / "template.jinja"
+    done = cli(demo_model, source, out)
+    assert done.returncode == 1 and "no chat template" in results(out)["a"]["error"]["message"]
+    template.write_text(TEMPLATE)
+    done = cli(demo_model, source, out, "--resume", "--chat-template", str(template))
+    assert done.returncode == 2 and "chat_template_sha256 was None" in done.stderr
+    out.unlink()
+    assert cli(demo_model, source, out, "--chat-template", str(template)).returncode == 0
+    assert cli(demo_model, source, out, "--chat-template", str(tmp_path / "nowhere")).returncode == 2
+
+
+def test_a_directory_has_one_name(demo_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(demo_model.parent)
+    for model in (str(demo_model), f"{demo_model}/", demo_model.name, f"./{demo_model.name}/"):
+        names = default_names(model)
+        assert names[1] == demo_model.name
+        for name in (
+            str(demo_model),
+            f"{demo_model}//",
+            demo_model.name,
+            f"{demo_model.name}/",
+            f"./{demo_model.name}",
+        ):
+            assert is_called(name, names, model), (name, model)
+        assert not any(is_called(name, names, model) for name in ("gpt", "", "/", str(demo_model.parent), "a\0b"))
+        assert not is_called(model, ("mine",), model), "its path is no name of it where it was given others"
 
 
 def test_overlong_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -194,6 +194,30 @@ def test_what_a_chat_template_is_told() -> None:
     assert read(trust_chat_template=True, chat_template="theirs") == Conversation(HI, "theirs")
 
 
+@pytest.mark.parametrize(
+    "url",
+    [
+        "/v1/{}", "v1/{}", "/{}", "{}", "/v1/{}/", "https://api.openai.com/v1/{}", "http://localhost:8000/proxy/v1/{}/",
+        "/openai/deployments/gpt-4o/{}?api-version=2024-10-21", "https://x.openai.azure.com/openai/deployments/m/{}",
+    ],
+)  # fmt: skip
+def test_forms_of_urls_in_batch_files(url: str) -> None:
+    assert read_line(url.format("chat/completions"), {"messages": HI}, DEFAULTS).is_chat
+    assert not read_line(url.format("completions"), {"prompt": "x"}, DEFAULTS).is_chat
+
+
+def test_a_body_may_tell_its_url() -> None:
+    for url in (None, ""):
+        assert read_line(url, {"messages": HI}, DEFAULTS).is_chat
+        assert not read_line(url, {"prompt": "x", "messages": None}, DEFAULTS).is_chat
+        for body in ({}, {"prompt": "x", "messages": HI}, None, [1]):
+            with pytest.raises(RequestError, match="does not tell"):
+                read_line(url, body, DEFAULTS)
+    for other in ("/v1/embeddings", "/v1/chat/completion", "/v1/xcompletions", "/v2/responses", "completions#x"):
+        with pytest.raises(RequestError, match="is none of"):
+            read_line(other, {"prompt": "x", "messages": HI}, DEFAULTS)
+
+
 CALL = {"id": "c", "type": "function", "function": {"name": "f", "arguments": '{"a": null}'}}
 
 

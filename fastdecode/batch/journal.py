@@ -12,6 +12,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import time
 from array import array
 from collections.abc import Iterator
@@ -26,6 +27,8 @@ from fastdecode.batch.survey import Survey, hash_id
 from fastdecode.errors import ConfigError
 
 _SYNC_S = 1.0
+# Written as escapes: halves of surrogate pairs, which UTF-8 has not, and what some readers end a line at.
+_UNSAFE = re.compile("[\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ class Journal:
     def append(self, record: dict[str, Any]) -> None:
         """Raises OSError: the disk is full, say; ValueError for NaN and infinities, which JSON has not."""
         text = json.dumps(record, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-        line = text.encode(errors="surrogatepass") + b"\n"
+        line = _UNSAFE.sub(lambda found: f"\\u{ord(found[0]):04x}", text).encode() + b"\n"
         while line:
             line = line[os.write(self._fd, line) :]
         if time.monotonic() - self._synced >= _SYNC_S:
@@ -114,7 +117,7 @@ class Journal:
             raise ConfigError(f"{self.path} is no output of run-batch: {self._manifest.name} is not beside it")
         else:
             with _replacing(self._manifest) as file:
-                file.write((json.dumps({"input": str(survey.path), **ours}, indent=1) + "\n").encode())
+                file.write((json.dumps({"input": survey.name, **ours}, indent=1) + "\n").encode())
 
     def _recover(self, retry_errors: bool) -> Recorded:
         """Cuts a torn line off, and with `retry_errors` takes errors out, so that they are done again."""

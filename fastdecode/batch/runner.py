@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -14,11 +15,14 @@ from fastdecode.batch.result import BatchResult
 from fastdecode.batch.survey import Line, Survey, lines
 from fastdecode.errors import ConfigError, RequestError
 from fastdecode.llm import LLM
+from fastdecode.model_names import is_called
 from fastdecode.openai_api import ReadRequest, completion_body, error_body, read_line, status_of
 from fastdecode.outputs import OutputError, RequestOutput
 from fastdecode.prompts import Prompt
 from fastdecode.sampling_params import SamplingParams
 from gpu_sworker import derive_seed
+
+logger = logging.getLogger(__name__)
 
 
 def run_batch(
@@ -28,14 +32,16 @@ def run_batch(
     *,
     model_names: Sequence[str],
     seed: int,
+    chat_template: str | None = None,
     timeout_s: float | None = None,
     on_progress: Callable[[BatchResult], None] = lambda result: None,
 ) -> BatchResult:
     """Serves every line that has no result yet; memory is bounded by the requests in flight.
 
-    model_names: what a line may call the model.  seed: a line without a seed draws by this and its own number, so that
-    a run that goes on gives what an uninterrupted one would.  Raises RWorkerError, ConfigError (the input changed),
-    OSError (the disk is full); every result until then is in the journal.
+    model_names: what a line may call the model.  chat_template: None: the tokenizer's.  seed: a line without a seed
+    draws by this and its own place, so that a run that goes on gives what an uninterrupted one would.  Raises
+    RWorkerError, ConfigError (the input changed), OSError (the disk is full); every result until then is in the
+    journal.
     """
     is_done = np.isin(found.ids, journal.recorded.ids)
     result = BatchResult(found.num_lines, int(is_done.sum()), journal.recorded.num_errors)
@@ -57,19 +63,23 @@ def run_batch(
 
     def requests() -> Iterator[tuple[Prompt, SamplingParams]]:
         place = 0
-        for line in lines(found.path):
-            if line.number > found.num_lines:
-                raise ConfigError(f"{found.path} has become longer while it was read; let it be finished first")
-            if is_done[line.number - 1]:
+        for line in lines(found.path, found.nameless):
+            if line.index >= found.num_lines:
+                raise ConfigError(f"{found.name} has become longer while it was read; let it be finished first")
+            if is_done[line.index]:
                 continue
             try:
-                request = _read(line, llm.get_default_sampling_params(), model_names)
+                request = _read(line, llm, model_names, chat_template)
             except RequestError as error:
-                refuse(line, OutputError(error.code, str(error)))
+                refuse(line, OutputError(error.code, str(error), error.param, error.numbers))
+                continue
+            except Exception as error:  # a fault of ours; the line is not to end this run, and each that goes on
+                logger.exception("line %d cannot be read", line.number)
+                refuse(line, OutputError("internal_error", f"a fault of this program: {type(error).__name__}: {error}"))
                 continue
             params = request.params
             if params.seed is None:
-                params = replace(params, seed=derive_seed(seed, line.number))
+                params = replace(params, seed=derive_seed(seed, line.index + 1))
             in_flight[place] = line, request
             place += 1
             yield request.prompt, params
@@ -85,14 +95,14 @@ def run_batch(
     return result
 
 
-def _read(line: Line, defaults: SamplingParams, model_names: Sequence[str]) -> ReadRequest:
+def _read(line: Line, llm: LLM, model_names: Sequence[str], chat_template: str | None) -> ReadRequest:
     """Raises RequestError."""
     if line.error:
         raise RequestError("invalid_request", line.error)
-    request = read_line(line.url, line.body, defaults)
-    if request.model is not None and request.model not in model_names:
+    request = read_line(line.url, line.body, llm.get_default_sampling_params(), chat_template)
+    if request.model is not None and not is_called(request.model, model_names, llm.config.model):
         names = " or ".join(map(repr, model_names))
-        raise RequestError("model_not_found", f"model {request.model!r} is not served here, but {names}")
+        raise RequestError("model_not_found", f"model {request.model!r} is not served here, but {names}", "model")
     return request
 
 

@@ -16,18 +16,21 @@ from typing import Any
 
 import numpy as np
 
+from fastdecode.batch.source import opened
 from fastdecode.errors import ConfigError
 
 MAX_LINE_BYTES = 64 << 20
+_NAMELESS = ("line-", "nameless-line-")  # what a line without an id is called, with its number
 
 
 @dataclass(frozen=True)
 class Line:
     """A line of the input.  error: why it is no request; then body is None."""
 
-    number: int  # from 1
+    index: int  # among those that are not blank, from 0
+    number: int  # among all, from 1
     custom_id: str
-    url: str = ""
+    url: str | None = None
     body: Any = None
     error: str | None = None
 
@@ -35,56 +38,90 @@ class Line:
 @dataclass(frozen=True)
 class Survey:
     path: Path
-    sha256: str
+    sha256: str  # of what is in it, unpacked
     ids: np.ndarray  # [num_lines] uint64, hashes of the custom_ids in the order of the lines
+    nameless: str = _NAMELESS[0]  # what a line without an id is called, with its number: no id begins like it
+    name: str = ""  # what its owner calls it
 
     @property
     def num_lines(self) -> int:
         return len(self.ids)
 
 
-def survey(path: Path) -> Survey:
-    """Reads the whole file once.  Raises ConfigError: it cannot be read, or a custom_id comes twice."""
-    digest, ids = hashlib.sha256(), array("Q")
+def survey(path: Path, name: str = "") -> Survey:
+    """Reads the whole file once.  name: what its owner calls it, if that is not its path.
+
+    Raises ConfigError: it cannot be read, or a custom_id comes twice.
+    """
+    digest, ids, nameless = hashlib.sha256(), array("Q"), array("Q")  # nameless: index and number of each, in turn
+    name = name or str(path)
     try:
-        with path.open("rb") as file:
-            for raw in _raw_lines(file, digest.update):
+        with opened(path) as file:
+            for number, raw in enumerate(_raw_lines(file, digest.update), 1):
                 digest.update(raw)
                 if raw.strip():
-                    ids.append(hash_id(read_line(raw, len(ids) + 1).custom_id))
+                    custom_id = read_line(raw, len(ids), number, "").custom_id
+                    if not custom_id:
+                        nameless.extend((len(ids), number))
+                    ids.append(hash_id(custom_id))
     except OSError as error:
         raise ConfigError(f"cannot read the input: {error}") from error
-    found = Survey(path, digest.hexdigest(), np.frombuffer(ids, np.uint64) if ids else np.empty(0, np.uint64))
+    hashes = np.array(ids, np.uint64)
+    prefix = _name(hashes, np.array(nameless, np.int64).reshape(-1, 2), digest.hexdigest())
+    found = Survey(path, digest.hexdigest(), hashes, prefix, name)
     _check_unique(found)
     return found
 
 
-def lines(path: Path) -> Iterator[Line]:
-    with path.open("rb") as file:
-        number = 0
-        for raw in _raw_lines(file):
+def lines(path: Path, nameless: str = _NAMELESS[0]) -> Iterator[Line]:
+    """nameless: as in the Survey."""
+    with opened(path) as file:
+        index = 0
+        for number, raw in enumerate(_raw_lines(file), 1):
             if raw.strip():
-                number += 1
-                yield read_line(raw, number)
+                yield read_line(raw, index, number, nameless + str(number))
+                index += 1
 
 
-def read_line(raw: bytes, number: int) -> Line:
+def read_line(raw: bytes, index: int, number: int, nameless: str) -> Line:
     """A line that is no request still has an id, so that its error can be told and found again."""
-    nameless = f"line-{number}"
+
+    def broken(why: str, custom_id: str = nameless) -> Line:
+        return Line(index, number, custom_id, error=why)
+
     if len(raw) > MAX_LINE_BYTES:
-        return Line(number, nameless, error=f"the line has more than {MAX_LINE_BYTES >> 20} MiB")
+        return broken(f"the line has more than {MAX_LINE_BYTES >> 20} MiB")
     try:
         record = json.loads(raw)
     except (ValueError, RecursionError) as error:
-        return Line(number, nameless, error=f"the line is no JSON: {error}")
+        return broken(f"the line is no JSON: {error}")
     if not isinstance(record, dict):
-        return Line(number, nameless, error="the line is no JSON object")
-    custom_id = record.get("custom_id")
+        return broken("the line is no JSON object")
+    custom_id, method, url = record.get("custom_id"), record.get("method"), record.get("url")
+    if custom_id is None:
+        return broken("custom_id is missing; it is a string that is not empty")
     if not isinstance(custom_id, str) or not custom_id:
-        return Line(number, nameless, error="custom_id is missing; it is a string that is not empty")
-    if record.get("method", "POST") != "POST":
-        return Line(number, custom_id, error=f"method {record['method']!r} is not POST")
-    return Line(number, custom_id, str(record.get("url", "")), record.get("body"))
+        return broken(f"custom_id must be a string that is not empty, got {json.dumps(custom_id)[:100]}")
+    if method is not None and (not isinstance(method, str) or method.upper() != "POST"):
+        return broken(f"method must be POST, got {json.dumps(method)[:100]}", custom_id)
+    if url is not None and not isinstance(url, str):
+        return broken(f"url must be a string, got {json.dumps(url)[:100]}", custom_id)
+    return Line(index, number, custom_id, url, record.get("body"))
+
+
+def _name(ids: np.ndarray, nameless: np.ndarray, sha256: str) -> str:
+    """Fills in the hashes of lines without an id, under names that no line has.  The same for the same file.
+
+    nameless: [n, 2], index and number of each.
+    """
+    if not len(nameless):
+        return _NAMELESS[0]
+    theirs = np.delete(ids, nameless[:, 0])
+    for prefix in (*_NAMELESS, f"nameless-{sha256[:16]}-"):  # nobody can write down the hash of what he writes
+        ids[nameless[:, 0]] = [hash_id(f"{prefix}{number}") for number in nameless[:, 1]]
+        if not np.isin(ids[nameless[:, 0]], theirs).any():
+            break
+    return prefix
 
 
 def hash_id(custom_id: str) -> int:
@@ -107,9 +144,9 @@ def _check_unique(found: Survey) -> None:
     ordered = found.ids[order]
     twice = np.flatnonzero(ordered[1:] == ordered[:-1])
     if len(twice):
-        first, second = (int(order[twice[0] + i]) + 1 for i in (0, 1))
-        custom_id = next(line.custom_id for line in lines(found.path) if line.number == first)
+        wanted = {int(order[twice[0] + i]) for i in (0, 1)}
+        first, second = (line for line in lines(found.path, found.nameless) if line.index in wanted)
         raise ConfigError(
-            f"{found.path}: custom_id {custom_id!r} comes on line {first} and again on line {second}; "
-            f"results are told apart by it ({len(twice)} such lines)"
+            f"{found.name}: custom_id {first.custom_id!r} comes on line {first.number} and again on line "
+            f"{second.number}; results are told apart by it ({len(twice)} such lines)"
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import signal
 import sys
 import time
@@ -16,10 +17,12 @@ from tqdm import tqdm
 import fastdecode
 from fastdecode.batch.journal import Journal
 from fastdecode.batch.result import BatchResult
+from fastdecode.batch.source import kept
 from fastdecode.batch.survey import Survey, survey
-from fastdecode.commands.engine_flags import add_engine_flags, engine_options, run_on_s_worker
+from fastdecode.commands.engine_flags import add_engine_flags, engine_options, read_template, run_on_s_worker
 from fastdecode.config_file import add_config_flags
 from fastdecode.errors import FastDecodeError
+from fastdecode.model_names import default_names
 
 _MAX_NUM_WAITING = 1024  # unless the flag says otherwise: memory is not to grow with the file
 _LINE_EVERY_S = 10.0  # of progress, where there is no terminal
@@ -27,7 +30,7 @@ _LINE_EVERY_S = 10.0  # of progress, where there is no terminal
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     for flags, text in (
-        (("-i", "--input-file"), "a request per line, OpenAI's batch format"),
+        (("-i", "--input-file"), "a request per line, OpenAI's batch format; gzip and pipes (-: stdin) are read, too"),
         (("-o", "--output-file"), "a result per line, in the order they end"),
     ):
         parser.add_argument(*flags, required=True, metavar="FILE", help=text)
@@ -44,6 +47,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the draws of lines without a seed")
     parser.add_argument(
         "--request-timeout-s", type=float, default=None, metavar="SECONDS", help="of one line, from its turn to its end"
+    )
+    parser.add_argument(
+        "--chat-template", default=None, metavar="FILE", help="instead of the one that the model's tokenizer has; Jinja"
     )
     add_engine_flags(parser)
     add_config_flags(parser)
@@ -68,17 +74,22 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _survey_and_serve(args: argparse.Namespace) -> int:
-    names = args.served_model_name or [args.model, Path(args.model).name]
+    template = None if args.chat_template is None else read_template(Path(args.chat_template))
     settings = {"model": str(Path(args.model).resolve()), "seed": args.seed}
     settings |= {name: getattr(args, name) for name in ("dtype", "kv_cache_dtype", "max_model_len")}
-    found = survey(Path(args.input_file))
-    with Journal(
-        Path(args.output_file), found, settings, resume=args.resume, retry_errors=args.retry_errors and args.resume
-    ) as journal:
-        return _serve(args, found, journal, names)
+    settings["chat_template_sha256"] = template and hashlib.sha256(template.encode()).hexdigest()
+    given, out = Path(args.input_file), Path(args.output_file)
+    if args.input_file == "-" and not given.exists():
+        given = Path("/dev/stdin")
+    with kept(given, out) as source:
+        found = survey(source, args.input_file)
+        with Journal(
+            out, found, settings, resume=args.resume, retry_errors=args.retry_errors and args.resume
+        ) as journal:
+            return _serve(args, found, journal, template)
 
 
-def _serve(args: argparse.Namespace, found: Survey, journal: Journal, names: list[str]) -> int:
+def _serve(args: argparse.Namespace, found: Survey, journal: Journal, chat_template: str | None) -> int:
     progress, options = _Progress(found.num_lines), engine_options(args)
     options["max_num_waiting"] = options["max_num_waiting"] or _MAX_NUM_WAITING
     try:
@@ -86,8 +97,8 @@ def _serve(args: argparse.Namespace, found: Survey, journal: Journal, names: lis
             for line in llm.kv_places:
                 print(line, file=sys.stderr)
             result = fastdecode.run_batch(
-                llm, found, journal, model_names=names, seed=args.seed, timeout_s=args.request_timeout_s,
-                on_progress=progress.show,
+                llm, found, journal, model_names=args.served_model_name or default_names(args.model), seed=args.seed,
+                chat_template=chat_template, timeout_s=args.request_timeout_s, on_progress=progress.show,
             )  # fmt: skip
     except FastDecodeError as error:
         progress.close()

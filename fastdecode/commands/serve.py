@@ -17,6 +17,7 @@ from cpu_attention import parse_bytes
 from fastdecode.commands.engine_flags import add_engine_flags, engine_options, read_template, run_on_s_worker
 from fastdecode.config_file import add_config_flags
 from fastdecode.errors import ConfigError
+from fastdecode.model_names import default_names
 from fastdecode.server.options import ServerOptions
 
 _KEY_VARIABLE = "FASTDECODE__API_KEY"
@@ -81,7 +82,7 @@ def _server_options(args: argparse.Namespace) -> ServerOptions:
     if keys is None:
         keys = [os.environ[_KEY_VARIABLE]] if _KEY_VARIABLE in os.environ else []
     return ServerOptions(
-        served_model_name=tuple(args.served_model_name or (args.model, Path(args.model).resolve().name)),
+        served_model_name=tuple(args.served_model_name or default_names(args.model)),
         host=args.host,
         port=args.port,
         api_keys=tuple(keys),

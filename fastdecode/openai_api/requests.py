@@ -19,6 +19,7 @@ from fastdecode.sampling_params import SamplingParams
 CHAT_URL, COMPLETIONS_URL = "/v1/chat/completions", "/v1/completions"
 URLS = (CHAT_URL, COMPLETIONS_URL)
 
+_URL = re.compile(r"(https?://[^?#]*?)?/?(openai/)?(deployments/[^/]+/)?(v1/)?(?P<chat>chat/)?completions/?(\?[^#]*)?")
 _COMPLETION_TOKENS = 16  # OpenAI's default for completions; a chat goes on to the end of the context
 _AS_THEY_ARE = (
     "n", "temperature", "top_p", "top_k", "min_p", "seed", "stop", "stop_token_ids", "ignore_eos", "min_tokens",
@@ -59,9 +60,12 @@ class ReadRequest:
         return prompt
 
 
-def read_line(url: str, body: object, defaults: SamplingParams, chat_template: str | None = None) -> ReadRequest:
-    """Of a batch file: one prompt, answered whole, in the file's turn.  Takes and raises what read_request does."""
-    request = read_request(url, body, defaults, chat_template)
+def read_line(url: str | None, body: object, defaults: SamplingParams, chat_template: str | None = None) -> ReadRequest:
+    """Of a batch file: one prompt, answered whole, in the file's turn.  Takes and raises what read_request does.
+
+    url: None, or empty: the body tells.
+    """
+    request = read_request(_endpoint(url, body), body, defaults, chat_template)
     if request.is_streamed:
         raise _wrong("stream", "this answer comes whole; leave it out or set it to false")
     if len(request.prompts) > 1:
@@ -69,6 +73,21 @@ def read_line(url: str, body: object, defaults: SamplingParams, chat_template: s
     if request.priority:
         raise _wrong("priority", "a batch file has no line that goes first; leave it out")
     return request
+
+
+def _endpoint(url: str | None, body: object) -> str:
+    """Files for other servers have hosts, other versions of the path (Azure's), or slashes more or less."""
+    if not url:
+        told = [of for name, of in (("messages", CHAT_URL), ("prompt", COMPLETIONS_URL)) if _says(body, name)]
+        if len(told) != 1:
+            raise _wrong("url", f"is missing, and the body does not tell which of {', '.join(URLS)} it is")
+        return told[0]
+    found = _URL.fullmatch(url)
+    return url if not found else CHAT_URL if found["chat"] else COMPLETIONS_URL
+
+
+def _says(body: object, name: str) -> bool:
+    return isinstance(body, Mapping) and body.get(name) is not None
 
 
 def read_request(

@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 
 from fastdecode.errors import RequestError, RWorkerError
+from fastdecode.model_names import is_called
 from fastdecode.server.service import Health, Service
 
 
@@ -41,7 +42,7 @@ class Life:
 
     def check_model(self, name: str | None) -> str:
         """What answers call it.  Raises RequestError."""
-        if name is not None and name not in self.names:
+        if name is not None and not is_called(name, self.names, self.model):
             served = " or ".join(map(repr, self.names))
             raise RequestError("model_not_found", f"model {name!r} is not served here, but {served}", "model")
         return name or self.names[0]
