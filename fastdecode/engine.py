@@ -48,14 +48,24 @@ class Engine:
         tokenizer: Tokenizer | None,
         max_model_len: int,
         seed: int,
+        eos_token_ids: frozenset[int] | None = None,
         on_step: Callable[[StepRecord], None] | None = None,
         timeline: Timeline | None = None,
     ) -> None:
-        """on_step: told of every step that was run; timeline: what the rpool was given, too."""
+        """on_step: told of every step that was run; timeline: what the rpool was given, too.
+
+        eos_token_ids: that end a sequence; None: the model's own.
+        """
         self._sworker, self._rpool, self._scheduler, self._tokenizer = sworker, rpool, scheduler, tokenizer
         self._timeline = timeline or NoTimeline()
         self._pipeline = Pipeline(sworker, rpool, self._timeline)
-        self._intake = Intake(sworker.facts, tokenizer, max_model_len, seed)
+        self._intake = Intake(
+            sworker.facts,
+            tokenizer,
+            max_model_len,
+            seed,
+            frozenset(sworker.facts.eos_token_ids) if eos_token_ids is None else eos_token_ids,
+        )
         self._live: dict[str, LiveRequest] = {}
         self._by_sequence: dict[int, tuple[LiveRequest, Continuation]] = {}
         self._num_requests = 0

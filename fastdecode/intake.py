@@ -19,7 +19,15 @@ from gpu_sworker import ModelFacts, derive_seed
 
 
 class Intake:
-    def __init__(self, facts: ModelFacts, tokenizer: Tokenizer | None, max_model_len: int, seed: int) -> None:
+    def __init__(
+        self,
+        facts: ModelFacts,
+        tokenizer: Tokenizer | None,
+        max_model_len: int,
+        seed: int,
+        eos_token_ids: frozenset[int],
+    ) -> None:
+        self._eos_token_ids = eos_token_ids
         self._facts, self._tokenizer, self._max_model_len, self._seed = facts, tokenizer, max_model_len, seed
         self._num_sequences = 0
 
@@ -76,7 +84,7 @@ class Intake:
                 f"token id {bad!r} is not in the vocabulary; ids are whole numbers from 0 to {facts.vocab_size - 1}",
             )
         stops = frozenset(params.stop_ids)
-        ends = frozenset() if params.ignore_eos else frozenset(facts.eos_token_ids)
+        ends = frozenset() if params.ignore_eos else self._eos_token_ids
         return Request(
             request_id=request_id,
             prompt_token_ids=tuple(prompt_token_ids),

@@ -6,11 +6,11 @@ import logging
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Any
 
 from fastdecode.capacity import describe_places, make_scheduler, max_model_len
 from fastdecode.config import EngineConfig
 from fastdecode.engine import Engine
-from fastdecode.errors import ConfigError
 from fastdecode.runtime import open_runtime
 from fastdecode.sampling_params import SamplingParams
 from fastdecode.step_log import StepLog, StepRecord
@@ -20,6 +20,7 @@ from gpu_sworker import EmulatedSWorker, ModelFacts, SWorker
 
 logger = logging.getLogger(__name__)
 
+_SAMPLING_WISHES = ("top_p", "temperature", "top_k", "min_p")
 _UNSUPPORTED_WISHES = (
     "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids", "suppress_tokens", "begin_suppress_tokens",
     "forced_bos_token_id", "forced_eos_token_id", "sequence_bias",
@@ -67,6 +68,7 @@ def open_engine(config: EngineConfig, on_step: Callable[[StepRecord], None] | No
             tokenizer=tokenizer,
             max_model_len=longest,
             seed=config.seed,
+            eos_token_ids=_eos_token_ids(runtime.sworker, tokenizer),
             scheduler=make_scheduler(config, facts, [welcome.num_blocks for welcome in runtime.welcomes]),
             on_step=_all_of(listeners),
             timeline=timeline,
@@ -87,16 +89,44 @@ def _all_of(listeners: list[Callable[[StepRecord], None]]) -> Callable[[StepReco
     return tell if listeners else None
 
 
+def _eos_token_ids(sworker: SWorker | EmulatedSWorker, tokenizer: Tokenizer | None) -> frozenset[int]:
+    """The model's, and the tokenizer's beside them, as vLLM, TGI and llama.cpp do.
+
+    The configuration of a fine-tune for chats often names the base model's end alone, and only the tokenizer the one
+    that it was taught.
+    """
+    named = frozenset(sworker.facts.eos_token_ids)
+    end = tokenizer.end if tokenizer else None
+    if end is None or end.token_id in named or isinstance(sworker, EmulatedSWorker):  # whose tokens mean nothing
+        return named
+    logger.info("also stops at %s (%d), the tokenizer's end of sequence", end.text, end.token_id)
+    return named | {end.token_id}
+
+
 def _default_params(sworker: SWorker | EmulatedSWorker) -> SamplingParams:
-    """What ``transformers.generate`` would take from generation_config.json; greedy if it does not ask for sampling."""
+    """What ``transformers.generate`` would take from generation_config.json; greedy if it does not ask for sampling.
+
+    A value that cannot be is left at our default, with a warning.
+    """
     wishes = sworker.generation_config
-    sampling = ("temperature", "top_p", "top_k", "min_p") if getattr(wishes, "do_sample", False) else ()
-    asked = {name: getattr(wishes, name, None) for name in (*sampling, "repetition_penalty")}
-    fields = {name: value for name, value in asked.items() if value is not None}
     ignored = [name for name in _UNSUPPORTED_WISHES if getattr(wishes, name, None)]
     if ignored:
         logger.warning("generation_config.json asks for %s, which is not supported here", ", ".join(ignored))
-    try:
-        return SamplingParams(**fields) if sampling else SamplingParams(temperature=0.0, **fields)
-    except ValueError as error:
-        raise ConfigError(f"generation_config.json: {error}") from error
+    is_sampled = bool(getattr(wishes, "do_sample", False))
+    fields: dict[str, Any] = {} if is_sampled else {"temperature": 0.0}
+    for name in (*(_SAMPLING_WISHES if is_sampled else ()), "repetition_penalty"):
+        value = getattr(wishes, name, None)
+        if value is None:
+            continue
+        if name == "top_p" and value == 0 and not isinstance(value, bool):
+            fields["temperature"] = 0.0  # the likeliest token is always kept, and it alone here
+            continue
+        if name == "top_k" and isinstance(value, float) and value.is_integer():
+            value = int(value)
+        try:
+            SamplingParams(**dict[str, Any]({name: value}))
+        except ValueError as error:
+            logger.warning("generation_config.json: %s; the default is taken", error)
+        else:
+            fields.setdefault(name, value)
+    return SamplingParams(**fields)

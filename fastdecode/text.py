@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from fastdecode.chat_template import foreign_code, render
 from fastdecode.conversation import Conversation
@@ -22,7 +22,7 @@ from fastdecode.detokenize import (
     read_vocabulary,
     text_in_window,
 )
-from fastdecode.errors import ConfigError
+from fastdecode.tokenizer_loading import end_token, load_tokenizer
 
 _CLEAN_UP = PreTrainedTokenizerBase.clean_up_tokenization
 
@@ -30,15 +30,8 @@ _CLEAN_UP = PreTrainedTokenizerBase.clean_up_tokenization
 class Tokenizer:
     def __init__(self, directory: str | Path) -> None:
         """Raises ConfigError if there is none, or only one that would need its own code."""
-        try:
-            self._tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-                directory, trust_remote_code=False, local_files_only=True
-            )
-        except Exception as error:  # transformers raises a dozen kinds here, depending on what is missing
-            raise ConfigError(
-                f"no tokenizer could be loaded from {directory} ({type(error).__name__}: {str(error)[:200]}); give one "
-                "with tokenizer=DIR, or pass token ids and skip_tokenizer_init=True"
-            ) from error
+        self._tokenizer: PreTrainedTokenizerBase = load_tokenizer(directory)
+        self.end = end_token(self._tokenizer)
         self._vocabulary = _read_vocabulary(self._tokenizer)
         self._clean_up = _read_clean_up(self._tokenizer)
         self._pieces: dict[int, TokenPiece] = {}

@@ -5,7 +5,7 @@ Imports nothing else of this project; knows no requests, and holds no KV but tha
 
 from gpu_sworker.attention import AttentionCall
 from gpu_sworker.emulated import EmulatedSWorker, describe_model
-from gpu_sworker.errors import ModelNotFound, SWorkerError, UnsupportedModel
+from gpu_sworker.errors import ModelNotFound, SWorkerError, UnsupportedModel, foreign_errors
 from gpu_sworker.model import DTYPES
 from gpu_sworker.prefill import PromptChunk
 from gpu_sworker.probe import AttentionSpec
@@ -34,6 +34,7 @@ __all__ = [
     "UnsupportedModel",
     "derive_seed",
     "describe_model",
+    "foreign_errors",
     "generate_reference",
     "uniforms",
 ]

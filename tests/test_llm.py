@@ -118,9 +118,6 @@ def test_defaults_are_those_of_generate(case: Callable[[str], Case], tmp_path: P
         assert params.repetition_penalty == 1.5
         result = [output.outputs[0].token_ids for output in quiet(llm, llama.prompts, params)]
     assert result == generate_reference(directory, llama.prompts, 32) != llama.reference
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"repetition_penalty": -1.0}))
-    with pytest.raises(ConfigError, match="generation_config.json: repetition_penalty"):
-        LLM(directory, skip_tokenizer_init=True)
 
 
 def test_tiny_temperatures_are_greedy_enough(llm: LLM) -> None:
@@ -294,7 +291,7 @@ def test_end_of_sequence(case: Callable[[str], Case]) -> None:
     llama = case("llama")
     end = llama.reference[0][5]
     with LLM(llama.directory, skip_tokenizer_init=True) as llm:
-        llm._engine._intake._facts = dataclasses.replace(llm.facts, eos_token_ids=(end,))
+        llm._engine._intake._eos_token_ids = frozenset({end})
         first = llama.reference[0].index(end)
         (output,) = quiet(llm, [llama.prompts[0]], SamplingParams(temperature=0, max_tokens=32))
         assert output.outputs[0].token_ids == llama.reference[0][: first + 1]

@@ -10,16 +10,29 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
-from conftest import Case
+from conftest import Case, quiet
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaConfig
+from tokenizers import models as token_models
+from tokenizers import pre_tokenizers
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
-from fastdecode import cli
-from gpu_sworker import ModelNotFound, SWorker, SWorkerError, UnsupportedModel, describe_model
+from fastdecode import LLM, SamplingParams, cli, tokenizer_loading
+from fastdecode.errors import ConfigError
+from fastdecode.text import Tokenizer
+from gpu_sworker import (
+    ModelNotFound,
+    SWorker,
+    SWorkerError,
+    UnsupportedModel,
+    describe_model,
+    foreign_errors,
+    generate_reference,
+)
 from gpu_sworker.checkpoint import StoredTensor, refuse_quantised_tensors, stored_dtype
-from gpu_sworker.errors import foreign_errors
 from gpu_sworker.model import choose_dtype
+from models import VOCAB
 
 WEIGHT = "model.layers.0.mlp.up_proj.weight"
 
@@ -247,3 +260,125 @@ def test_dtype_on_cuda(said: torch.dtype | None, stored: str, chosen: torch.dtyp
     assert choose_dtype("auto", config, torch.device("cuda"), tensors) == chosen
     assert choose_dtype("auto", config, torch.device("cpu"), tensors) == torch.float32
     assert choose_dtype("float16", config, torch.device("cuda"), tensors) == torch.float16
+
+
+@pytest.mark.parametrize(
+    "wishes, expected, told",
+    [
+        ({}, {"temperature": 0.0}, ""),
+        ({"do_sample": True, "top_p": 0.0, "temperature": 0.7}, {"temperature": 0.0}, ""),
+        ({"do_sample": True, "top_p": 0, "top_k": 5}, {"temperature": 0.0, "top_k": 5}, ""),
+        ({"do_sample": True, "temperature": 0.0}, {"temperature": 0.0}, ""),
+        ({"do_sample": True, "temperature": None, "top_k": None, "top_p": 0.9}, {"top_p": 0.9}, ""),
+        ({"do_sample": True, "top_k": 50.0}, {"top_k": 50}, ""),
+        ({"do_sample": True, "top_k": -5, "temperature": 0.7}, {"temperature": 0.7}, "top_k must be from 0"),
+        ({"do_sample": True, "top_p": 1.5, "min_p": 0.1}, {"min_p": 0.1}, "top_p must be above 0"),
+        ({"do_sample": True, "temperature": "hot"}, {}, "temperature must be a number"),
+        ({"do_sample": True, "temperature": -1.0}, {}, "temperature must be from 0"),
+        ({"repetition_penalty": -1.0}, {"temperature": 0.0}, "repetition_penalty must be from"),
+        ({"repetition_penalty": 0.0}, {"temperature": 0.0}, "repetition_penalty must be from"),
+        ({"max_new_tokens": 0}, {"temperature": 0.0}, "generation_config.json is left out"),
+    ],
+)
+def test_generation_config_keeps_no_model_from_loading(
+    wishes: dict[str, Any], expected: dict[str, Any], told: str, copy: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A value that means something is taken for it; one that does not is left out, by name."""
+    (copy / "generation_config.json").write_text(json.dumps(wishes))
+    with LLM(copy, skip_tokenizer_init=True) as llm:
+        assert llm.get_default_sampling_params() == SamplingParams(**expected)
+    warnings = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert len(warnings) == bool(told) and all(told in warning for warning in warnings)
+
+
+def test_ends_of_both_configurations(copy: Path) -> None:
+    edit(copy, eos_token_id=[5, 2])
+    edit(copy, "generation_config.json", eos_token_id=7)
+    assert SWorker(copy).facts.eos_token_ids == (7, 5, 2)
+    (copy / "generation_config.json").unlink()
+    assert SWorker(copy).facts.eos_token_ids == (5, 2)
+    edit(copy, eos_token_id=-1)
+    assert SWorker(copy).facts.eos_token_ids == ()
+
+
+def with_tokenizer(directory: Path, eos: str) -> None:
+    """Of words "w0" to "w255", each its own number."""
+    tokenizer = tokenizers.Tokenizer(token_models.WordLevel({f"w{i}": i for i in range(VOCAB)}, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=eos).save_pretrained(directory)
+
+
+def test_the_end_that_only_the_tokenizer_names(llama: Case, copy: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As a chat fine-tune has it.  transformers goes on; it stops there, too, where it is given the same ends."""
+    prompt, unstopped = llama.prompts[2], llama.reference[2]
+    end = next(token for token in unstopped[4:] if token != 2 and token not in unstopped[:4])
+    expected = unstopped[: unstopped.index(end) + 1]
+    with_tokenizer(copy, f"w{end}")
+    caplog.set_level(logging.INFO, "fastdecode")
+    with LLM(copy) as llm:
+        greedy = SamplingParams(temperature=0, max_tokens=len(unstopped))
+        (output,) = quiet(llm, [prompt], greedy)
+        assert (output.outputs[0].token_ids, output.outputs[0].finish_reason) == (expected, "stop")
+        (output,) = quiet(llm, [prompt], SamplingParams(temperature=0, max_tokens=len(expected) + 1, ignore_eos=True))
+        longer = output.outputs[0].token_ids
+        assert longer[:-1] == expected
+    told = [record.getMessage() for record in caplog.records if "also stops" in record.getMessage()]
+    assert told == [f"also stops at w{end} ({end}), the tokenizer's end of sequence"]
+    assert generate_reference(copy, [prompt], len(unstopped), eos_token_ids=[2, end]) == [expected]
+    with LLM(copy, skip_tokenizer_init=True) as llm:
+        assert quiet(llm, [prompt], greedy)[0].outputs[0].token_ids == unstopped
+    edit(copy, eos_token_id=[2, end])
+    caplog.clear()
+    with LLM(copy):
+        assert not [record for record in caplog.records if "also stops" in record.getMessage()]
+
+
+SENTENCEPIECE_MODEL = b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02"
+TIKTOKEN_VOCABULARY = b"IQ== 0\nIg== 1\n"
+
+
+@pytest.mark.parametrize(
+    "content, installed, reason",
+    [
+        (
+            SENTENCEPIECE_MODEL,
+            (),
+            "needs sentencepiece and protobuf: pip install sentencepiece protobuf\\)",
+        ),
+        (SENTENCEPIECE_MODEL, ("sentencepiece",), "SentencePiece model.*pip install protobuf\\)"),
+        (SENTENCEPIECE_MODEL, ("google.protobuf",), "SentencePiece model.*pip install sentencepiece\\)"),
+        (TIKTOKEN_VOCABULARY, ("sentencepiece",), "tiktoken vocabulary.*pip install tiktoken\\)"),
+    ],
+)
+def test_the_package_that_a_vocabulary_needs_is_named(
+    content: bytes, installed: tuple[str, ...], reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers tries one after the other and names the last one, tiktoken."""
+    monkeypatch.setattr(tokenizer_loading, "is_installed", lambda module: module in installed)
+    (tmp_path / "tokenizer.model").write_bytes(content)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    with pytest.raises(ConfigError, match=f"no tokenizer could be loaded.*{reason}"):
+        Tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name, content, reason",
+    [
+        ("tokenizer.json", "{", "JSONDecodeError"),
+        ("tokenizer.json", '{"model": {"type": "nope"}}', "KeyError: 'added_tokens'"),
+        ("tokenizer.model", "garbage", "ValueError"),
+        ("README.md", "", "no vocabulary"),
+    ],
+)
+def test_tokenizers_that_are_none(name: str, content: str, reason: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(content)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer", "eos_token": "</s>"}')
+    with pytest.raises(ConfigError, match=f"no tokenizer could be loaded from .*{reason}") as info:
+        Tokenizer(tmp_path)
+    assert "\n" not in str(info.value)
+
+
+def test_packages_are_looked_for() -> None:
+    assert tokenizer_loading.is_installed("os.path") and not tokenizer_loading.is_installed("no_package.of_this_name")
