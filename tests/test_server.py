@@ -422,6 +422,19 @@ def test_fuzzed_by_its_own_description(server: ServerProcess) -> None:
     assert httpx.get(server.url + "/health").json() == {"status": "ok", "lost_r_workers": []}
 
 
+@pytest.mark.parametrize(
+    "path", ["/health", "/ping", "/version", "/v1/models", "/v1/models/demo", "/metrics", "/dashboard", "/openapi.json"]
+)
+def test_head_is_get_without_a_body(path: str, server: ServerProcess) -> None:
+    """On one connection with what comes after it, which a body would disturb."""
+    with httpx.Client(base_url=server.url) as client:
+        head, get = client.head(path), client.get(path)
+        assert (head.status_code, get.status_code) == (200, 200) and head.content == b"" != get.content
+        assert head.headers["content-type"] == get.headers["content-type"]
+        assert path == "/metrics" or head.headers["content-length"] == get.headers["content-length"]
+        assert client.head("/nope").status_code == 404 and client.head(TEXT).status_code == 405
+
+
 def test_metrics_and_dashboard(server: ServerProcess) -> None:
     """Behind the same door as the rest: what was generated is counted, and the page has its data."""
     asked = {"prompt": "Once", "max_tokens": 5, "ignore_eos": True}

@@ -150,6 +150,8 @@ def test_the_engine_dies(demo_model: Path) -> None:
         (["MODEL", "--api-key", ""], "error: api_key: an empty one would let everybody in"),
         (["MODEL", "--host", "no.such.host.invalid"], "error: cannot listen on no.such.host.invalid"),
         (["MODEL", "--kv-cache-memory", "1KiB"], "raise kv_cache_memory"),
+        (["MODEL", "--cors-origins", "https://a.example/"], "error: cors_origins: 'https://a.example/' is no origin"),
+        (["MODEL", "--root-path", "llm"], "error: root_path begins with a slash"),
     ],
 )
 def test_what_cannot_start_says_so(arguments: list[str], text: str, demo_model: Path) -> None:

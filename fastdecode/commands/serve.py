@@ -27,7 +27,9 @@ _NEEDED = ("fastapi", "starlette", "uvicorn", "h11", "pydantic")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="Hugging Face model directory (config.json, *.safetensors)")
     server = parser.add_argument_group("server")
-    server.add_argument("--host", default=ServerOptions.host, help="the one address to listen on")
+    server.add_argument(
+        "--host", default=ServerOptions.host, help="the one address to listen on; ::  all of them, IPv4 and IPv6"
+    )
     server.add_argument("--port", type=int, default=ServerOptions.port, help="0: a free one, which is told")
     server.add_argument(
         "--served-model-name", nargs="+", metavar="NAME", default=None,
@@ -61,6 +63,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--trust-request-chat-template", action="store_true",
         help="requests may bring a chat template of their own, which is a program that runs here",
     )  # fmt: skip
+    server.add_argument(
+        "--cors-origins", nargs="+", metavar="ORIGIN", default=(),
+        help="pages of these (https://a.example, or *) may ask from within a browser",
+    )  # fmt: skip
+    server.add_argument(
+        "--root-path", default=ServerOptions.root_path, metavar="PREFIX",
+        help="what a proxy puts before the paths, like /llm; requests may come with it or without",
+    )  # fmt: skip
     # Waiting is bounded by --max-queue, before the engine.
     add_engine_flags(parser, without=("max_num_waiting",))
     add_config_flags(parser)
@@ -93,6 +103,8 @@ def _server_options(args: argparse.Namespace) -> ServerOptions:
         client_timeout_s=args.client_timeout,
         chat_template=None if args.chat_template is None else read_template(Path(args.chat_template)),
         trust_request_chat_template=args.trust_request_chat_template,
+        cors_origins=tuple(args.cors_origins),
+        root_path=args.root_path.rstrip("/"),
     )
 
 

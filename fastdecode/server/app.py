@@ -1,7 +1,9 @@
 """The application: routes behind the guard, errors in one envelope.
 
-Guard ─► /v1/completions  /v1/chat/completions  /v1/models  /tokenize  /detokenize
-         /health  /ping  /version  and whatever other routers are given
+CORS, if a flag names origins: a browser's question before the request bears no key
+  └─► Guard ─► /v1/completions  /v1/chat/completions  /v1/models
+               /tokenize  /detokenize  /apply-template
+               /health  /ping  /version  and whatever other routers are given
 """
 
 from __future__ import annotations
@@ -9,12 +11,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from fastapi import APIRouter, FastAPI
+from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
 from fastdecode import __version__
 from fastdecode.openai_api import ChatBody, CompletionBody
 from fastdecode.server.errors import JSONBody, add_error_handlers, error_response
 from fastdecode.server.guard import Guard
+from fastdecode.server.head import HeadAsGet
 from fastdecode.server.life import Life
 from fastdecode.server.openapi import describe
 from fastdecode.server.options import ServerOptions
@@ -30,13 +34,30 @@ _SERVES_NOT = {"loading": ("loading", "Loading model"), "draining": ("draining",
 def create_app(life: Life, options: ServerOptions, routers: Iterable[APIRouter] = ()) -> FastAPI:
     """routers: further ones, behind the same guard."""
     # No /docs: its page would fetch scripts from elsewhere.
-    app = FastAPI(title="FastDecode", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
+    app = FastAPI(
+        title="FastDecode",
+        version=__version__,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+    )
+    app.add_middleware(HeadAsGet)  # the last one added is the outermost
     app.add_middleware(
         Guard,
         api_keys=options.api_keys,
         max_body_bytes=options.max_body_bytes,
         client_timeout_s=options.client_timeout_s,
+        root_path=options.root_path,
     )
+    if options.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=options.cors_origins,
+            allow_methods=("GET", "POST"),
+            allow_headers=("*",),  # clients send many of their own
+            expose_headers=("Retry-After", "WWW-Authenticate"),
+            allow_private_network=True,  # who names an origin means it, wherever this server is
+        )
     add_error_handlers(app)
     for router in (openai_router(life, options), tokens_router(life, options), _process_router(life), *routers):
         app.include_router(router)

@@ -60,14 +60,30 @@ class HTTPServer(uvicorn.Server):
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """Raises ConfigError."""
+    """host: ``::`` or nothing: every address, of both families.  Raises ConfigError."""
+    host = host.removeprefix("[").removesuffix("]")
     try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        bound = socket.create_server((host, port), family=family, backlog=_BACKLOG)
-    except OSError as error:
+        if host in ("", "::"):
+            bound = _bind_all(host, port)
+        else:
+            family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+            bound = socket.create_server((host, port), family=family, backlog=_BACKLOG)
+    except (OSError, UnicodeError) as error:
         raise ConfigError(f"cannot listen on {host}:{port}: {error}; see --host and --port") from error
     bound.setblocking(False)
     return bound
+
+
+def _bind_all(host: str, port: int) -> socket.socket:
+    """Raises OSError."""
+    try:
+        return socket.create_server(
+            ("::", port), family=socket.AF_INET6, backlog=_BACKLOG, dualstack_ipv6=socket.has_dualstack_ipv6()
+        )
+    except OSError:
+        if host:
+            raise
+        return socket.create_server(("0.0.0.0", port), backlog=_BACKLOG)  # a machine without IPv6
 
 
 class _Connection(H11Protocol):

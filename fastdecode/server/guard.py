@@ -22,8 +22,17 @@ _LINGER_S = 2.0  # for a refused body: closing with data unread would reset the 
 
 
 class Guard:
-    def __init__(self, app: ASGIApp, *, api_keys: Sequence[str], max_body_bytes: int, client_timeout_s: float) -> None:
-        self._app = app
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        api_keys: Sequence[str],
+        max_body_bytes: int,
+        client_timeout_s: float,
+        root_path: str = "",
+    ) -> None:
+        """root_path: what paths may begin with, if whoever passes requests on leaves it there."""
+        self._app, self._root_path = app, root_path
         self._digests = [_digest(key.encode()) for key in api_keys]
         self._max_body_bytes, self._client_timeout_s = max_body_bytes, client_timeout_s
 
@@ -31,13 +40,15 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        if self._root_path:
+            scope = {**scope, "root_path": self._root_path}
         headers = dict(scope["headers"])
         if sum(len(name) + len(value) for name, value in scope["headers"]) > MAX_HEADER_BYTES:
             told = f"the headers are larger than {MAX_HEADER_BYTES} bytes"
             await _refuse(scope, receive, send, "headers_too_large", told)
             return
-        if not self._has_key(scope["path"], headers.get(b"authorization", b"")):
-            told = "this server wants an API key: send the header Authorization: Bearer KEY"
+        if not self._has_key(self._route_of(scope["path"]), headers):
+            told = "this server wants an API key: send the header Authorization: Bearer KEY, or X-Api-Key: KEY"
             await _refuse(scope, receive, send, "invalid_api_key", told)
             return
         if scope["method"] == "POST" and not _is_json(headers.get(b"content-type", b"")):
@@ -58,13 +69,18 @@ class Guard:
         if body is not None:
             await self._app(scope, _replay(body, receive), send)
 
-    def _has_key(self, path: str, authorization: bytes) -> bool:
+    def _route_of(self, path: str) -> str:
+        rest = path.removeprefix(self._root_path)
+        return rest if rest.startswith("/") else path
+
+    def _has_key(self, path: str, headers: dict[bytes, bytes]) -> bool:
         if not self._digests or path in OPEN_PATHS:
             return True
-        scheme, _, given = authorization.partition(b" ")
-        digest = _digest(given.strip())
-        matches = [secrets.compare_digest(digest, known) for known in self._digests]  # all, in the same time
-        return scheme.lower() == b"bearer" and any(matches)
+        scheme, _, bearer = headers.get(b"authorization", b"").partition(b" ")
+        given = [_digest(bearer.strip())] if scheme.lower() == b"bearer" else []
+        given.append(_digest(headers.get(b"x-api-key", b"").strip()))
+        # All of them, in the same time
+        return any([secrets.compare_digest(digest, known) for digest in given for known in self._digests])
 
     async def _body(self, headers: dict[bytes, bytes], receive: Receive) -> bytes | None:
         """None: the client went away.  Raises _TooLarge, before reading where the length was told."""

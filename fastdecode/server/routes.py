@@ -11,6 +11,7 @@ from starlette.responses import Response
 
 from fastdecode.errors import RequestError
 from fastdecode.openai_api import ChatBody, CompletionBody, ReadRequest, read_request
+from fastdecode.openai_api.requests import CHAT_URL, COMPLETIONS_URL
 from fastdecode.server.answers import Answer, StreamedAnswer, WholeAnswer
 from fastdecode.server.errors import JSONBody
 from fastdecode.server.life import Life
@@ -27,11 +28,11 @@ def openai_router(life: Life, options: ServerOptions) -> APIRouter:
 
     @router.post("/completions", openapi_extra=takes(CompletionBody))
     async def completions(request: Request) -> Response:
-        return await answer(request)
+        return await answer(COMPLETIONS_URL, request)
 
     @router.post("/chat/completions", openapi_extra=takes(ChatBody))
     async def chat_completions(request: Request) -> Response:
-        return await answer(request)
+        return await answer(CHAT_URL, request)
 
     @router.get("/models")
     async def models() -> Response:
@@ -41,19 +42,19 @@ def openai_router(life: Life, options: ServerOptions) -> APIRouter:
     async def model(name: str) -> Response:
         return JSONBody(_model(life, life.check_model(name)))
 
-    async def answer(request: Request) -> Answer:
+    async def answer(url: str, request: Request) -> Answer:
         service = life.service
-        read = await read_body(request, service)
+        read = await read_body(url, request, service)
         name = life.check_model(read.model)
         streams = await submit(read)
         return (StreamedAnswer if read.is_streamed else WholeAnswer)(read, name, streams)
 
-    async def read_body(request: Request, service: Service) -> ReadRequest:
-        body, path, defaults = await request.body(), request.url.path, service.opened.default_params
+    async def read_body(url: str, request: Request, service: Service) -> ReadRequest:
+        body, defaults = await request.body(), service.opened.default_params
 
         def read() -> ReadRequest:
             trust = options.trust_request_chat_template
-            return read_request(path, read_json(body), defaults, options.chat_template, trust_chat_template=trust)
+            return read_request(url, read_json(body), defaults, options.chat_template, trust_chat_template=trust)
 
         return await asyncio.to_thread(read) if len(body) > _LARGE_BYTES else read()
 
