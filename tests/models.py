@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -115,4 +116,42 @@ def make_model(family: str, directory: Path, *, seed: int = 0, **changes: Any) -
                 parameter.normal_(0.0, 0.25 if "embed" not in name else 0.05)
     model.generation_config.do_sample = False
     model.save_pretrained(directory, safe_serialization=True)
+    return directory
+
+
+SCRIPT_POSITIONS = 255
+
+
+def make_scripted(directory: Path, tokenizer: Path, script: dict[int, int], vocab: int) -> Path:
+    """A model that says what it is told: behind position p comes token script[p], whatever came before.
+
+    A GPT-2 whose layer does nothing: each position's embedding is orthogonal to the others, and the head looks it up.
+    """
+    width = SCRIPT_POSITIONS + 1
+    config = CONFIG_MAPPING["gpt2"](
+        vocab_size=vocab,
+        n_embd=width,
+        n_layer=1,
+        n_head=4,
+        n_positions=SCRIPT_POSITIONS,
+        n_inner=8,
+        bos_token_id=None,
+        eos_token_id=2,
+        tie_word_embeddings=False,
+    )
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    noise = torch.randn(width, SCRIPT_POSITIONS, generator=torch.Generator().manual_seed(0))
+    # [positions, width], orthonormal, each of mean 0, so that the last norm only scales them
+    places = torch.linalg.qr(noise - noise.mean(0)).Q.T
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+        model.transformer.wpe.weight.copy_(places)
+        model.transformer.ln_f.weight.fill_(1.0)
+        for position, token in script.items():
+            model.lm_head.weight[token] += 2.0 * places[position]
+    model.generation_config.do_sample = False
+    model.save_pretrained(directory, safe_serialization=True)
+    for file in tokenizer.iterdir():
+        shutil.copy(file, directory / file.name)
     return directory

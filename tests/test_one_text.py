@@ -109,3 +109,33 @@ def test_pieces_say_the_text(kind: str, data: st.DataObject, place: float, token
     text = tokenizer._clean_up(said.decode(errors="replace")) if tokenizer._clean_up else said.decode(errors="replace")
     if UNDECODABLE not in text:
         assert stream.push(output) + stream.flush() == text
+
+
+@pytest.mark.parametrize("kind", ["byte_level", "llama", "byte_level in a window", "llama in a window", SLOW])
+@pytest.mark.parametrize("what", [b"\x80", b"\xf0\x9f\x98\x80", b"\xf0\x9f\x98", b"a", b" \n"])
+def test_no_run_holds_a_stream_up(
+    kind: str, what: bytes, tokenizers: dict[str, Tokenizer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Undecodable bytes, too, are told after a few tokens, and no step looks at more than a few."""
+    tokenizer = tokenizers[kind]
+    output = [token_of_byte(tokenizers, kind, byte) for byte in what] * 200
+    lengths = [0]
+
+    def watched(token_ids: list[int], **options: bool) -> str:
+        lengths.append(len(token_ids))
+        return Tokenizer._decode_plain(tokenizer, token_ids, **options)
+
+    monkeypatch.setattr(tokenizer, "_decode_plain", watched)
+    told = in_parts(tokenizer, output[:50], output, True)
+    assert max(lengths) <= 100
+    assert kind == SLOW or all("".join(told[i : i + 12]) for i in range(len(told) - 12)), (
+        "it leaves out what is no text"
+    )
+    assert "".join(told) == tokenizer.decode_continuation(output[:50], output, skip_special_tokens=True)
+
+
+def token_of_byte(tokenizers: dict[str, Tokenizer], kind: str, byte: int) -> int:
+    if kind == SLOW:
+        return byte + 3
+    tokenizer = tokenizers[kind.removesuffix(" in a window")]
+    return next(i for i in range(len(tokenizer._tokenizer)) if tokenizer.piece(i).data == bytes([byte]))

@@ -27,8 +27,9 @@ class OutputText:
 
     def push(self, token_id: int) -> StopMatch | None:
         """The first stop string that it completes, if any.  The text goes on, so that the caller may ignore it."""
-        self.offsets.append(self.num_characters + self._stream.num_held)
-        return self._add(self._stream.push([token_id]))
+        text = self._stream.push([token_id])
+        self.offsets.append(self.num_characters + self._stream.num_before)
+        return self._add(text)
 
     def push_all(self, token_ids: Sequence[int]) -> None:
         """Many at once, of a text that nobody watches while it grows: no stop strings, no offsets."""
@@ -36,7 +37,8 @@ class OutputText:
 
     def push_hidden(self) -> None:
         """A token that is not to be in the text, after all others."""
-        self.offsets.append(self.num_characters + self._stream.num_held)
+        self.finish()
+        self.offsets.append(self.num_characters)
 
     def finish(self) -> StopMatch | None:
         """No token follows: what was half a character, or might have changed, is text too.  May be called twice."""

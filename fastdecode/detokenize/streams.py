@@ -21,6 +21,7 @@ from __future__ import annotations
 import codecs
 import re
 from collections.abc import Callable, Sequence
+from itertools import takewhile
 from typing import Protocol
 
 from fastdecode.detokenize.pieces import Vocabulary
@@ -38,9 +39,8 @@ codecs.register_error(_EACH_BYTE, _replace_each_byte)
 
 
 class Stream(Protocol):
-    @property
-    def num_held(self) -> int:
-        """Characters that are there but may still change."""
+    num_before: int
+    """Of the last push: characters, told or yet to be told, between what was told before it and its tokens' own."""
 
     def push(self, token_ids: Sequence[int]) -> str:
         """What they add that is certain."""
@@ -52,8 +52,6 @@ class Stream(Protocol):
 class PieceStream:
     """Of a tokenizer whose tokens have pieces: their bytes one after the other, read as UTF-8."""
 
-    num_held = 0
-
     def __init__(self, vocabulary: Vocabulary, prompt_token_ids: Sequence[int], *, skip_special_tokens: bool) -> None:
         self._vocabulary, self._skip_special_tokens = vocabulary, skip_special_tokens
         self._pieces = vocabulary.pieces(skip_special_tokens=skip_special_tokens)
@@ -62,6 +60,7 @@ class PieceStream:
         self._incomplete = b""  # a character's first bytes
         self._num_foreign = 0  # how many of them are the prompt's
         self._is_at_start = True  # no token of the text yet
+        self.num_before = 0
         self._follow(prompt_token_ids)
 
     def push(self, token_ids: Sequence[int]) -> str:
@@ -100,22 +99,29 @@ class PieceStream:
         return b"".join(data)
 
     def _read(self, data: bytes, *, is_end: bool) -> str:
-        own = ""
-        data = self._incomplete + data
-        if self._num_foreign:
-            try:
-                codecs.utf_8_decode(data, "strict", is_end)
-            except UnicodeDecodeError as error:
-                if error.start == 0:  # the prompt's character was none
-                    num_own = error.end - self._num_foreign
-                    own = _UNDECODABLE * num_own if self._vocabulary.replaces_each_byte else ""
-                    data = data[error.end :]
-                    self._num_foreign = 0
+        broken, data = self._end_incomplete(self._incomplete + data, is_end=is_end)
         text, num_read = codecs.utf_8_decode(data, self._errors, is_end)
         self._incomplete = data[num_read:]
         if num_read:
             self._num_foreign = 0
-        return own + text
+        return broken + text
+
+    def _end_incomplete(self, data: bytes, *, is_end: bool) -> tuple[str, bytes]:
+        """What stands for the character at the beginning of the data if that is none; and the rest of the data."""
+        num_old, num_foreign = len(self._incomplete), self._num_foreign
+        self.num_before = 0
+        try:
+            if num_old:
+                codecs.utf_8_decode(data[: num_old + 3], "strict", is_end)
+        except UnicodeDecodeError as error:
+            if error.start == 0:
+                self._num_foreign = 0
+                if self._vocabulary.replaces_each_byte:
+                    self.num_before = num_old - num_foreign
+                    return _UNDECODABLE * (error.end - num_foreign), data[error.end :]
+                self.num_before = int(error.end == num_old and not num_foreign)
+                return "" if num_foreign else _UNDECODABLE, data[error.end :]
+        return "", data
 
     def _strip(self, text: str) -> str:
         while self._num_to_strip and text.startswith(self._stripped):
@@ -135,13 +141,12 @@ _MOST_INCOMPLETE = 3  # U+FFFD at a text's end that may become a character
 class WindowStream:
     """Of any tokenizer: it is asked for the text of the last few tokens, before and after each new one."""
 
-    num_held = 0
-
     def __init__(self, decode: Callable[[Sequence[int]], str], prompt_token_ids: Sequence[int]) -> None:
         self._decode = decode
         self._window, self._text = self._context(prompt_token_ids)
         self._num_told = len(self._text)  # characters of the window's text
         self._num_foreign = 0  # U+FFFD after them, of the prompt's own bytes
+        self.num_before = 0
         if not self._text.endswith(_UNDECODABLE):
             return
         for num_incomplete in range(1, _MOST_INCOMPLETE + 1):
@@ -167,12 +172,19 @@ class WindowStream:
             num_tokens *= 2
 
     def push(self, token_ids: Sequence[int]) -> str:
-        return "".join([self._push(token_id) for token_id in token_ids])
+        untold = self._untold()
+        text = "".join([self._push(token_id) for token_id in token_ids])
+        pairs = zip(untold, text + self._untold(), strict=False)
+        self.num_before = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+        return text
 
     def flush(self) -> str:
-        text = self._text[self._num_told + self._num_foreign :]
+        text = self._untold()
         self._num_told, self._num_foreign = len(self._text), 0
         return text
+
+    def _untold(self) -> str:
+        return self._text[self._num_told + self._num_foreign :]
 
     def _push(self, token_id: int) -> str:
         self._window.append(token_id)
@@ -246,13 +258,13 @@ class CleanStream:
 
     def __init__(self, stream: Stream, clean_up: Callable[[str], str]) -> None:
         self._stream, self._cleaner = stream, SpaceCleaner(clean_up)
-
-    @property
-    def num_held(self) -> int:
-        return self._cleaner.num_held
+        self.num_before = 0
 
     def push(self, token_ids: Sequence[int]) -> str:
-        return self._cleaner.push(self._stream.push(token_ids))
+        num_held = self._cleaner.num_held
+        text = self._stream.push(token_ids)
+        self.num_before = num_held + self._stream.num_before
+        return self._cleaner.push(text)
 
     def flush(self) -> str:
         return self._cleaner.push(self._stream.flush()) + self._cleaner.flush()
