@@ -114,7 +114,7 @@ def try_client(client: str, args: argparse.Namespace, logs: Path) -> dict[str, A
         with tempfile.TemporaryDirectory() as scratch, (logs / f"{client}.log").open("w") as log:
             words = [str(program), str(CLIENTS[client]), "--url", wire.url, "--model", str(args.model)]
             # Nothing of the caller's: no keys, no proxies, no other packages; and no look outside this machine.
-            kept = {name: os.environ[name] for name in ("PATH", "LANG") if name in os.environ}
+            kept = {name: os.environ[name] for name in ("PATH", "LANG", "OMP_NUM_THREADS") if name in os.environ}
             offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "OPENAI_API_KEY": "none", "HOME": scratch}
             ended = subprocess.run(
                 [*words, "--scratch", scratch, "--record", str(record)],

@@ -68,22 +68,27 @@ metric_list:
 }
 _NEAR = 2e-3  # log-probabilities of whole answers, in float32 on both sides
 
+Answers = dict[str, list[Any]]  # by task: of each document, as lm_eval's samples have them
 
-def evaluate(given: Given, task: str, kind: str, model_args: str, *flags: str) -> tuple[dict[str, Any], list[Any]]:
-    """Its metrics, and what the model answered to each document."""
-    tasks = given.scratch / "tasks"
-    if not tasks.exists():
-        _write_tasks(tasks)
-    out = given.scratch / f"{task}-{len(list(given.scratch.iterdir()))}"
+
+def evaluate(given: Given, kind: str, model_args: str, *flags: str, tasks: tuple[str, ...] = tuple(_TASKS)) -> Any:
+    """The metrics of each task, and its answers."""
+    folder = given.scratch / "tasks"
+    if not folder.exists():
+        _write_tasks(folder)
+    out = given.scratch / f"out-{len(list(given.scratch.iterdir()))}"
     shell([
-        command("lm_eval"), "run", "--model", kind, "--model_args", model_args, "--tasks", task, "--include_path",
-        str(tasks), "--output_path", str(out), "--log_samples", *flags,
+        command("lm_eval"), "run", "--model", kind, "--model_args", model_args, "--tasks", ",".join(tasks),
+        "--include_path", str(folder), "--output_path", str(out), "--log_samples", *flags,
     ])  # fmt: skip
     (result,) = out.rglob("results_*.json")
-    (samples,) = out.rglob("samples_*.jsonl")
-    metrics = json.loads(result.read_text())["results"][task]
-    documents = sorted(map(json.loads, samples.read_text().splitlines()), key=lambda document: document["doc_id"])
-    return {name: value for name, value in metrics.items() if "," in name}, [one["filtered_resps"] for one in documents]
+    metrics, answers = {}, {}
+    for task, told in json.loads(result.read_text())["results"].items():
+        metrics[task] = {name: value for name, value in told.items() if "," in name and "stderr" not in name}
+        (samples,) = out.rglob(f"samples_{task}_*.jsonl")
+        documents = [json.loads(line) for line in samples.read_text().splitlines()]
+        answers[task] = [one["filtered_resps"] for one in sorted(documents, key=lambda one: one["doc_id"])]
+    return metrics, answers
 
 
 def _write_tasks(folder: Path) -> None:
@@ -97,92 +102,79 @@ def _write_tasks(folder: Path) -> None:
         (folder / f"{name}.yaml").write_text(f"task: {name}\n{_COMMON.format(file=file)}{task}")
 
 
-_own: dict[str, tuple[dict[str, Any], list[Any]]] = {}
+_own: list[Any] = []
 
 
-def own(given: Given, task: str) -> tuple[dict[str, Any], list[Any]]:
-    """By lm_eval itself, with transformers."""
-    if task not in _own:
-        _own[task] = evaluate(given, task, "hf", f"pretrained={given.model},dtype=float32", "--device", "cpu")
-    return _own[task]
+def by_transformers(given: Given) -> object:
+    """What the others are held against: lm_eval's own way with the same model, no server."""
+    _own[:] = evaluate(given, "hf", f"pretrained={given.model},dtype=float32", "--device", "cpu")
+    return _own[0]
 
 
-def asked(given: Given, task: str, more: str, *flags: str) -> tuple[dict[str, Any], list[Any]]:
+def asked(given: Given, more: str, *flags: str) -> object:
+    """The three tasks by the server.  Raises AssertionError if the answers are not those of transformers."""
     arguments = f"model={NAME},base_url={given.api}/completions,tokenizer={given.model},timeout=1200,max_retries=1"
-    return evaluate(given, task, "local-completions", f"{arguments},tokenizer_backend=huggingface,{more}", *flags)
-
-
-def compared_choices(given: Given, more: str) -> object:
-    (own_metrics, expected), (metrics, found) = own(given, "choices"), asked(given, "choices", more)
+    arguments += f",tokenizer_backend=huggingface,{more}"
+    metrics, found = evaluate(given, "local-completions", arguments, *flags)
+    own_metrics, expected = _own
     pairs = [
         (float(a[0]), float(b[0]), str(a[1]) == str(b[1]))
-        for mine, theirs in zip(expected, found, strict=True)
+        for mine, theirs in zip(expected["choices"], found["choices"], strict=True)
         for a, b in zip(mine, theirs, strict=True)
     ]
-    largest = max(abs(a - b) for a, b, _ in pairs)
-    told = {"loglikelihoods": len(pairs), "largest difference": largest, "metrics": metrics, "hf": own_metrics}
-    assert largest < _NEAR and metrics == own_metrics and all(same for *_, same in pairs), told
+    rolling = [abs(float(a) - float(b)) for a, b in zip(*map(_numbers, (expected, found)), strict=True)]
+    generated = list(zip(expected["generation"], found["generation"], strict=True))
+    told = {
+        "loglikelihoods": len(pairs),
+        "largest difference": max(abs(a - b) for a, b, _ in pairs),
+        "is_greedy alike": sum(is_alike for *_, is_alike in pairs),
+        "generations": len(generated),
+        "generations alike": sum(a == b for a, b in generated),
+        "largest difference of a text": max(rolling),
+        "metrics": metrics,
+        "hf": own_metrics,
+    }
+    assert told["largest difference"] < _NEAR and told["largest difference of a text"] < 10 * _NEAR, told
+    assert told["is_greedy alike"] == len(pairs) and told["generations alike"] == len(generated), (told, generated)
+    assert metrics["choices"] == own_metrics["choices"] and metrics["generation"] == own_metrics["generation"], told
     return told
 
 
-def compared_generation(given: Given, more: str) -> object:
-    (own_metrics, expected), (metrics, found) = own(given, "generation"), asked(given, "generation", more)
-    equal = sum(a == b for a, b in zip(expected, found, strict=True))
-    told = {"generations": len(expected), "equal to hf's": equal, "metrics": metrics, "hf": own_metrics}
-    assert equal == len(expected), (told, expected, found)
-    return told
+def _numbers(answers: Answers) -> list[Any]:
+    return [answer[0] if isinstance(answer, list) else answer for answer in answers["perplexity"]]
 
 
-def choices_by_transformers(given: Given) -> object:
-    return own(given, "choices")[0]
+def as_token_ids(given: Given) -> object:
+    return asked(given, "tokenized_requests=True")
 
 
-def choices_as_token_ids(given: Given) -> object:
-    return compared_choices(given, "tokenized_requests=True")
+def as_text(given: Given) -> object:
+    return asked(given, "tokenized_requests=False")
 
 
-def choices_as_text(given: Given) -> object:
-    return compared_choices(given, "tokenized_requests=False")
+def eight_in_a_request(given: Given) -> object:
+    return asked(given, "tokenized_requests=True", "--batch_size", "8")
 
 
-def choices_eight_in_a_request(given: Given) -> object:
-    return compared_choices(given, "tokenized_requests=True,batch_size=8")
-
-
-def choices_four_requests_at_once(given: Given) -> object:
-    return compared_choices(given, "tokenized_requests=True,num_concurrent=4")
-
-
-def generation_as_token_ids(given: Given) -> object:
-    return compared_generation(given, "tokenized_requests=True")
-
-
-def generation_as_text(given: Given) -> object:
-    return compared_generation(given, "tokenized_requests=False,num_concurrent=4")
-
-
-def perplexity(given: Given) -> object:
-    (own_metrics, expected), (metrics, found) = (
-        own(given, "perplexity"), asked(given, "perplexity", "tokenized_requests=True")
-    )  # fmt: skip
-    differences = [abs(float(a) - float(b)) for a, b in zip(_flat(expected), _flat(found), strict=True)]
-    told = {"texts": len(differences), "largest difference": max(differences), "metrics": metrics, "hf": own_metrics}
-    assert max(differences) < 10 * _NEAR, told
-    return told
-
-
-def _flat(answers: list[Any]) -> list[Any]:
-    return [answer[0] if isinstance(answer, list) else answer for answer in answers]
+def four_requests_at_once(given: Given) -> object:
+    return asked(given, "tokenized_requests=True,num_concurrent=4")
 
 
 def generation_by_chat(given: Given) -> object:
     arguments = f"model={NAME},base_url={given.api}/chat/completions,num_concurrent=4,timeout=1200,max_retries=1"
-    metrics, found = evaluate(given, "generation", "local-chat-completions", arguments, "--apply_chat_template")
-    return metrics, found[0]
+    metrics, _ = evaluate(given, "local-chat-completions", arguments, "--apply_chat_template", tasks=("generation",))
+    return metrics
+
+
+def generation_with_the_servers_tokenizer(given: Given) -> object:
+    """It wants `/tokenizer_info`, which vLLM has if it is started with a flag."""
+    arguments = f"model={NAME},base_url={given.api}/completions,tokenizer_backend=remote,timeout=1200,max_retries=1"
+    metrics, _ = evaluate(given, "local-completions", arguments, tasks=("generation",))
+    return metrics
 
 
 if __name__ == "__main__":
     main(
-        choices_by_transformers, choices_as_token_ids, choices_as_text, choices_eight_in_a_request,
-        choices_four_requests_at_once, generation_as_token_ids, generation_as_text, generation_by_chat, perplexity,
+        by_transformers, as_token_ids, as_text, eight_in_a_request, four_requests_at_once, generation_by_chat,
+        generation_with_the_servers_tokenizer,
     )  # fmt: skip
