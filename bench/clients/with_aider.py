@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -26,6 +27,11 @@ def repository(folder: Path) -> Path:
 
 def edit(given: Given, name: str, *flags: str) -> object:
     os.environ |= {"OPENAI_API_BASE": given.api, "LITELLM_LOCAL_MODEL_COST_MAP": "True"}
+    prices = (
+        Path.home() / ".aider" / "caches" / "model_prices_and_context_window.json"
+    )  # or it looks for them on the net
+    prices.parent.mkdir(parents=True, exist_ok=True)
+    prices.write_text(json.dumps({f"openai/{NAME}": {"max_input_tokens": 8192, "litellm_provider": "openai"}}))
     folder = repository(given.scratch / name)
     said = shell(
         [

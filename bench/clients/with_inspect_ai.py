@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 from inspect_ai import Task, eval
 from inspect_ai.dataset import Sample
@@ -34,11 +35,18 @@ def weather() -> Tool:
     return execute
 
 
-def evaluate(given: Given, task: Task, provider: str = "openai-api/local", **config: object) -> object:
+def evaluate(
+    given: Given,
+    task: Task,
+    provider: str = "openai-api/local",
+    model_args: dict[str, Any] | None = None,
+    **config: object,
+) -> object:
     os.environ |= {"LOCAL_API_KEY": "none", "LOCAL_BASE_URL": given.api}
     model = get_model(
         f"{provider}/{NAME}", base_url=given.api, api_key="none",
         config=GenerateConfig(temperature=0.0, max_tokens=24, timeout=1200, max_retries=0, **config),
+        **(model_args or {}),
     )  # fmt: skip
     (log,) = eval(task, model=model, log_dir=str(given.scratch / "logs"), display="plain", fail_on_error=True)
     if log.status != "success":
@@ -59,8 +67,13 @@ def choices(given: Given) -> object:
     return evaluate(given, Task(dataset=CHOICES, solver=[multiple_choice()], scorer=choice()))
 
 
-def as_openai(given: Given) -> object:
-    return evaluate(given, Task(dataset=QUESTIONS, solver=[generate()], scorer=includes()), "openai")
+def as_openai_by_chat_completions(given: Given) -> object:
+    task = Task(dataset=QUESTIONS, solver=[generate()], scorer=includes())
+    return evaluate(given, task, "openai", {"responses_api": False})
+
+
+def as_openai_by_responses(given: Given) -> object:
+    return evaluate(given, Task(dataset=QUESTIONS[:1], solver=[generate()], scorer=includes()), "openai")
 
 
 def as_vllm(given: Given) -> object:
@@ -85,6 +98,6 @@ def tools(given: Given) -> object:
 
 if __name__ == "__main__":
     main(
-        answers_that_include, a_system_message, choices, as_openai, as_vllm, logprobs_seed_and_penalties,
-        some_choices_of_each, tools,
+        answers_that_include, a_system_message, choices, as_openai_by_chat_completions, as_openai_by_responses, as_vllm,
+        logprobs_seed_and_penalties, some_choices_of_each, tools,
     )  # fmt: skip

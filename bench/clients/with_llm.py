@@ -12,7 +12,7 @@ def ask(given: Given, *words: str, text: str = "") -> str:
     os.environ["LLM_USER_PATH"] = str(folder)
     if not folder.exists():
         folder.mkdir()
-        named = f"- model_id: {NAME}\n  model_name: {NAME}\n  api_base: {given.api}\n"
+        named = f"- model_id: {NAME}\n  model_name: {NAME}\n  api_base: {given.api}\n  supports_schema: true\n"
         completes = f"- model_id: {NAME}-completes\n  model_name: {NAME}\n  api_base: {given.api}\n  completion: true\n"
         (folder / "extra-openai-models.yaml").write_text(named + completes)
     return shell([command("llm"), *words], text=text).strip()
