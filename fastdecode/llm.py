@@ -24,6 +24,7 @@ from fastdecode.prompts import Prompt, ReadPrompt, pair, read_prompt
 from fastdecode.r_workers.launch import find_r_worker, read_key_file
 from fastdecode.results import refused_output
 from fastdecode.sampling_params import SamplingParams
+from fastdecode.text import Tokenizer
 from transport import AddressError
 
 
@@ -135,6 +136,11 @@ class LLM:
         except AddressError as error:
             raise ConfigError(str(error)) from error
         self._engine.add_r_worker(lambda index: find_r_worker(index, address, keys))
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """None if skip_tokenizer_init left it out."""
+        return self._tokenizer
 
     def get_default_sampling_params(self) -> SamplingParams:
         """What the model's generation_config.json asks for; what `generate` takes without params."""

@@ -57,6 +57,21 @@ class Tokenizer:
             forms.append(after_line[len(line) :])
         return list(dict.fromkeys(tuple(ids) for ids in forms if ids))
 
+    def places(self, text: str) -> list[int] | None:
+        """Where in the text each of its tokens begins; None if the tokenizer cannot tell (it has no tokenizer.json).
+
+        Raises RequestError like `encode`.
+        """
+        if not self._tokenizer.is_fast:
+            return None
+        begins, last_end = [], 0
+        with foreign_code("the tokenizer does not take this prompt"):
+            places = self._tokenizer(text, return_offsets_mapping=True)["offset_mapping"]
+        for begin, end in places:
+            begins.append(begin if end > begin else last_end)  # a special token stands for nothing in the text
+            last_end = max(last_end, end)
+        return begins
+
     def fewest_tokens(self, text: str) -> int:
         """That it can have, without encoding it; a tokenizer that drops parts of texts may make fewer of it."""
         return -(-len(text) // self._longest_token)

@@ -117,7 +117,7 @@ def test_values_that_ask_for_nothing_change_nothing(url: str, minimal: Any, fiel
 @pytest.mark.parametrize(
     "name, value",
     [
-        ("suffix", "y"), ("best_of", 2), ("length_penalty", 2), ("detokenize", False), ("echo", 0),
+        ("suffix", "y"), ("best_of", 2), ("length_penalty", 2), ("detokenize", False),
         ("response_format", {"type": "json_object"}), ("guided_json", {}), ("truncate_prompt_tokens", 5),
         ("no such", 1), ("return_token_ids", 1),
         ("spaces_between_special_tokens", False), ("use_beam_search", True), ("\ud800", 1), ("typical_p", 0.5),

@@ -248,7 +248,7 @@ def test_errors(
         (TEXT, {"prompt": "x", "stop": ["x"] * 1000}, "stop", "at most 256"),
         (TEXT, {"prompt": "x", "priority": 2**40}, "priority", "lower goes first"),
         (TEXT, {"prompt": "x", "stream_options": {}}, "stream_options", "needs stream"),
-        (TEXT, {"prompt": "x", "echo": True}, "echo", "not supported"),
+        (CHAT, {"messages": HI, "echo": True}, "echo", "not supported"),
         (TEXT, {"prompt": "x", "suffix": "y"}, "suffix", "not supported"),
         (TEXT, {"prompt": "x", "best_of": 2}, "best_of", "not supported"),
         (TEXT, {"prompt": "x", "logit_bias": {"5": 101}}, "logit_bias", "from -100 to 100, got 101"),

@@ -16,10 +16,11 @@ from fastdecode.batch.survey import Line, Survey, lines
 from fastdecode.errors import ConfigError, RequestError
 from fastdecode.llm import LLM
 from fastdecode.model_names import is_called
-from fastdecode.openai_api import ReadRequest, completion_body, error_body, read_line, status_of
+from fastdecode.openai_api import ReadRequest, completion_body, error_body, make_echo, read_line, status_of
 from fastdecode.outputs import OutputError, RequestOutput
 from fastdecode.prompts import Prompt
 from fastdecode.sampling_params import SamplingParams
+from fastdecode.text import Tokenizer
 from gpu_sworker import derive_seed
 
 logger = logging.getLogger(__name__)
@@ -91,7 +92,7 @@ def run_batch(
             refuse(line, output.error)
         else:
             result.num_new_tokens += sum(len(completion.token_ids) for completion in output.outputs)
-            record(line, _response(line, 200, _body(line, request, output, model_names[0])), None)
+            record(line, _response(line, 200, _body(line, request, output, model_names[0], llm.tokenizer)), None)
     return result
 
 
@@ -100,6 +101,8 @@ def _read(line: Line, llm: LLM, model_names: Sequence[str], chat_template: str |
     if line.error:
         raise RequestError("invalid_request", line.error)
     request = read_line(line.url, line.body, llm.get_default_sampling_params(), chat_template)
+    if request.is_echoed and llm.tokenizer is None:
+        raise RequestError("invalid_request", "echo needs the tokenizer that skip_tokenizer_init left out", "echo")
     if request.model is not None and not is_called(request.model, model_names, llm.config.model):
         names = " or ".join(map(repr, model_names))
         raise RequestError("model_not_found", f"model {request.model!r} is not served here, but {names}", "model")
@@ -110,7 +113,20 @@ def _response(line: Line, status: int, body: dict[str, Any]) -> dict[str, Any]:
     return {"status_code": status, "request_id": f"req_{line.number}", "body": body}
 
 
-def _body(line: Line, request: ReadRequest, output: RequestOutput, model: str) -> dict[str, Any]:
+def _body(
+    line: Line, request: ReadRequest, output: RequestOutput, model: str, tokenizer: Tokenizer | None
+) -> dict[str, Any]:
+    echoes = None
+    if request.is_echoed:
+        assert tokenizer is not None, "looked at before"
+        echo = make_echo(
+            tokenizer,
+            request.prompt,
+            output.prompt_token_ids,
+            skip_special_tokens=request.params.skip_special_tokens,
+            is_all=request.params.max_tokens == 0,
+        )
+        echoes = [echo]
     return completion_body(
         [output],
         is_chat=request.is_chat,
@@ -118,4 +134,6 @@ def _body(line: Line, request: ReadRequest, output: RequestOutput, model: str) -
         model=request.model or model,
         created=int(time.time()),
         num_logprobs=request.params.logprobs,
+        num_prompt_logprobs=request.num_prompt_logprobs,
+        echoes=echoes,
     )

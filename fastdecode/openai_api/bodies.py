@@ -80,6 +80,7 @@ class _Body(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     bad_words: _BadWords | None = None
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
+    prompt_logprobs: _Logprobs | None = None
     # About the caller, or about caches; not about the answer
     user: str | None = None
     metadata: dict[str, Any] | None = None
@@ -99,6 +100,7 @@ class CompletionBody(_Body):
 
     prompt: str | list[str | int | list[int]]  # one as text or token ids, or a list of either
     logprobs: _Logprobs | None = None
+    echo: bool = False
 
 
 class ChatBody(_Body):

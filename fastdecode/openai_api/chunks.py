@@ -1,17 +1,18 @@
 """From deltas to the chunks of a streamed answer.
 
 chat   role ─► content … ─► finish_reason ─┐
-text   text … with the last, finish_reason ┴─► usage, if it was asked for
+text   echo, text … with the last, finish_reason ┴─► usage, if it was asked for
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from typing import Any
 
-from fastdecode.openai_api.responses import chat_logprobs, text_logprobs, usage
+from fastdecode.openai_api.echo import Echo
+from fastdecode.openai_api.responses import Shown, chat_logprobs, text_logprobs, usage
 from fastdecode.outputs import Delta, Logprob
 
 
@@ -57,10 +58,11 @@ class ChunkWriter:
         prompt_tokens: int,
         with_usage: bool,
         with_usage_so_far: bool = False,
+        echoes: Sequence[Echo] | None = None,
     ) -> None:
         """created: seconds since 1970; num_logprobs: as in SamplingParams; with_usage_so_far: in every chunk, as vLLM's
-        ``continuous_usage_stats`` has it."""
-        self._is_chat, self._num_logprobs = is_chat, num_logprobs
+        ``continuous_usage_stats`` has it; echoes: of each choice's prompt."""
+        self._is_chat, self._num_logprobs, self._echoes = is_chat, num_logprobs, echoes
         self._head = {
             "id": body_id,
             "object": "chat.completion.chunk" if is_chat else "text_completion",
@@ -76,6 +78,17 @@ class ChunkWriter:
         self._num_tokens += len(delta.token_ids)
         if self._is_chat and index not in self._told:
             yield self._chat(index, {"role": "assistant", "content": ""})
+        if self._echoes and index not in self._told:
+            shown = Shown(self._echoes[index], delta.prompt_logprobs, self._num_logprobs)
+            yield self._chunk(
+                {
+                    "index": index,
+                    "text": shown.text,
+                    "logprobs": shown.logprobs,
+                    "finish_reason": None,
+                    "stop_reason": None,
+                }
+            )
         self._told.setdefault(index, _Told())
         logprobs = self._logprobs(index, delta)
         is_something = bool(delta.text or logprobs)
@@ -104,7 +117,8 @@ class ChunkWriter:
         tokens = self._told[index].take(delta)
         if not tokens:
             return None
-        offsets = [token.offset for token in tokens]
+        begin = len(self._echoes[index].text) if self._echoes else 0
+        offsets = [begin + token.offset for token in tokens]
         return text_logprobs([token.token_id for token in tokens], [token.logprobs for token in tokens], offsets)
 
     def _chat(

@@ -18,7 +18,6 @@ _BOTH: dict[str, tuple[Any, ...]] = {
     "length_penalty": (1.0,),
     "mirostat": (0,),
     "detokenize": (True,),
-    "prompt_logprobs": (),
     "repetition_detection": ({},),
     "response_format": ({"type": "text"},),
     "return_prompt_text": (False,),

@@ -32,6 +32,7 @@ _FIELDS = {
     "max_completion_tokens",
     "logprobs",
     "top_logprobs",
+    "prompt_logprobs",
 }  # that SamplingParams may complain about
 
 
@@ -45,6 +46,8 @@ class ReadRequest:
     with_usage: bool = False  # in a last chunk
     with_usage_so_far: bool = False  # in every chunk
     priority: int = 0  # lower goes first
+    is_echoed: bool = False  # the prompt stands before what is generated
+    num_prompt_logprobs: int | None = None  # of prompt_logprobs, as vLLM has them beside the answer; None: none
 
     @property
     def places(self) -> list[str]:
@@ -112,7 +115,14 @@ def read_request(
 def _read_completion(raw: object, defaults: SamplingParams) -> ReadRequest:
     body = read_body(raw, CompletionBody)
     max_tokens = _COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
-    params = _params(body, defaults, {}, max_tokens=_limit(max_tokens), logprobs=body.logprobs)
+    params = _params(
+        body,
+        defaults,
+        {},
+        max_tokens=_limit(max_tokens),
+        logprobs=body.logprobs,
+        prompt_logprobs=_most(body.prompt_logprobs, body.logprobs if body.echo else None),
+    )
     return _request(body, _prompts(body.prompt), params, is_chat=False)
 
 
@@ -126,7 +136,14 @@ def _read_chat(raw: object, defaults: SamplingParams, chat_template: str | None,
     if body.max_completion_tokens is not None:
         max_tokens, sent_as["max_tokens"] = body.max_completion_tokens, "max_completion_tokens"
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    params = _params(body, defaults, sent_as, max_tokens=_limit(max_tokens), logprobs=logprobs)
+    params = _params(
+        body,
+        defaults,
+        sent_as,
+        max_tokens=_limit(max_tokens),
+        logprobs=logprobs,
+        prompt_logprobs=body.prompt_logprobs,
+    )
     return _request(body, [conversation], params, is_chat=True)
 
 
@@ -161,6 +178,8 @@ def _request(
         raise _wrong("stream_options.include_obfuscation", "not supported here")
     if abs(body.priority) > MAX_PRIORITY:
         raise _wrong("priority", f"from {-MAX_PRIORITY} to {MAX_PRIORITY}, lower goes first; got {body.priority}")
+    if body.prompt_logprobs is not None and body.stream:
+        raise _wrong("prompt_logprobs", "a streamed answer has no place for them; leave out stream, or use echo")
     return ReadRequest(
         body.model,
         prompts,
@@ -170,7 +189,13 @@ def _request(
         with_usage=bool(options and (options.include_usage or options.continuous_usage_stats)),
         with_usage_so_far=bool(options and options.continuous_usage_stats),
         priority=body.priority,
+        is_echoed=isinstance(body, CompletionBody) and body.echo,
+        num_prompt_logprobs=body.prompt_logprobs,
     )
+
+
+def _most(*counts: int | None) -> int | None:
+    return max((count for count in counts if count is not None), default=None)
 
 
 def _limit(max_tokens: int | None) -> int | None:
@@ -191,9 +216,11 @@ def _params(
     body: CompletionBody | ChatBody, defaults: SamplingParams, sent_as: Mapping[str, str], **more: Any
 ) -> SamplingParams:
     """sent_as: what the body calls some of SamplingParams' fields."""
-    if more.get("max_tokens") == 0:
+    shows_prompt = more["prompt_logprobs"] is not None or (isinstance(body, CompletionBody) and body.echo)
+    if more["max_tokens"] == 0 and not shows_prompt:
         name = sent_as.get("max_tokens", "max_tokens")
-        raise RequestError("invalid_request", f"{name} must be from 1, got 0", name)
+        told = f"{name} must be from 1, got 0, which goes with echo or prompt_logprobs alone"
+        raise RequestError("invalid_request", told, name)
     said = {name: getattr(body, name) for name in _AS_THEY_ARE if getattr(body, name) is not None}
     try:
         return replace(defaults, **said, **more)

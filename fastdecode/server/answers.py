@@ -18,7 +18,7 @@ import msgspec
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from fastdecode.openai_api import ChunkWriter, ReadRequest, completion_body
+from fastdecode.openai_api import ChunkWriter, Echo, ReadRequest, completion_body
 from fastdecode.server.errors import JSONBody, error_event
 from fastdecode.server.stream import Stream, deltas_of
 
@@ -33,10 +33,12 @@ _EVENT_HEADERS = [
 class Answer(Response):
     """To a request whose streams run already.  They are over, or aborted, when it has been sent or has failed."""
 
-    def __init__(self, request: ReadRequest, model: str, streams: Sequence[Stream]) -> None:
-        """streams: one per prompt; model: what the answer calls it."""
+    def __init__(
+        self, request: ReadRequest, model: str, streams: Sequence[Stream], echoes: Sequence[Echo] | None
+    ) -> None:
+        """streams: one per prompt; model: what the answer calls it; echoes: one per prompt, if they are shown."""
         super().__init__()
-        self._request, self._streams = request, streams
+        self._request, self._streams, self._echoes = request, streams, echoes
         self._heading: dict[str, Any] = {
             "is_chat": request.is_chat,
             "body_id": f"{'chatcmpl' if request.is_chat else 'cmpl'}-{uuid.uuid4().hex}",
@@ -66,7 +68,13 @@ class Answer(Response):
 class WholeAnswer(Answer):
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         outputs = [await stream.output() for stream in self._streams]
-        await JSONBody(completion_body(outputs, **self._heading))(scope, receive, send)
+        body = completion_body(
+            outputs,
+            **self._heading,
+            num_prompt_logprobs=self._request.num_prompt_logprobs,
+            echoes=self._echoes,
+        )
+        await JSONBody(body)(scope, receive, send)
 
 
 class StreamedAnswer(Answer):
@@ -86,13 +94,14 @@ class StreamedAnswer(Answer):
 
     async def _bodies(self) -> AsyncIterator[bytes]:
         """Events; those that are there at a time go out as one, for a send costs more than all that makes an event."""
+        num_samples = self._request.params.n
         writer = ChunkWriter(
             **self._heading,
+            echoes=self._echoes and [echo for echo in self._echoes for _ in range(num_samples)],
             prompt_tokens=sum(len(stream.prompt_token_ids) for stream in self._streams),
             with_usage=self._request.with_usage,
             with_usage_so_far=self._request.with_usage_so_far,
         )
-        num_samples = self._request.params.n
         async for deltas in deltas_of(self._streams):
             events = [
                 _event(chunk)

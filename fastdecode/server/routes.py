@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -10,7 +12,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from fastdecode.errors import RequestError
-from fastdecode.openai_api import ChatBody, CompletionBody, ReadRequest, read_request
+from fastdecode.openai_api import ChatBody, CompletionBody, Echo, ReadRequest, make_echo, read_request
 from fastdecode.openai_api.requests import CHAT_URL, COMPLETIONS_URL
 from fastdecode.server.answers import Answer, StreamedAnswer, WholeAnswer
 from fastdecode.server.errors import JSONBody
@@ -47,7 +49,8 @@ def openai_router(life: Life, options: ServerOptions) -> APIRouter:
         read = await read_body(url, request, service)
         name = life.check_model(read.model)
         streams = await submit(read)
-        return (StreamedAnswer if read.is_streamed else WholeAnswer)(read, name, streams)
+        echoes = await show(read, streams) if read.is_echoed else None
+        return (StreamedAnswer if read.is_streamed else WholeAnswer)(read, name, streams, echoes)
 
     async def read_body(url: str, request: Request, service: Service) -> ReadRequest:
         body, defaults = await request.body(), service.opened.default_params
@@ -74,6 +77,20 @@ def openai_router(life: Life, options: ServerOptions) -> APIRouter:
             timeout_s=options.timeout_s,
             stream=read.is_streamed,
         )
+
+    async def show(read: ReadRequest, streams: Sequence[Stream]) -> list[Echo]:
+        """The prompts as the answer is to show them; made while they are computed."""
+        params = read.params
+        make = partial(make_echo, skip_special_tokens=params.skip_special_tokens, is_all=params.max_tokens == 0)
+        try:
+            return [
+                await life.service.with_tokenizer(partial(make, prompt=prompt, token_ids=stream.prompt_token_ids))
+                for prompt, stream in zip(read.prompts, streams, strict=True)
+            ]
+        except BaseException:
+            for stream in streams:
+                stream.abort()
+            raise
 
     return router
 
