@@ -26,9 +26,8 @@ class CompletionOutput:
     logprobs: list[dict[int, Logprob]] | None  # per token: the sampled one and the likeliest ones
     finish_reason: str  # "stop", "length" or "error"
     stop_reason: int | str | None = None  # the stop token or string; None for the end-of-sequence token
-    text_offsets: list[int] | None = (
-        None  # per token: where in `text` its own begins; None unless logprobs were asked for
-    )
+    # Per token: where in the text its own begins.  None unless logprobs were asked for.
+    text_offsets: list[int] | None = None
 
 
 @dataclass(frozen=True)

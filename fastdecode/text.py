@@ -17,7 +17,6 @@ from fastdecode.detokenize import (
     StopStrings,
     Stream,
     TokenPiece,
-    Vocabulary,
     WindowStream,
     read_vocabulary,
     text_in_window,
@@ -32,7 +31,9 @@ class Tokenizer:
         """Raises ConfigError if there is none, or only one that would need its own code."""
         self._tokenizer: PreTrainedTokenizerBase = load_tokenizer(directory)
         self.end = end_token(self._tokenizer)
-        self._vocabulary = _read_vocabulary(self._tokenizer)
+        is_fast = isinstance(self._tokenizer, PreTrainedTokenizerFast)
+        self._names = read_vocabulary(self._tokenizer.backend_tokenizer) if is_fast else None
+        self._vocabulary = self._names if _is_decoded_by_backend(self._tokenizer) else None
         self._clean_up = _read_clean_up(self._tokenizer)
         self._pieces: dict[int, TokenPiece] = {}
         self._longest_token = max(map(len, self._tokenizer.get_vocab()), default=1)  # characters
@@ -95,13 +96,6 @@ class Tokenizer:
         """What output tokens will add to the prompt's text."""
         return OutputText(self._stream(prompt_token_ids, skip_special_tokens), stops)
 
-    def decode_continuation(
-        self, prompt_token_ids: Sequence[int], token_ids: Sequence[int], *, skip_special_tokens: bool
-    ) -> str:
-        """The text that `token_ids` add to the prompt: some tokenizers drop a space at the beginning of a text."""
-        stream = self._stream(prompt_token_ids, skip_special_tokens)
-        return stream.push(token_ids) + stream.flush()
-
     def piece(self, token_id: int) -> TokenPiece:
         """What a token says by itself, in the middle of a text."""
         if (known := self._pieces.get(token_id)) is None:
@@ -109,9 +103,9 @@ class Tokenizer:
         return known
 
     def _make_piece(self, token_id: int) -> TokenPiece:
-        if self._vocabulary:
-            data = self._vocabulary.pieces(skip_special_tokens=False)[token_id]
-            return TokenPiece(data, self._vocabulary.is_special(token_id))
+        if self._names:
+            data = self._names.pieces(skip_special_tokens=False)[token_id]
+            return TokenPiece(data, self._names.is_special(token_id))
         text = text_in_window(self._decode_plain, self.encode("x", add_special_tokens=False), token_id)
         return TokenPiece(text.encode(errors="replace"), token_id in self._tokenizer.all_special_ids)
 
@@ -151,11 +145,12 @@ def _read_clean_up(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], str] |
     return tokenizer.clean_up_tokenization
 
 
-def _read_vocabulary(tokenizer: PreTrainedTokenizerBase) -> Vocabulary | None:
-    """None if it decodes in another way than by tokenizer.json's decoder."""
+def _is_decoded_by_backend(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """By tokenizer.json's decoder alone, and transformers' clean-up behind it."""
     kind = type(tokenizer)
-    if not isinstance(tokenizer, PreTrainedTokenizerFast) or kind._decode is not PreTrainedTokenizerFast._decode:
-        return None
-    if kind.decode is not PreTrainedTokenizerBase.decode or kind.clean_up_tokenization is not _CLEAN_UP:
-        return None
-    return read_vocabulary(tokenizer.backend_tokenizer)
+    return (
+        isinstance(tokenizer, PreTrainedTokenizerFast)
+        and kind._decode is PreTrainedTokenizerFast._decode
+        and kind.decode is PreTrainedTokenizerBase.decode
+        and kind.clean_up_tokenization is _CLEAN_UP
+    )

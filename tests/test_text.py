@@ -36,17 +36,6 @@ def byte(value: int) -> int:
     return 1 + value
 
 
-def test_a_continuation_keeps_its_space(llama_like: Tokenizer) -> None:
-    assert llama_like.decode([A, TIME], skip_special_tokens=True) == "a time"  # alone
-    assert llama_like.decode_continuation([ONCE, UPON], [A, TIME], skip_special_tokens=True) == " a time"
-
-
-def test_a_prompt_that_ends_in_half_a_character(llama_like: Tokenizer) -> None:
-    euro = [byte(b) for b in "\u20ac".encode()]
-    text = llama_like.decode_continuation([ONCE, *euro[:2]], [euro[2], TIME], skip_special_tokens=True)
-    assert text.endswith(" time")
-
-
 def test_stops_see_the_same_text(llama_like: Tokenizer) -> None:
     text = llama_like.output_text([ONCE, UPON], StopStrings([" time"]), skip_special_tokens=True)
     assert text.push(A) is None

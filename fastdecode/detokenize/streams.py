@@ -99,7 +99,9 @@ class PieceStream:
         return b"".join(data)
 
     def _read(self, data: bytes, *, is_end: bool) -> str:
-        broken, data = self._end_incomplete(self._incomplete + data, is_end=is_end)
+        broken, self.num_before = "", 0
+        if self._incomplete:
+            broken, data = self._end_incomplete(self._incomplete + data, is_end=is_end)
         text, num_read = codecs.utf_8_decode(data, self._errors, is_end)
         self._incomplete = data[num_read:]
         if num_read:
@@ -109,10 +111,8 @@ class PieceStream:
     def _end_incomplete(self, data: bytes, *, is_end: bool) -> tuple[str, bytes]:
         """What stands for the character at the beginning of the data if that is none; and the rest of the data."""
         num_old, num_foreign = len(self._incomplete), self._num_foreign
-        self.num_before = 0
         try:
-            if num_old:
-                codecs.utf_8_decode(data[: num_old + 3], "strict", is_end)
+            codecs.utf_8_decode(data[: num_old + 3], "strict", is_end)
         except UnicodeDecodeError as error:
             if error.start == 0:
                 self._num_foreign = 0
@@ -124,6 +124,8 @@ class PieceStream:
         return "", data
 
     def _strip(self, text: str) -> str:
+        if not self._num_to_strip:
+            return text
         while self._num_to_strip and text.startswith(self._stripped):
             text = text[len(self._stripped) :]
             self._num_to_strip -= 1
