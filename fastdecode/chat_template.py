@@ -6,8 +6,9 @@ message that it has no branch for is refused: templates leave out roles that the
 
 from __future__ import annotations
 
+import json
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -42,7 +43,7 @@ def render(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -> st
     source = _source(tokenizer, conversation.chat_template)
     kwargs = {**conversation.template_kwargs, **_effort(conversation, source)}
 
-    def write(messages: Sequence[dict[str, Any]]) -> str:
+    def write_as_it_is(messages: Sequence[dict[str, Any]]) -> str:
         with foreign_code("the chat template does not take this conversation"):
             return str(tokenizer.apply_chat_template(
                 messages,
@@ -52,6 +53,10 @@ def render(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -> st
                 tokenize=False,
                 **kwargs,
             ))  # fmt: skip
+
+    def write(messages: Sequence[dict[str, Any]]) -> str:
+        with_objects = [_with_argument_objects(message) for message in messages]
+        return _first_that_works([with_objects, messages] if with_objects != messages else [messages], write_as_it_is)
 
     def attempt(messages: Sequence[dict[str, Any]]) -> str:
         text = write(messages)
@@ -65,19 +70,44 @@ def render(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -> st
             )
         return text
 
-    if all(message["role"] != "developer" for message in messages):
-        return attempt(messages)
-    # OpenAI's newer name for what most templates call system.
+    # OpenAI's newer name for what most templates call system; some write any role as it is.
     as_system = [{**m, "role": "system"} if m["role"] == "developer" else m for m in messages]
-    if "developer" not in source:
-        return attempt(as_system)
-    try:
+    if as_system == messages:
         return attempt(messages)
-    except RequestError as error:
+    return _first_that_works([messages, as_system] if "developer" in source else [as_system, messages], attempt)
+
+
+def _first_that_works(
+    forms: Sequence[Sequence[dict[str, Any]]], write: Callable[[Sequence[dict[str, Any]]], str]
+) -> str:
+    """Raises what the first one raises if none does."""
+    first: RequestError | None = None
+    for form in forms:
         try:
-            return attempt(as_system)
-        except RequestError:
-            raise error from None
+            return write(form)
+        except RequestError as error:
+            first = first or error
+    assert first is not None, "there is a form"
+    raise first
+
+
+def _with_argument_objects(message: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of tools travel as JSON in a string; most templates expect the object, as vLLM gives it to them."""
+    if "tool_calls" not in message:
+        return message
+    return {**message, "tool_calls": [_with_argument_object(call) for call in message["tool_calls"]]}
+
+
+def _with_argument_object(call: Mapping[str, Any]) -> Mapping[str, Any]:
+    function = call.get("function")
+    arguments = function.get("arguments") if isinstance(function, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(arguments, str):
+        return call
+    try:
+        read = json.loads(arguments) if arguments else {}
+    except (ValueError, RecursionError):
+        return call  # a template may still print it
+    return {**call, "function": {**function, "arguments": read}} if isinstance(read, dict) else call
 
 
 def _source(tokenizer: PreTrainedTokenizerBase, given: str | None) -> str:
@@ -108,7 +138,9 @@ def _effort(conversation: Conversation, source: str) -> dict[str, Any]:
     return made
 
 
-def _first_lost(messages: Sequence[dict[str, Any]], text: str, write: Any) -> int | None:
+def _first_lost(
+    messages: Sequence[dict[str, Any]], text: str, write: Callable[[Sequence[dict[str, Any]]], str]
+) -> int | None:
     """The place of a message that the template says nothing of, if its role is not one of those that all know.
 
     Its own words may stand elsewhere by chance, or be written in another way (as JSON, say), so numbers that nobody

@@ -5,7 +5,6 @@ What a chat template cannot be given is refused by its place (``messages[2].cont
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -115,24 +114,12 @@ def _read_part(part: object, place: str) -> str:
 
 
 def _read_tool_calls(calls: object, place: str) -> list[Any]:
-    """Arguments, which travel as JSON in a string, become the object that templates expect."""
     if not isinstance(calls, list | tuple):
         raise _wrong(place, f"a list of calls, not {_kind(calls)}")
-    return [_read_tool_call(call, f"{place}[{index}]") for index, call in enumerate(calls)]
-
-
-def _read_tool_call(call: object, place: str) -> dict[str, Any]:
-    if not isinstance(call, Mapping):
-        raise _wrong(place, f"a call is an object, not {_kind(call)}")
-    function = call.get("function")
-    arguments = function.get("arguments") if isinstance(function, Mapping) else None
-    if not isinstance(function, Mapping) or not isinstance(arguments, str):
-        return dict(call)
-    try:
-        read = json.loads(arguments) if arguments else {}
-    except (ValueError, RecursionError):
-        return dict(call)  # a template may still print it
-    return {**call, "function": {**function, "arguments": read if isinstance(read, dict) else arguments}}
+    for index, call in enumerate(calls):
+        if not isinstance(call, Mapping):
+            raise _wrong(f"{place}[{index}]", f"a call is an object, not {_kind(call)}")
+    return list(calls)
 
 
 def _kind(value: object) -> str:

@@ -31,6 +31,10 @@ STRICT = (
     "{% for m in messages %}{% if m.role not in ('system', 'user') %}{{ raise_exception('role ' + m.role) }}{% endif %}"
     "{{ m.role }}:{{ m.content }}{% endfor %}{# developer #}"
 )
+ONE_SYSTEM = (
+    "{% if messages[0].role == 'system' %}S:{{ messages[0].content }}{% endif %}"
+    "{% for m in messages if m.role != 'system' %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+)
 AS_JSON = "{% for m in messages %}{{ m.content | tojson | upper }}{% endfor %}"
 THINKING = (
     "{% for m in messages %}{{ m.content }}{% endfor %}{% if enable_thinking is defined and not enable_thinking %}"
@@ -62,6 +66,7 @@ def said(*contents: str, **options: Any) -> Conversation:
         ),
         (DEVELOPER, ("developer: Be brief.",), "D:Be brief."),
         (STRICT, ("developer: Be brief.", "user: hi"), "system:Be brief.user:hi"),
+        (ONE_SYSTEM, ("system: Be brief.", "developer: Be kind."), "S:Be brief.<developer>Be kind."),
         (AS_JSON, ('tool: {"a": "b"}', "banana: x"), '"{\\"A\\": \\"B\\"}""X"'),
         (NO_SYSTEM, ("system:  ", "user: hi"), "hi"),
     ],
@@ -89,6 +94,23 @@ def test_what_a_template_leaves_out_is_refused(
     with pytest.raises(RequestError, match="leaves messages of role") as refused:
         render(bare, said(*contents, chat_template=template))
     assert refused.value.param == place and repr(contents[int(place[9])].split(":")[0]) in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "template, written",
+    [
+        ("{% for a, b in call.arguments.items() %}{{ a }}={{ b }}{% endfor %}", "a=None"),
+        ("{{ call.arguments | tojson }}", '{"a": null}'),
+        ("{{ 'f(' + call.arguments + ')' }}", 'f({"a":null})'),
+    ],
+)
+def test_arguments_of_tools_are_what_the_template_expects(
+    template: str, written: str, bare: PreTrainedTokenizerFast
+) -> None:
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": '{"a":null}'}}
+    message = {"role": "assistant", "content": None, "tool_calls": [call]}
+    whole = "{% set call = messages[0].tool_calls[0].function %}" + template
+    assert render(bare, Conversation([message], whole)) == written
 
 
 def test_a_template_that_looks_into_contents(bare: PreTrainedTokenizerFast) -> None:

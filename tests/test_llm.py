@@ -147,7 +147,7 @@ def test_a_bad_prompt_fails_alone(llm: LLM) -> None:
         "token id -1 is not",
         "token id 2.5 is not",
         "a prompt is a string, .* not int",
-        "not NoneType",
+        "'text' is not supported beside a prompt",
         "not bytes",
         "the tokenizer does not take this prompt",
     ]

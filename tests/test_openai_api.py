@@ -260,14 +260,13 @@ def _refused_messages(messages: Any) -> RequestError:
 
 
 def test_contents_become_one_text() -> None:
-    call = {**CALL, "function": {"name": "f", "arguments": {"a": None}}}
     cached = {"type": "text", "text": "b", "cache_control": {"type": "ephemeral"}}
     for given, read in (
         ({"role": "user", "content": [{"type": "text", "text": "a"}, cached]}, {"role": "user", "content": "a\nb"}),
         ({"role": "user", "content": []}, {"role": "user", "content": ""}),
         ({"role": "assistant", "content": None, "tool_calls": [CALL]},
-         {"role": "assistant", "content": "", "tool_calls": [call]}),
-        ({"role": "assistant", "tool_calls": [CALL]}, {"role": "assistant", "content": "", "tool_calls": [call]}),
+         {"role": "assistant", "content": "", "tool_calls": [CALL]}),
+        ({"role": "assistant", "tool_calls": [CALL]}, {"role": "assistant", "content": "", "tool_calls": [CALL]}),
         ({"role": "assistant", "content": None, "refusal": "no"},
          {"role": "assistant", "content": "no", "refusal": "no"}),
         ({"role": "assistant", "content": [{"type": "refusal", "refusal": "no"}]},
