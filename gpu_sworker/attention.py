@@ -82,7 +82,8 @@ class Forward:
     """One forward pass of the model, started, suspended, resumed."""
 
     run: Callable[[], torch.Tensor]
-    lengths: np.ndarray  # [T], see FlatBatch
+    positions: np.ndarray  # [T], see FlatBatch
+    lengths: np.ndarray  # [T]
     probing: bool = False
     mask_requests: list[MaskRequest] = field(default_factory=list)
     num_calls: int = 0

@@ -72,6 +72,7 @@ class _PerSequenceRope:
 
     def __init__(self, module: torch.nn.Module, kinds: Mapping[str | None, str]) -> None:
         self._module, self._forward, self._kinds = module, module.forward, kinds
+        self._newest: dict[tuple[str | None, int], tuple[torch.Tensor, ...]] = {}
 
     def __call__(self, x: torch.Tensor, position_ids: torch.Tensor, layer_type: str | None = None) -> Any:
         """x: of the model's dtype and device, else unused.  position_ids: [..., T]"""
@@ -83,14 +84,25 @@ class _PerSequenceRope:
         if len(lengths) == 1:
             return self._alone(kind, lengths[0], x, position_ids, arguments)
         sorted_ids = position_ids[..., torch.from_numpy(order).to(position_ids.device)]
-        tables = [
-            self._alone(kind, length, x, ids, arguments)
-            for length, ids in zip(lengths, sorted_ids.split(sizes, dim=-1), strict=True)
-        ]
+        forward = current_forward()
+        is_newest = np.split((forward.lengths == forward.positions + 1)[order], np.cumsum(sizes)[:-1])
+        tables = []
+        for length, ids, newest in zip(lengths, sorted_ids.split(sizes, dim=-1), is_newest, strict=True):
+            if kind == "dynamic" and length and newest.all():
+                tables += [self._of_newest(kind, length, x, ids[..., :1], arguments)] * len(newest)
+            else:
+                tables.append(self._alone(kind, length, x, ids, arguments))
         back = torch.from_numpy(np.argsort(order)).to(position_ids.device)
-        if isinstance(tables[0], torch.Tensor):
-            return torch.cat(tables, dim=-2)[..., back, :]
         return tuple(torch.cat(parts, dim=-2)[..., back, :] for parts in zip(*tables, strict=True))
+
+    def _of_newest(
+        self, kind: str, length: int, x: torch.Tensor, position_ids: torch.Tensor, arguments: dict[str, str]
+    ) -> tuple[torch.Tensor, ...]:
+        """Of the last token of a sequence, kept: decoding sequences have as many lengths as there are of them."""
+        key = arguments.get("layer_type"), length
+        if key not in self._newest:
+            self._newest[key] = self._alone(kind, length, x, position_ids, arguments)
+        return self._newest[key]
 
     def _groups(self, kind: str, layer_type: str | None) -> tuple[list[int], np.ndarray, list[int]]:
         """Lengths that differ in their frequencies, 0 for all up to the original one; rows by them; rows of each."""
@@ -107,18 +119,16 @@ class _PerSequenceRope:
 
     def _alone(
         self, kind: str, length: int, x: torch.Tensor, position_ids: torch.Tensor, arguments: dict[str, str]
-    ) -> Any:
+    ) -> tuple[torch.Tensor, ...]:
         """Of tokens whose sequences have this length, or 0: are not longer than the original one."""
         module, prefix = self._module, f"{arguments['layer_type']}_" if arguments else ""
         if kind == "dynamic":  # it remembers the longest sequence so far
             setattr(module, f"{prefix}inv_freq", getattr(module, f"{prefix}original_inv_freq").to(x.device))
             setattr(module, f"{prefix}max_seq_len_cached", module.original_max_seq_len)
         if not length:
-            return self._forward(x, position_ids, **arguments)
+            return tuple(self._forward(x, position_ids, **arguments))
         last = position_ids.new_full((*position_ids.shape[:-1], 1), length - 1)  # what tells it the length
         tables = self._forward(x, torch.cat([position_ids, last], dim=-1), **arguments)
-        if isinstance(tables, torch.Tensor):
-            return tables[..., :-1, :]
         return tuple(table[..., :-1, :] for table in tables)
 
 

@@ -202,4 +202,4 @@ class SWorker:
             )
             return output.logits[0]
 
-        return Forward(run, batch.known_lengths, probing=probing)
+        return Forward(run, batch.positions, batch.known_lengths, probing=probing)

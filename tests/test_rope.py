@@ -144,7 +144,9 @@ def test_rotary_tables_are_those_of_each_sequence_alone(name: str) -> None:
     make_rope_per_sequence(model)
     positions = torch.cat([torch.arange(length) for length in lengths])[None]
     for _ in range(2):
-        forward = Forward(lambda: model.rotary_emb(x, positions, **arguments), np.repeat(lengths, lengths))
+        forward = Forward(
+            lambda: model.rotary_emb(x, positions, **arguments), positions[0].numpy(), np.repeat(lengths, lengths)
+        )
         forward.resume()
         for flat, parts in zip(forward.result, zip(*alone, strict=True), strict=True):
             assert torch.equal(flat, torch.cat(parts, dim=1))
@@ -190,3 +192,20 @@ def test_tokens_beyond_the_original_length(name: str, tmp_path: Path) -> None:
     assert sum(record.num_preempted for record in read_step_log(tmp_path / "steps.jsonl")) >= 1
     with pytest.raises(ConfigError, match=f"{STRETCHED} tokens only.*max_position_embeddings = {declared}.*rope scal"):
         LLM(directory, skip_tokenizer_init=True, max_model_len=STRETCHED + 1)
+
+
+def test_decoding_sequences_of_many_lengths() -> None:
+    """Each newest token's row is that of a sequence that was computed up to it, kept or new, in any order."""
+    model = _rotary("llama", rope_parameters=ROPES["dynamic"])
+    make_rope_per_sequence(model)
+    x = torch.zeros(1, 1, 1)
+    for places in ((70, 10, 90, 70, 63, 64, 200), (200, 90, 65, 11), (150, 150)):
+        positions = torch.tensor(places)[None]
+        forward = Forward(
+            lambda ids=positions: model.rotary_emb(x, ids), positions[0].numpy(), positions[0].numpy() + 1
+        )
+        forward.resume()
+        for row, place in enumerate(places):
+            alone = _rotary("llama", rope_parameters=ROPES["dynamic"]).rotary_emb(x, torch.tensor([[place]]))
+            for flat, single in zip(forward.result, alone, strict=True):
+                assert torch.equal(flat[:, row : row + 1], single)
