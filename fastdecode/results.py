@@ -95,6 +95,7 @@ class LiveRequest:
     arrived: float
     on_delta: Callable[[Delta], None] | None = None
     prompt_scores: list[list[TokenLogprob] | None] = field(default_factory=list)  # per token, if asked for; [0] is None
+    prompt_logprobs: PromptLogprobs | None = None  # the same with names, once somebody is told
     first_scheduled: float | None = None
     first_token: float | None = None
 
@@ -140,9 +141,11 @@ def _prompt_logprobs(live: LiveRequest, tokenizer: Tokenizer | None) -> PromptLo
     params = live.request.params
     if params.prompt_logprobs is None:
         return None
-    first, *others = live.prompt_scores
-    assert first is None and all(others), "every token but the first has a score"
-    return [None, *(_named(entries, tokenizer, params) for entries in others if entries)]
+    if live.prompt_logprobs is None:
+        first, *others = live.prompt_scores
+        assert first is None and all(others), "every token but the first has a score"
+        live.prompt_logprobs = [None, *(_named(entries, tokenizer, params) for entries in others if entries)]
+    return live.prompt_logprobs
 
 
 def refused_output(
