@@ -32,7 +32,7 @@ from fastdecode.scheduling.scheduler import Scheduler
 from fastdecode.step_log import StepRecord, make_record
 from fastdecode.text import Tokenizer
 from fastdecode.timeline import NoTimeline, Timeline
-from fastdecode.totals import PoolTotals
+from fastdecode.totals import PoolTotals, Standing
 from gpu_sworker import EmulatedSWorker, RowFault, SWorker
 
 logger = logging.getLogger(__name__)
@@ -74,6 +74,7 @@ class Engine:
         self._failed: list[RequestOutput] = []  # requests that ended with an error, and are not handed out yet
         self._on_step = on_step
         self._first_step: float | None = None  # when it began
+        self._put_down()
 
     @property
     def has_work(self) -> bool:
@@ -91,12 +92,15 @@ class Engine:
 
     @property
     def num_places(self) -> int:
-        """Sequences that run or can at once: `max_num_seqs` of them, or fewer while KV or the load limit is short."""
+        """Sequences that run or can at once: `max_num_seqs` of them, or fewer while KV or the load limit is short.
+
+        In any thread: who asks decides about more of them while a step goes on.
+        """
         return self._scheduler.num_places
 
     @property
     def lost_workers(self) -> list[str]:
-        """Names of R-workers that do not serve now; all of them if no step is possible any more."""
+        """Names of R-workers that do not serve now; all of them if no step is possible any more.  In any thread."""
         return self._rpool.lost
 
     @property
@@ -116,6 +120,11 @@ class Engine:
     def has_room(self, params: SamplingParams) -> bool:
         """A request with these would find a place in the queue now."""
         return self._scheduler.has_room(params.n)
+
+    @property
+    def wants_more(self) -> bool:
+        """False: what is added later serves as well as now; who has many requests can hold them back until then."""
+        return self._scheduler.wants_more
 
     def next_request_id(self) -> str:
         """Ids count up from 0, refused requests included, so that a bad prompt does not shift the others' seeds."""
@@ -157,6 +166,7 @@ class Engine:
         self._recover(None)
         with self._timeline.span("schedule"):
             step = self._scheduler.schedule() if self._rpool.alive else None
+        self._put_down()
         if step is None:
             return self._take_failed()
         started = time.monotonic()
@@ -198,6 +208,7 @@ class Engine:
     def _release(self, sequences: list[Sequence]) -> None:
         """Gives back what sequences held; an R-worker lost meanwhile is the next step's to deal with."""
         released = self._scheduler.remove(sequences)
+        self._put_down()
         try:
             if not self._recovery.is_final:
                 self._pipeline.release(released)
@@ -206,6 +217,16 @@ class Engine:
         except BaseException:
             self._settle(pairs(released))
             raise
+
+    def _put_down(self) -> None:
+        """For other threads, after whatever may have changed it: this one goes on with what it is made of."""
+        self.standing = Standing(  # in any thread: it is replaced, not changed
+            num_running=self.num_running,
+            num_waiting=self.num_waiting,
+            kv_capacity_tokens=tuple(self.kv_capacity_tokens),
+            kv_load_limit=self.kv_load_limit,
+            totals=self.totals.copy(),
+        )
 
     def _settle(self, sequences: Iterable[tuple[int, int]]) -> None:
         """After an interrupt: see `Pipeline.settle`."""
@@ -225,6 +246,7 @@ class Engine:
         except BaseException:
             self.abort(list(self._live))
             raise
+        self._put_down()
         for sequence, error in homeless:
             self._refuse(sequence, error)
 

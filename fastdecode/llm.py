@@ -177,7 +177,7 @@ class LLM:
             places = enumerate(requests)
             waiting = next(places, None)
             while (waiting or self._engine.has_work) and not self._closed:
-                while waiting and self._engine.has_room(waiting[1][1]):
+                while waiting and self._engine.wants_more and self._engine.has_room(waiting[1][1]):
                     place, (prompt, params) = waiting
                     waiting = next(places, None)
                     request_id, read = self._engine.next_request_id(), ReadPrompt(None, [])

@@ -1,12 +1,12 @@
 """What the R-workers did since the pool was made, and how long the S-worker waited for them: plain sums, for metrics.
 
-The engine's thread alone writes them.  Who reads from another thread sees each as it was a moment ago; none goes back.
+The engine's thread alone reads and writes them; other threads get a `Standing`, which nobody changes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 
 @dataclass
@@ -36,6 +36,9 @@ class PoolTotals:
     _told: dict[int, int] = field(default_factory=dict)  # attention_ns by worker, at the last lap
     _told_wait_ns: int = 0
 
+    def copy(self) -> PoolTotals:
+        return replace(self, workers={worker: replace(totals) for worker, totals in self.workers.items()})
+
     def lap(self, serving: Collection[int]) -> Lap:
         """Since the last one."""
         attention = [
@@ -46,3 +49,14 @@ class PoolTotals:
         self._told = {worker: totals.attention_ns for worker, totals in self.workers.items()}
         self._told_wait_ns = self.wait_ns
         return Lap(wait_ns / 1e9, tuple(attention))
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How an engine stood when it last told: when a step began, and when it had ended."""
+
+    num_running: int  # sequences with KV on an R-worker
+    num_waiting: int  # sequences in the queue
+    kv_capacity_tokens: tuple[int, ...]  # [num_r_workers]; 0 of those that did not serve
+    kv_load_limit: int  # W_lim
+    totals: PoolTotals  # a copy

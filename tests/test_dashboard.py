@@ -24,6 +24,7 @@ from fastdecode.server import dashboard
 from fastdecode.server.dashboard import dashboard_router
 from fastdecode.server.history import KEPT_S, History
 from fastdecode.server.service import Health, Service
+from fastdecode.totals import PoolTotals, Standing
 
 PAGE = Path(dashboard.__file__).with_name("dashboard.html").read_text()
 
@@ -36,8 +37,8 @@ class Clock:
 
 
 def served(capacity: list[int], health: Health) -> Any:
-    engine = SimpleNamespace(kv_capacity_tokens=capacity, kv_load_limit=sum(capacity))
-    return SimpleNamespace(opened=SimpleNamespace(engine=engine), num_running=3, num_waiting=1, health=lambda: health)
+    standing = Standing(3, 1, tuple(capacity), sum(capacity), PoolTotals())
+    return SimpleNamespace(standing=standing, health=lambda: health)
 
 
 def get(history: History, path: str) -> httpx.Response:

@@ -14,7 +14,9 @@ from conftest import Case, quiet
 from tqdm import tqdm
 
 from fastdecode import LLM, RequestOutput, SamplingParams
+from fastdecode.engine import Engine
 from fastdecode.errors import ConfigError
+from fastdecode.prompts import ReadPrompt, read_prompt
 from gpu_sworker import generate_reference
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12)
@@ -59,6 +61,36 @@ def test_results_come_in_input_order(llm: LLM) -> None:
     outputs = quiet(llm, prompts, params)
     assert [output.prompt for output in outputs] == prompts
     assert [len(output.outputs[0].token_ids) for output in outputs] == [p.max_tokens for p in params]
+
+
+def test_the_first_step_does_not_wait_for_the_last_prompt(demo_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts are read as they are needed; what is drawn, ids and order are those of all queued at once."""
+    prompts: list[Any] = [f"x{i} = {i}\n" for i in range(60)]
+    prompts[3] = prompts[50] = ""  # refused, and not to shift the others' seeds
+    params = [SamplingParams(temperature=0.8, max_tokens=1 + i % 3, n=1 + i % 2) for i in range(60)]
+    num_read: list[int] = [0]
+    leads: list[int] = []
+
+    def counted(*arguments: Any) -> ReadPrompt:
+        num_read[0] += 1
+        return read_prompt(*arguments)
+
+    with LLM(demo_model, max_num_seqs=4) as llm:
+        step = llm._engine.step
+
+        def watched() -> list[RequestOutput]:
+            leads.append(num_read[0])
+            return step()
+
+        monkeypatch.setattr("fastdecode.llm.read_prompt", counted)
+        monkeypatch.setattr(llm._engine, "step", watched)
+        few = quiet(llm, prompts, params)
+    assert num_read == [60] and leads[0] <= 16 and sorted(set(leads))[1] - leads[0] <= 8
+    with LLM(demo_model, max_num_seqs=4) as llm, monkeypatch.context() as patch:
+        patch.setattr(Engine, "wants_more", True)
+        all_at_once = quiet(llm, prompts, params)
+    assert [output.request_id for output in few] == [str(index) for index in range(60)]
+    assert token_ids(few) == token_ids(all_at_once) and [o.error for o in few] == [o.error for o in all_at_once]
 
 
 def test_generate_iter_gives_results_as_they_finish(llm: LLM) -> None:

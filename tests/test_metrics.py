@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import re
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -17,16 +20,21 @@ from conftest import Case
 from fastapi import FastAPI
 from prometheus_client.parser import text_string_to_metric_families
 
-from fastdecode import SamplingParams
+from fastdecode import LLM, SamplingParams
 from fastdecode.config import EngineConfig
+from fastdecode.engine import Engine
 from fastdecode.errors import RequestError
 from fastdecode.open_engine import open_engine
 from fastdecode.outputs import CompletionOutput, RequestOutput
+from fastdecode.server.activity import Activity
 from fastdecode.server.counts import Histogram
+from fastdecode.server.dashboard import dashboard_router
+from fastdecode.server.history import History
 from fastdecode.server.metrics import Metrics, metrics_router
-from fastdecode.server.service import Service
+from fastdecode.server.service import Health, Service
 from fastdecode.server.stream import deltas_of
 from fastdecode.step_log import StepRecord
+from fastdecode.totals import PoolTotals, Standing
 from transport import PeerLost
 
 ROOT = Path(__file__).parents[1]
@@ -198,6 +206,79 @@ def test_what_went_wrong(llama: Case, monkeypatch: pytest.MonkeyPatch) -> None:
             assert after["fastdecode:r_workers_lost", ""] == 0 and after["fastdecode:health", "ready"] == 1
 
     asyncio.run(run())
+
+
+# What may be asked in any thread.
+_ANYWHERE = {"check", "lost_workers", "num_places", "standing"}
+
+
+class OfOneThread:
+    """An engine that refuses other threads than its own, once it has one."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine, self._refused = engine, list[str]()
+
+    def __getattr__(self, name: str) -> Any:
+        threads = {thread.name for thread in threading.enumerate()}
+        if name not in _ANYWHERE and "engine" in threads and threading.current_thread().name != "engine":
+            self._refused.append(name)
+            raise RuntimeError(f"{name} is read while it may change")
+        return getattr(self._engine, name)
+
+
+def test_nobody_reads_what_the_engine_is_changing(llama: Case) -> None:
+    """Metrics, dashboard, health and new requests go by what it has put down between two steps."""
+    metrics, history, activity, app = Metrics("tiny"), History("tiny"), Activity(), FastAPI()
+    app.include_router(metrics_router(metrics))
+    app.include_router(dashboard_router(history))
+    options = {"model": llama.directory, "num_r_workers": 2, "skip_tokenizer_init": True, "max_num_seqs": 2}
+    opened = open_engine(EngineConfig.from_options(options), on_step=metrics.on_step)
+    engine = OfOneThread(opened.engine)
+
+    async def run() -> None:
+        service = Service(dataclasses.replace(opened, engine=engine), max_queue=100)
+        service.start()
+        for each in (metrics, history, activity):
+            each.begin(service)
+        streams = [await service.submit(prompt, GREEDY) for prompt in llama.prompts]
+        tasks = [asyncio.create_task(stream.output()) for stream in streams]
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://x") as client:
+            while not all(task.done() for task in tasks):
+                await scrape(client)
+                assert (await client.get("/dashboard/data")).json()["capacity"] == opened.engine.kv_capacity_tokens
+                assert service.health().state == "ready"
+                await asyncio.sleep(0.01)
+        assert [(await task).outputs[0].token_ids for task in tasks] == llama.reference
+        await service.drain(10)
+
+    try:
+        asyncio.run(run())
+    finally:
+        opened.close()
+    assert not engine._refused
+
+
+def test_what_was_put_down_stays_as_it_was(llama: Case) -> None:
+    with LLM(llama.directory, num_r_workers=2, skip_tokenizer_init=True) as llm:
+        before = llm._engine.standing
+        kept = dataclasses.asdict(before)
+        llm.generate(llama.prompts, GREEDY, use_tqdm=False)
+        after = llm._engine.standing
+        assert dataclasses.asdict(before) == kept != dataclasses.asdict(after)
+        assert after.totals.workers[0].bytes_sent > before.totals.workers[0].bytes_sent == 0
+
+
+def test_all_r_workers_gone_at_once() -> None:
+    """Between the loss of the last and the end of its sequences: numbers, and no division by what is not there."""
+    metrics = Metrics("x")
+    metrics.on_step(step(0, num_sampled=1, attention_s=(0.2, 0.2)))
+    standing = Standing(1, 0, (0, 0), 0, PoolTotals())
+    service = SimpleNamespace(
+        standing=standing, health=lambda: Health("degraded", ["a", "b"]), num_cut_short={}, num_refused=0
+    )
+    metrics.begin(service)  # type: ignore[arg-type]
+    told = {sample.name: sample.value for family in metrics.families() for sample in family.samples}
+    assert told["vllm:num_requests_running"] == 1 and told["fastdecode:r_workers_lost"] == 2
 
 
 def test_openmetrics_for_who_asks(llama: Case) -> None:

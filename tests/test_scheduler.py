@@ -6,7 +6,7 @@ from collections import defaultdict
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fastdecode.errors import RequestError
@@ -541,3 +541,45 @@ def test_one_put_back_goes_before_those_that_came_later() -> None:
     queue.put_back(first)
     assert queue.first() is first and queue.remove(first)
     assert queue.first() is second and queue.remove(third) and queue.remove(second) and queue.first() is fourth
+
+
+@settings(max_examples=12)
+@given(
+    outputs=st.lists(st.integers(20, 40), min_size=60, max_size=90),
+    start_policy=st.sampled_from(START_POLICIES),
+    order=st.sampled_from(ORDERS),
+)
+@example(outputs=[30] * 90, start_policy="steady", order="fcfs")
+@example(outputs=[20, 40] * 45, start_policy="steady", order="sjf")
+def test_sequences_held_back_start_when_they_would_have(outputs: list[int], start_policy: str, order: str) -> None:
+    """Added as more are wanted, they make the very steps that they make when all wait from the beginning; and far from
+    all of them wait before the first."""
+
+    def steps(is_held_back: bool) -> tuple[list[Step], int]:
+        options: dict[str, Any] = {"start_policy": start_policy, "order": order, "order_window": 4}
+        scheduler = create_scheduler(max_num_seqs=10, predictor=Oracle(), **options)
+        coming = [a_sequence(index, prompt=20, output=output) for index, output in enumerate(outputs)][::-1]
+        made, num_first = [], 0
+        while coming or scheduler.has_work:
+            while coming and (not is_held_back or scheduler.wants_more):
+                scheduler.add(coming.pop())
+            num_first = num_first or scheduler.num_waiting
+            step = scheduler.schedule()
+            assert step
+            made.append(step)
+            due = {segment.seq_id: OTHER for batch in step.micro_batches for segment in batch.sampled}
+            scheduler.remove(scheduler.commit(step, due))
+            scheduler.check_integrity()
+        return made, num_first
+
+    (at_once, _), (held_back, num_first) = steps(False), steps(True)
+    assert held_back == at_once and num_first <= 40
+
+
+def test_one_that_wants_more_takes_all_that_fits() -> None:
+    scheduler = create_scheduler(max_num_seqs=3)
+    for index in range(100):
+        if not scheduler.wants_more:
+            break
+        scheduler.add(a_sequence(index))
+    assert scheduler.num_waiting == 12  # memory for more than that, and seats for three

@@ -58,6 +58,7 @@ class Rejoin:
         self._hello = hello
         self._joined: SimpleQueue[Joined] = SimpleQueue()
         self._threads: list[threading.Thread] = []
+        self._lock = threading.Lock()  # for the list: new R-workers may be asked for in any thread
         self._is_closing = threading.Event()
         self._pauses: dict[int, float] = {}  # by worker, the one before its next attempt
         self._since: dict[int, float] = {}  # by worker, when it joined
@@ -67,8 +68,9 @@ class Rejoin:
         if time.monotonic() - self._since.get(worker, 0.0) > _STEADY_S:
             self._pauses.pop(worker, None)
         thread = threading.Thread(target=self._seek, args=(worker, again), name=f"rejoin-{worker}", daemon=True)
-        self._threads = [other for other in self._threads if other.is_alive()] + [thread]
-        thread.start()
+        with self._lock:
+            self._threads = [other for other in self._threads if other.is_alive()] + [thread]
+            thread.start()
 
     def take(self, wait_s: float = 0.0) -> list[Joined]:
         """Those that are there now; each is told once, and belongs to the caller from then on.
@@ -86,7 +88,9 @@ class Rejoin:
         """Ends all attempts, and whatever has joined and was not taken."""
         self._is_closing.set()
         deadline = time.monotonic() + _CLOSE_S
-        for thread in self._threads:
+        with self._lock:
+            threads = list(self._threads)
+        for thread in threads:
             thread.join(max(0.0, deadline - time.monotonic()))
         for joined in self.take():
             joined.handle.channel.close()

@@ -8,6 +8,7 @@ because an R-worker answers in the order it was asked.  Errors name the R-worker
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -72,13 +73,14 @@ class Ticket:
 
 class RPool:
     def __init__(self, workers: Sequence[RWorkerHandle], timeout_s: float, timeline: Timeline = _NO_TIMELINE) -> None:
+        # These two are replaced, not changed: `lost` is read in any thread.
         self._workers = dict(enumerate(workers))
         self._alive = sorted(self._workers)
         self._patience = {worker: Patience(timeout_s) for worker in self._workers}
         self._timeline = timeline
         self.timeout_s = timeout_s  # the longest wait for an answer, and for somebody to come back when none is left
         self._last_ping = 0
-        self._num_ever = len(self._workers)
+        self._numbers = itertools.count(len(self._workers))  # of those to come
         self._rejoin: Rejoin | None = None  # from `open` on
         self._awaited: set[int] = set()  # lost, or new, and looked for
         self.totals = PoolTotals({worker: WorkerTotals() for worker in self._workers})
@@ -94,8 +96,9 @@ class RPool:
 
     @property
     def lost(self) -> list[str]:
-        """Names of those that do not serve now."""
-        return [handle.name for worker, handle in list(self._workers.items()) if worker not in self._alive]
+        """Names of those that do not serve now.  In any thread."""
+        workers, alive = self._workers, self._alive
+        return [handle.name for worker, handle in workers.items() if worker not in alive]
 
     def is_vital(self, worker: int) -> bool:
         """Whether all stands still without it, so that it has as long as can be: a rank of MPI, or the last one."""
@@ -108,7 +111,7 @@ class RPool:
         """
         lost = self._workers[worker]
         if worker in self._alive:
-            self._alive.remove(worker)
+            self._alive = [other for other in self._alive if other != worker]
             self.totals.num_lost += 1
             lost.channel.close()
             if self._rejoin and lost.again and not lost.is_vital:
@@ -117,18 +120,18 @@ class RPool:
         return not lost.is_vital and bool(self._alive or self._awaited)
 
     def invite(self, find: Callable[[int], RWorkerHandle]) -> None:
-        """A new one, found under the number it will have; `take_joined` tells when it is there."""
+        """A new one, found under the number it will have; `take_joined` tells when it is there.  In any thread."""
         assert self._rejoin, "a pool is opened first"
-        self._num_ever += 1
-        self._awaited.add(self._num_ever - 1)
-        self._rejoin.seek(self._num_ever - 1, partial(find, self._num_ever - 1))
+        worker = next(self._numbers)
+        self._awaited.add(worker)
+        self._rejoin.seek(worker, partial(find, worker))
 
     def take_joined(self, wait_s: float = 0.0) -> list[Joined]:
         """Those that came back, or new, since the last call: alive from now on, and empty.  Waits for a first one."""
         joined = self._rejoin.take(wait_s) if self._rejoin else []
         for new in joined:
             self._awaited.discard(new.worker)
-            self._workers[new.worker] = new.handle
+            self._workers = self._workers | {new.worker: new.handle}
             self._patience.setdefault(new.worker, Patience(self.timeout_s))  # whoever comes back is known
             self._alive = sorted({*self._alive, new.worker})
             self.totals.workers.setdefault(new.worker, WorkerTotals())

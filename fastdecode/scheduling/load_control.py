@@ -49,6 +49,7 @@ class _Started:
     worker: int
     demand: Demand
     spent: float | None  # of the worker's stream; None: it was not paced
+    max_kv_tokens: int  # that it may come to hold
 
 
 class LoadControl:
@@ -64,6 +65,7 @@ class LoadControl:
         self._limit = 0
         self.measure_memory()
         self._started: dict[int, _Started] = {}
+        self._max_kv_tokens = 0  # of all that have started
         self._recent: deque[Prediction] = deque(maxlen=_RECENT)  # how long the latest to start will take
         self._are_alike = True
         self._step = 0
@@ -84,10 +86,10 @@ class LoadControl:
         for stream, limit in zip(self._streams, limits, strict=True):
             stream.limit = limit
 
-    def begin_step(self, step: int, max_kv_tokens: int, first: Prospect | None) -> None:
-        """max_kv_tokens: that all waiting and running sequences may come to hold; first: who would start first."""
+    def begin_step(self, step: int, waiting_kv_tokens: int, first: Prospect | None) -> None:
+        """waiting_kv_tokens: that all that wait may come to hold; first: who would start first."""
         self._step = step
-        self._much_waits = max_kv_tokens / self._limit > (1 if self._much_waits else _PAYS_FROM)
+        self._much_waits = self._fillings_exceed(1 if self._much_waits else _PAYS_FROM, waiting_kv_tokens)
         self._paced = self._policy == "steady" and self._much_waits and self._are_alike
         if not self._started:
             self._batch_open = True
@@ -96,6 +98,14 @@ class LoadControl:
         if first is not None:
             for stream in self._streams:
                 stream.earn(step, stream.cost(self._measured(first.mean)) if first.mean else 0.0)
+
+    def is_much(self, waiting_kv_tokens: int) -> bool:
+        """Whether more that waits would change nothing; as in `begin_step`."""
+        return self._fillings_exceed(_PAYS_FROM, waiting_kv_tokens)
+
+    def _fillings_exceed(self, fillings: int, waiting_kv_tokens: int) -> bool:
+        """Whether all that waits and runs may come to hold more than so many times the limit."""
+        return waiting_kv_tokens + self._max_kv_tokens > fillings * self._limit
 
     def place(self, prospect: Prospect, *, is_urgent: bool = False) -> int | None:
         """The R-worker on which it starts; None: not in this step.  What is urgent keeps no pace, but fits."""
@@ -117,7 +127,8 @@ class LoadControl:
             self._are_alike = are_alike(self._recent)
         self._credits.start(seq_id, worker, prospect.limit)
         self._total.add(prospect.limit)
-        self._started[seq_id] = _Started(worker, prospect.limit, cost)
+        self._started[seq_id] = _Started(worker, prospect.limit, cost, prospect.max_kv_tokens)
+        self._max_kv_tokens += prospect.max_kv_tokens
 
     def close_batch(self) -> None:
         """Nobody else could start though there was budget left: a batch that starts at once is complete."""
@@ -135,6 +146,7 @@ class LoadControl:
     def end(self, seq_id: int) -> None:
         """It has ended, by itself or not; the step at hand was its last, or the one before."""
         started = self._started.pop(seq_id)
+        self._max_kv_tokens -= started.max_kv_tokens
         self._total.remove(started.demand)
         self._credits.end(seq_id)
         if started.spent is not None:
@@ -144,6 +156,7 @@ class LoadControl:
 
     def check_integrity(self) -> None:
         assert len(self._total) == len(self._started)
+        assert self._max_kv_tokens == sum(started.max_kv_tokens for started in self._started.values())
 
     def _within_limit(self, prospect: Prospect) -> bool:
         return self._max_kv_load is None or self._total.peak(prospect.limit) <= self._max_kv_load

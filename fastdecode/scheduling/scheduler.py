@@ -25,6 +25,8 @@ from fastdecode.scheduling.predictor import Learned, Predictor
 from fastdecode.scheduling.prospects import Prospect, Prospects
 from fastdecode.scheduling.waiting import WaitingQueue
 
+_MOST_FILLINGS = 4  # of all seats, that wait
+
 
 @dataclass(frozen=True, kw_only=True)
 class SchedulerConfig:
@@ -130,6 +132,19 @@ class Scheduler:
         """So many sequences can be added now."""
         limit, waiting = self._config.max_num_waiting, len(self._waiting)
         return limit is None or not waiting or waiting + count <= limit
+
+    @property
+    def wants_more(self) -> bool:
+        """False: so much waits that what comes later changes nothing about who starts in the next step, and when.
+
+        For a caller with any number of prompts, so that the first of them need not wait for the last to be read.
+        """
+        config, waiting = self._config, len(self._waiting)
+        window = 0 if config.order == "fcfs" else config.order_window  # begun anew within a step, it is to be full
+        if waiting < config.num_seats + window:
+            return True
+        # With seats for a part of the memory alone, no pace that memory asks for is felt.
+        return waiting < _MOST_FILLINGS * config.num_seats and not self._load.is_much(self._waiting.max_kv_tokens)
 
     def running(self, seq_id: int) -> Sequence:
         return self._running[seq_id]
@@ -316,7 +331,7 @@ class Scheduler:
                 prompts.append(self._chunk(sequence, left))
         self._load.begin_step(
             self._load_step + 1,
-            self._waiting.max_kv_tokens + sum(s.max_kv_tokens for s in self._running.values()),
+            self._waiting.max_kv_tokens,
             self._prospect(first, left) if first else None,
         )
         while left.tokens > 0 and len(self._running) < config.num_seats:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from typing import NamedTuple
 
 from fastdecode.server.service import Service
 from fastdecode.step_log import StepRecord
@@ -13,29 +14,39 @@ logger = logging.getLogger(__name__)
 _EVERY_S = 10.0
 
 
+class _Sum(NamedTuple):
+    """Of all steps, up to a last one."""
+
+    prompt_tokens: int
+    new_tokens: int
+    last: StepRecord | None
+
+
 class Activity:
-    """Told of steps in the engine's thread, read in the event loop; whole numbers, so no lock."""
+    """Told of steps in the engine's thread, read in the event loop: each sum is made anew, and what was told of it is
+    kept apart, so neither undoes what the other does."""
 
     def __init__(self) -> None:
-        self._prompt_tokens = self._new_tokens = 0
-        self._last: StepRecord | None = None
+        self._sum = self._told = _Sum(0, 0, None)
         self._capacity_tokens = 1
 
     def begin(self, service: Service) -> None:
-        self._capacity_tokens = sum(service.opened.engine.kv_capacity_tokens)
+        self._capacity_tokens = sum(service.standing.kv_capacity_tokens)
 
     def on_step(self, record: StepRecord) -> None:
-        self._prompt_tokens += record.num_prompt_tokens
-        self._new_tokens += record.num_sampled
-        self._last = record
+        before = self._sum
+        self._sum = _Sum(
+            before.prompt_tokens + record.num_prompt_tokens, before.new_tokens + record.num_sampled, record
+        )
 
     def line(self, seconds: float) -> str | None:
         """Of the last `seconds`; None if nothing happened.  Prompts that are computed again count again."""
-        record, self._last = self._last, None
-        if record is None:
+        told, now = self._told, self._sum
+        record = now.last
+        if record is None or now is told:
             return None
-        prompt_tokens, self._prompt_tokens = self._prompt_tokens, 0
-        new_tokens, self._new_tokens = self._new_tokens, 0
+        self._told = now
+        prompt_tokens, new_tokens = now.prompt_tokens - told.prompt_tokens, now.new_tokens - told.new_tokens
         return (
             f"{record.num_running} running, {record.num_waiting} waiting, {prompt_tokens / seconds:.1f} prompt "
             f"tokens/s, {new_tokens / seconds:.1f} generation tokens/s, KV "

@@ -106,7 +106,8 @@ class History:
         """
         service, now = self._service, int(self._clock())
         health = service.health() if service else None
-        capacity = service.opened.engine.kv_capacity_tokens if service else []
+        standing = service.standing if service else None
+        capacity = standing.kv_capacity_tokens if standing else ()
         with self._lock:
             known = {second.number: second for second in self._seconds}
             numbers = range(max(now - min(num_seconds, KEPT_S), min(self._since, now - LEAST_S)), now)
@@ -116,9 +117,9 @@ class History:
             "state": health.state if health else "loading",
             "reason": health.reason if health else None,
             "lost": health.lost if health else [],
-            "running": service.num_running if service else 0,
-            "waiting": service.num_waiting if service else 0,
-            "load_limit": service.opened.engine.kv_load_limit if service else 0,
-            "capacity": capacity,
+            "running": standing.num_running if standing else 0,
+            "waiting": standing.num_waiting if standing else 0,
+            "load_limit": standing.kv_load_limit if standing else 0,
+            "capacity": list(capacity),
             "seconds": rows,
         }

@@ -1,7 +1,7 @@
 """``GET /metrics``: what is counted of a server, under the names that dashboards for vLLM know and some of our own.
 
     engine's thread     on_step, on_finished: additions to plain numbers, once a step and once a request
-    whoever scrapes     those numbers, and what engine and service tell of themselves now
+    whoever scrapes     those numbers, and how the service says that things stand
 
 Times are taken in the S-worker's process, both ends of them.  A request counts when it has ended.
 """
@@ -21,6 +21,7 @@ from fastdecode.outputs import RequestOutput
 from fastdecode.server.counts import Families, Histogram
 from fastdecode.server.service import Service
 from fastdecode.step_log import StepRecord
+from fastdecode.totals import PoolTotals, Standing
 
 # vLLM's buckets, so that quantiles of both can be compared.
 _FIRST_TOKEN_S = (
@@ -109,16 +110,17 @@ class Metrics:
         states = [(name, float(name == state)) for name in _STATES]
         families.gauges("fastdecode:health", "1: the state it is in.", "state", states)
         if service:
+            standing = service.standing  # one for all of it
             with self._lock:
-                self._tell_requests(families, service)
-                self._tell_steps(families, service)
-            self._tell_r_workers(families, service)
+                self._tell_requests(families, service, standing)
+                self._tell_steps(families, standing)
+            self._tell_r_workers(families, standing.totals, len(service.health().lost))
         return families
 
-    def _tell_requests(self, families: Families, service: Service) -> None:
+    def _tell_requests(self, families: Families, service: Service, standing: Standing) -> None:
         ends = self._finished | service.num_cut_short
-        families.gauge("vllm:num_requests_running", "Sequences with KV on an R-worker.", service.num_running)
-        families.gauge("vllm:num_requests_waiting", "Sequences in the queue.", service.num_waiting)
+        families.gauge("vllm:num_requests_running", "Sequences with KV on an R-worker.", standing.num_running)
+        families.gauge("vllm:num_requests_waiting", "Sequences in the queue.", standing.num_waiting)
         families.counters(
             "vllm:request_success", "Samples that have ended, by reason.", "finished_reason", list(ends.items())
         )
@@ -138,21 +140,20 @@ class Metrics:
             "fastdecode:queue_rejections", "Requests refused because the queue was full (429).", service.num_refused
         )
 
-    def _tell_steps(self, families: Families, service: Service) -> None:
+    def _tell_steps(self, families: Families, standing: Standing) -> None:
         families.counter("vllm:num_preemptions", "Sequences thrown out to be computed again.", self._num_preemptions)
         families.counter("vllm:prompt_tokens", "Prompt tokens computed, again included.", self._prompt_tokens)
         families.counter("vllm:generation_tokens", "New tokens.", self._new_tokens)
         families.counter("fastdecode:steps", "Steps.", self._num_steps)
         families.counter("fastdecode:step_seconds", "Time of steps.", self._step_s)
         families.counter("fastdecode:s_idle_seconds", "In steps, waiting for R-workers alone.", self._wait_s)
-        engine = service.opened.engine
-        capacity = engine.kv_capacity_tokens
-        kv_tokens = _padded(self._kv_tokens if service.num_running else (), len(capacity))
+        capacity = standing.kv_capacity_tokens
+        kv_tokens = _padded(self._kv_tokens if standing.num_running else (), len(capacity))
         held, serving = sum(kv_tokens), [kv for kv, room in zip(kv_tokens, capacity, strict=True) if room]
         families.gauge("vllm:kv_cache_usage_perc", "Share of the KV in use, 0 to 1.", held / max(1, sum(capacity)))
         families.gauge("fastdecode:kv_load_tokens", "W: KV tokens that a step reads.", held)
-        families.gauge("fastdecode:kv_load_limit_tokens", "W_lim: how many it may read.", engine.kv_load_limit)
-        imbalance = max(serving) * len(serving) / held if held else 1.0
+        families.gauge("fastdecode:kv_load_limit_tokens", "W_lim: how many it may read.", standing.kv_load_limit)
+        imbalance = max(serving, default=0.0) * len(serving) / held if held else 1.0
         families.gauge("fastdecode:r_worker_imbalance", "KV tokens of the fullest R-worker over the mean.", imbalance)
         for name, text, values in (
             ("kv_tokens", "KV it holds.", kv_tokens),
@@ -162,8 +163,7 @@ class Metrics:
         idle_s = _numbered(_padded(self._idle_s, len(capacity)))
         families.counters("fastdecode:r_idle_seconds", "In steps, without attention to do.", "r_worker", idle_s)
 
-    def _tell_r_workers(self, families: Families, service: Service) -> None:
-        totals = service.opened.engine.totals
+    def _tell_r_workers(self, families: Families, totals: PoolTotals, num_lost: int) -> None:
         workers = [(str(number), worker) for number, worker in sorted(totals.workers.items())]
         for name, text, values in (
             ("attention_seconds", "In attention.", [(number, w.attention_ns / 1e9) for number, w in workers]),
@@ -171,7 +171,7 @@ class Metrics:
             ("bytes_received", "Of o from it.", [(number, float(w.bytes_received)) for number, w in workers]),
         ):
             families.counters(f"fastdecode:r_worker_{name}", text, "r_worker", values)
-        families.gauge("fastdecode:r_workers_lost", "R-workers that do not serve now.", len(service.health().lost))
+        families.gauge("fastdecode:r_workers_lost", "R-workers that do not serve now.", num_lost)
         families.counter("fastdecode:r_worker_losses", "R-workers that were lost.", totals.num_lost)
         families.counter("fastdecode:recoveries", "Losses after which all went on.", totals.num_recoveries)
         families.counter("fastdecode:r_worker_rejoins", "R-workers that came back, or new.", totals.num_joined)

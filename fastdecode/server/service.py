@@ -6,7 +6,8 @@
     Stream ◄── call_soon_threadsafe  after each step: what it brought, all at once
     abort  ─► inbox ──────────────►  nothing to do: a heartbeat to every R-worker
 
-Nothing but the inbox and the event loop's queue is shared.  Prompts are tokenised in threads beside both.
+Nothing but the inbox, the event loop's queue and the engine's `Standing`, which is never changed, is shared.  Prompts
+are tokenised in threads beside both.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from fastdecode.prompts import Prompt, ReadPrompt, read_prompt
 from fastdecode.sampling_params import SamplingParams
 from fastdecode.server.stream import Event, Stream
 from fastdecode.text import Tokenizer
+from fastdecode.totals import Standing
 
 logger = logging.getLogger(__name__)
 
@@ -94,12 +96,16 @@ class Service:
         self._thread.start()
 
     @property
+    def standing(self) -> Standing:
+        return self._engine.standing
+
+    @property
     def num_waiting(self) -> int:
-        return self._engine.num_waiting
+        return self.standing.num_waiting
 
     @property
     def num_running(self) -> int:
-        return self._engine.num_running
+        return self.standing.num_running
 
     def health(self) -> Health:
         if self._death:
