@@ -182,7 +182,8 @@ class Engine:
         self._rpool.invite(find)
 
     def heartbeat(self, timeout_s: float) -> None:
-        """To be called while nothing runs: every R-worker answers within `timeout_s`, or counts as lost.
+        """To be called while nothing runs: every R-worker answers within `timeout_s`, or counts as lost; the last one
+        has the time of a step.
 
         Raises RWorkerError like `step`.
         """

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import queue
+import threading
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,13 @@ import psutil
 import pytest
 from conftest import Case
 
-from fastdecode import SamplingParams
+from fastdecode import LLM, SamplingParams
 from fastdecode.config import EngineConfig
 from fastdecode.errors import RequestError, RWorkerError
 from fastdecode.open_engine import open_engine
 from fastdecode.server.service import Service
 from fastdecode.server.stream import Stream, deltas_of
-from transport import PeerLost
+from transport import PeerLost, TransportError
 
 GREEDY = SamplingParams(temperature=0, max_tokens=32)
 LONG = SamplingParams(temperature=0, max_tokens=400, ignore_eos=True)
@@ -240,6 +241,32 @@ def test_death_is_told_to_all(llama: Case, monkeypatch: pytest.MonkeyPatch) -> N
 
     for is_idle in (False, True):
         asyncio.run(run(is_idle))
+
+
+@pytest.mark.parametrize("num_r_workers", [1, 2])
+def test_a_heartbeat_that_is_late(num_r_workers: int, llama: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The only R-worker is waited for, since a busy machine is no loss; where another serves, it counts as lost."""
+    timers: list[threading.Timer] = []
+    with LLM(llama.directory, num_r_workers=num_r_workers, skip_tokenizer_init=True) as llm:
+        rpool = llm._engine._rpool
+        send = rpool._workers[0].channel.send
+
+        def late(message: Any, timeout_s: float) -> None:
+            def now() -> None:
+                with suppress(TransportError):
+                    send(message, timeout_s=timeout_s)
+
+            timers.append(threading.Timer(0.1, now))
+            timers[-1].start()
+
+        monkeypatch.setattr(rpool._workers[0].channel, "send", late)
+        llm._engine.heartbeat(0.001)
+        assert rpool.totals.num_lost == num_r_workers - 1
+        monkeypatch.undo()
+        (output,) = llm.generate([llama.prompts[0]], GREEDY)
+        assert output.outputs[0].token_ids == llama.reference[0]
+    for timer in timers:
+        timer.join()
 
 
 def test_aborted_samples_are_counted(llama: Case) -> None:

@@ -254,7 +254,8 @@ class RPool:
     def settle(self, timeout_s: float | None = None) -> None:
         """Brings every R-worker to rest after a step was broken off, wherever that was.  Raises RWorkerError.
 
-        timeout_s: of all of them together, instead of what each has shown to need.
+        timeout_s: of all of them together, instead of what each has shown to need; but one that is vital has as long as
+        in a step, for nothing goes on without it, and a machine may be busy.
 
         A barrier instead of a count of what is owed, which an interrupt may have left wrong: whatever comes before
         the Pong belongs to the past.
@@ -262,8 +263,10 @@ class RPool:
         self._last_ping += 1
         for worker in self._alive:
             self._send(worker, Ping(self._last_ping))
-        deadline = time.monotonic() + (timeout_s or self.timeout_s)
+        asked_s = time.monotonic()
         for worker in self._alive:
+            limit_s = self.timeout_s if timeout_s is None or self.is_vital(worker) else timeout_s
+            deadline = asked_s + limit_s
             left_s = None if timeout_s is None else max(0.0, deadline - time.monotonic())
             while self._recv(worker, left_s) != Pong(self._last_ping):
                 if time.monotonic() > deadline:
