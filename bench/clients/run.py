@@ -6,8 +6,8 @@
 A client is a program with_NAME.py or with_NAME.mjs beside this one and requirements/NAME.txt, which pins all that its
 environment has.  The programs say for each thing they try how it ended; a wire between client and server, which passes
 on bytes as they are, says which fields were sent and which were refused.  Records in the file given by --json are
-replaced for the clients that ran, and kept for the others.  Exit code 1 if something ended badly that was not refused
-by the name of a field or of a route.
+replaced for the clients that ran, and kept for the others.  Other flags go to `fastdecode serve`.  Exit code 1 if
+something ended badly that was not refused by the name of a field or of a route.
 """
 
 from __future__ import annotations
@@ -64,10 +64,10 @@ def environment(client: str, folder: Path) -> Path:
 
 
 class Server:
-    def __init__(self, model: Path, log: Path) -> None:
+    def __init__(self, model: Path, flags: list[str], log: Path) -> None:
         command = [
             sys.executable, "-m", "fastdecode", "serve", str(model), "--port", "0", "--served-model-name", NAME,
-            "--kv-cache-memory", "2GiB",
+            "--kv-cache-memory", "2GiB", *flags,
         ]  # fmt: skip
         with log.open("w") as file:
             self._process = subprocess.Popen(
@@ -104,7 +104,7 @@ class Server:
 
 def try_client(client: str, args: argparse.Namespace, logs: Path) -> dict[str, Any]:
     place = environment(client, args.environments)
-    server = Server(args.model, logs / f"{client}-server.log")
+    server = Server(args.model, args.flags, logs / f"{client}-server.log")
     wire = Wire(server.port)
     record = logs / f"{client}.jsonl"
     record.unlink(missing_ok=True)
@@ -175,7 +175,7 @@ def main() -> None:
         "--logs", type=Path, metavar="FOLDER", help="what clients and servers wrote (default: not kept)"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
-    args = parser.parse_args()
+    args, args.flags = parser.parse_known_args()
     args.model, args.environments = args.model.resolve(), args.environments.resolve()
     records: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as name:

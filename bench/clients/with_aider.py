@@ -13,6 +13,14 @@ _FLAGS = (
     "--no-gitignore", "--no-detect-urls", "--map-tokens", "0", "--no-pretty", "--no-suggest-shell-commands",
 )  # fmt: skip
 _BEFORE = 'def greet():\n    print("hello")\n'
+# Words to repeat, since the model is small.
+_WANTED = """Answer with this and nothing else:
+
+greet.py
+```
+def greet():
+    print("goodbye")
+```"""
 
 
 def repository(folder: Path) -> Path:
@@ -33,10 +41,12 @@ def edit(given: Given, name: str, *flags: str) -> object:
     prices.parent.mkdir(parents=True, exist_ok=True)
     prices.write_text(json.dumps({f"openai/{NAME}": {"max_input_tokens": 8192, "litellm_provider": "openai"}}))
     folder = repository(given.scratch / name)
+    settings = given.scratch / "settings.yaml"
+    settings.write_text(f"- name: openai/{NAME}\n  extra_params:\n    max_tokens: 200\n")
     said = shell(
         [
-            command("aider"), "--model", f"openai/{NAME}", *_FLAGS, *flags,
-            "--message", 'Write greet.py again, so that it prints "goodbye" instead of "hello".', "greet.py",
+            command("aider"), "--model", f"openai/{NAME}", "--model-settings-file", str(settings), *_FLAGS, *flags,
+            "--message", _WANTED, "greet.py",
         ],
         folder=folder,
     )  # fmt: skip
