@@ -84,7 +84,7 @@ def kill_and_resume(
     for number in range(num_kills):
         before = lines_written(out)
         left = num_lines - before
-        wanted = 0 if number % 5 == 4 else int(generator.integers(1, max(2, 2 * left // (num_kills - number + 1))))
+        wanted = 0 if number % 5 == 4 else int(generator.integers(1, max(2, 2 * left // (num_kills - number + 2))))
         pause_s = float(generator.uniform(0.0, 4.0 if wanted == 0 else 0.05))
         began = time.monotonic()
         process = start(model, source, out, "--resume", *flags)

@@ -46,10 +46,11 @@ def test_attention(tmp_path: Path) -> None:
             assert r["max_abs_error"] < 2e-6
 
 
+@pytest.mark.parametrize("windows", [8, pytest.param(24, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("outliers", [False, True])
-def test_kv_quality(tmp_path: Path, outliers: bool) -> None:
+def test_kv_quality(tmp_path: Path, outliers: bool, windows: int) -> None:
     """Of the shipped model: what docs/figures.md says of each storage type, on a part of the text."""
-    flags = ["--context", "128", "--windows", "24", *(["--outliers"] if outliers else [])]
+    flags = ["--context", "128", "--windows", str(windows), *(["--outliers"] if outliers else [])]
     results = {r["dtype"]: r for r in run(tmp_path, "kv_quality.py", *flags)["results"]}
     assert results["float32"]["mean_kld"] < 1e-7 and results["float16"]["mean_kld"] < 1e-6
     assert results["int8"]["mean_kld"] < 1e-3 and results["int8"]["top1_percent"] > 98

@@ -15,14 +15,12 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import Case
+from conftest import Case, crowding
 
 from cpu_attention import LISTENING, RWorker, serve
 from fastdecode import LLM, SamplingParams
 from fastdecode.errors import RWorkerFailed, RWorkerLost, RWorkerTimeout
 from transport import Admit, Attend, Attended, PeerLost, Release, connect, listen
-
-pytestmark = pytest.mark.alone
 
 ROOT = Path(__file__).parents[1]
 GREEDY = SamplingParams(temperature=0, max_tokens=32)
@@ -33,27 +31,34 @@ def children() -> list[psutil.Process]:
     return [p for p in psutil.Process().children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE]
 
 
-def wait_until(condition: object, timeout_s: float = 10) -> bool:
+def wait_until(condition: object, timeout_s: float = 60) -> bool:
     deadline = time.monotonic() + timeout_s
     while not condition() and time.monotonic() < deadline:  # type: ignore[operator]
         threading.Event().wait(0.02)
     return bool(condition())  # type: ignore[operator]
 
 
-@pytest.mark.parametrize("transport", ["shm", "ipc", "tcp"])
-@pytest.mark.parametrize("harm", [signal.SIGKILL, signal.SIGSTOP], ids=str)
+@pytest.mark.parametrize(
+    "harm, transport",
+    [
+        (signal.SIGKILL, "shm"), (signal.SIGKILL, "tcp"), (signal.SIGSTOP, "shm"), (signal.SIGSTOP, "ipc"),
+        pytest.param(signal.SIGKILL, "ipc", marks=pytest.mark.slow),
+        pytest.param(signal.SIGSTOP, "tcp", marks=pytest.mark.slow),
+    ],
+    ids=str,
+)  # fmt: skip
 def test_worker_lost_in_the_middle(
     transport: str, harm: signal.Signals, llama: Case, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Of two workers one: noticed within 5 s, no token changes, and a new process takes its place.
+    """Of two workers one: noticed within 5 s of an idle machine, no token changes, and a new process takes its place.
 
     Then both: a typed error that names one.  And close() still ends everything.
     """
-    before = len(children())
-    prompts = [[5 + i] * 20 for i in range(8)]
+    before = set(children())
+    prompts, params = [[5 + i] * 20 for i in range(8)], SamplingParams(temperature=0, max_tokens=150, ignore_eos=True)
     with LLM(llama.directory, transport=transport, num_r_workers=2, skip_tokenizer_init=True) as llm:
         victims = children()[-2:]
-        expected = [output.outputs[0].token_ids for output in llm.generate(prompts, LONG, use_tqdm=False)]
+        expected = [output.outputs[0].token_ids for output in llm.generate(prompts, params, use_tqdm=False)]
 
         def strike_soon(victim: psutil.Process) -> list[float]:
             moment: list[float] = []
@@ -67,26 +72,26 @@ def test_worker_lost_in_the_middle(
 
         moment = strike_soon(victims[0])
         while f"process {victims[0].pid}," in llm._engine._rpool.names[0]:
-            outputs = llm.generate(prompts, LONG, use_tqdm=False)
+            outputs = llm.generate(prompts, params, use_tqdm=False)
             assert [output.outputs[0].token_ids for output in outputs] == expected
-            assert not moment or time.monotonic() - moment[0] < 30
+            assert not moment or time.monotonic() - moment[0] < 120
         [lost] = [record for record in caplog.records if record.name == "fastdecode.recovery"]
         assert f"process {victims[0].pid}," in lost.message
-        assert lost.created - moment[0] - (time.time() - time.monotonic()) < 5
+        assert lost.created - moment[0] - (time.time() - time.monotonic()) < 5 * crowding()
         assert not psutil.pid_exists(victims[0].pid)  # its memory is needed
-        outputs = llm.generate(prompts, LONG, use_tqdm=False)
+        outputs = llm.generate(prompts, params, use_tqdm=False)
         assert [output.outputs[0].token_ids for output in outputs] == expected
         assert all(llm._engine._scheduler._credits.capacity_tokens)
         victims = children()[-2:]
         for victim in victims:
             strike_soon(victim)
         while any(f"process {victim.pid}," in name for victim in victims for name in llm._engine._rpool.names):
-            outputs = llm.generate(prompts, LONG, use_tqdm=False)  # with none left it waits for one that comes back
+            outputs = llm.generate(prompts, params, use_tqdm=False)  # with none left it waits for one that comes back
             assert [output.outputs[0].token_ids for output in outputs] == expected
         for victim in victims if harm == signal.SIGSTOP else ():
             with suppress(psutil.NoSuchProcess):  # killed already, to start another
                 victim.send_signal(signal.SIGCONT)
-    assert len(children()) == before
+    assert set(children()) <= before
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
@@ -334,7 +339,7 @@ def test_nobody_comes_back(lone_worker: tuple[subprocess.Popen[str], str], llama
         with pytest.raises(RWorkerLost, match="is gone"):
             for _ in range(1000):
                 llm.generate([[5]], LONG, use_tqdm=False)
-        assert 2 < time.monotonic() - began < 10
+        assert 2 < time.monotonic() - began < 10 * crowding()
 
 
 def test_worker_started_by_hand_outlives_its_s_workers(
@@ -360,7 +365,7 @@ def test_worker_started_by_hand_outlives_its_s_workers(
     assert run() == llama.reference
     assert process.poll() is None
     process.terminate()
-    assert process.wait(10) == 0
+    assert process.wait(60) == 0
 
 
 def test_second_s_worker_is_told_to_wait(lone_worker: tuple[subprocess.Popen[str], str], llama: Case) -> None:

@@ -51,10 +51,10 @@ def test_a_codec_that_is_wrong_is_found(monkeypatch: pytest.MonkeyPatch) -> None
     assert "KeyError" in record["failure"] and "--first-batch 0" in record["failure"] and record["frames_hex"]
 
 
-@pytest.mark.alone
+@pytest.mark.parametrize("num_frames", [1_500, pytest.param(8_000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("transport", ["shm", "ipc", "tcp"])
-def test_worker(transport: str) -> None:
-    record = attack(transport, 4_000, SEED, num_strange=1)
+def test_worker(transport: str, num_frames: int) -> None:
+    record = attack(transport, num_frames, SEED, num_strange=1)
     assert "failure" not in record, record["failure"]
     answers = record["answers"]
     assert {"Welcome", "Attended", "Pong", "Failure: ProtocolError", "Failure: BadRequest"} <= answers.keys()

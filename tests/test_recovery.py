@@ -137,12 +137,13 @@ TIGHT = {
 
 @pytest.mark.parametrize("options", [{}, SMALL_STEPS, TIGHT], ids=["whole", "chunked", "preempting"])
 @pytest.mark.parametrize("harm", HARMS)
+@pytest.mark.parametrize("num_rounds", [2, pytest.param(12, marks=pytest.mark.slow)])
 def test_lost_at_any_moment(
-    harm: Callable[[], Message | None], options: dict[str, Any], llama: Case, r_workers: list[RWorker]
+    num_rounds: int, harm: Callable[[], Message | None], options: dict[str, Any], llama: Case, r_workers: list[RWorker]
 ) -> None:
     """Of three workers one, then another; the one that is left finishes all, and the next batch, too."""
     generator = np.random.default_rng(len(harm.__name__) + len(options))
-    for _ in range(6):
+    for _ in range(num_rounds):
         r_workers.clear()
         with three_workers(llama, **options) as llm:
             first, second = generator.permutation(3)[:2]

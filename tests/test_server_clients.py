@@ -249,7 +249,7 @@ def test_more_than_the_queue_holds(demo_model: Path) -> None:
     """Whoever finds it full hears so at once, and when to come again; the others are served."""
 
     async def run() -> None:
-        async with live_server(demo_model, {"max_num_seqs": 2}, max_queue=10) as live:
+        async with live_server(demo_model, {"max_num_seqs": 2}, max_queue=4) as live:
             limits = httpx.Limits(max_connections=None)
             async with httpx.AsyncClient(base_url=live.url, timeout=60, limits=limits) as client:
 
@@ -261,15 +261,15 @@ def test_more_than_the_queue_holds(demo_model: Path) -> None:
                 asked = await asyncio.gather(*(ask(i) for i in range(60)))
                 served = [seconds for answer, seconds in asked if answer.status_code == 200]
                 refused = [(answer, seconds) for answer, seconds in asked if answer.status_code != 200]
-                assert 12 <= len(served) <= 14 and len(refused) == 60 - len(served)
+                assert 6 <= len(served) <= 8 and len(refused) == 60 - len(served)
                 for answer, seconds in refused:
                     assert answer.status_code == 429 and int(answer.headers["retry-after"]) >= 1
                     assert answer.json()["error"]["code"] == "queue_full" and seconds < max(served)
                 # A list that the queue never holds whole is the request's fault; one that it holds is served.
-                answer = await client.post("/v1/completions", json={"prompt": ["x"] * 6, "n": 2, "temperature": 1})
-                assert answer.status_code == 400 and "6 prompts x n = 2 are 12 sequences" in answer.text
-                answer = await client.post("/v1/completions", json={"prompt": ["x"] * 10, "max_tokens": 2})
-                assert answer.status_code == 200 and len(answer.json()["choices"]) == 10
+                answer = await client.post("/v1/completions", json={"prompt": ["x"] * 3, "n": 2, "temperature": 1})
+                assert answer.status_code == 400 and "3 prompts x n = 2 are 6 sequences" in answer.text
+                answer = await client.post("/v1/completions", json={"prompt": ["x"] * 4, "max_tokens": 2})
+                assert answer.status_code == 200 and len(answer.json()["choices"]) == 4
             await live.idle()
 
     asyncio.run(run())
