@@ -71,7 +71,7 @@ def told_before(tokenizer: Tokenizer, prompt: list[int], after: str, skip: bool,
 
 
 @pytest.mark.parametrize("kind", ALL + [f"{kind} in a window" for kind in HAVE_PIECES])
-@settings(max_examples=60)
+@settings(max_examples=50)
 @given(text=TEXTS, place=st.floats(0, 1), skip=st.booleans())
 def test_a_text_in_two(kind: str, text: str, place: float, skip: bool, tokenizers: dict[str, Tokenizer]) -> None:
     tokenizer = tokenizers[kind]
@@ -86,7 +86,7 @@ def test_a_text_in_two(kind: str, text: str, place: float, skip: bool, tokenizer
 
 
 @pytest.mark.parametrize("kind", ALL)
-@settings(max_examples=40)
+@settings(max_examples=50)
 @given(data=st.data(), place=st.floats(0, 1), skip=st.booleans())
 def test_tokens_at_random(
     kind: str, data: st.DataObject, place: float, skip: bool, tokenizers: dict[str, Tokenizer]
@@ -103,7 +103,7 @@ def test_tokens_at_random(
 
 
 @pytest.mark.parametrize("kind", HAVE_PIECES)
-@settings(max_examples=40)
+@settings(max_examples=50)
 @given(data=st.data(), place=st.floats(0, 1))
 def test_pieces_say_the_text(kind: str, data: st.DataObject, place: float, tokenizers: dict[str, Tokenizer]) -> None:
     """The bytes beside log-probabilities, one token's after the other, are the answer's."""

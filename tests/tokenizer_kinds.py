@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 SPECIAL = ["<unk>", "<s>", "</s>"]
+ADDED = ["<tool call>", "n\u00e9", "\u2581both ", "  "]  # of no decoder's alphabet, of one, and in between
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 CORPUS = [
     "def encode(self, text): return [self.ids[token] for token in text.split()]",
@@ -132,7 +133,9 @@ def make_tokenizer(kind: str, directory: Path) -> Path:
         ByT5Tokenizer(extra_ids=0).save_pretrained(directory)
         return directory
     make, options = KINDS[kind]
+    backend = make()
+    backend.add_tokens(ADDED)
     PreTrainedTokenizerFast(
-        tokenizer_object=make(), unk_token="<unk>", bos_token="<s>", eos_token="</s>", **options
+        tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>", **options
     ).save_pretrained(directory)
     return directory
