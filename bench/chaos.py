@@ -1,5 +1,8 @@
 """Three R-workers come to harm, again and again, while 200 requests are served: no token may change, nothing may hang.
 
+Recovery computes with other numbers of rows, which round differently: a token that two others tie with, or that a draw
+lies beside, may change for that reason alone (`near_ties.py`, which tells that from a fault); such are counted.
+
     python bench/chaos.py [--seeds 10] [--json FILE]
 
 The workers are processes behind tcp://.  At random moments one is killed with SIGKILL (and started again by whoever
@@ -40,6 +43,7 @@ import fastdecode  # before torch, see there
 import numpy as np
 
 from bench.end_to_end import make_model
+from bench.near_ties import assert_same_tokens
 from cpu_attention import LISTENING, cpu_name
 from fastdecode import LLM, SamplingParams
 from transport.bad_link import HARMS, BadLink
@@ -88,6 +92,8 @@ class Blow:
 class Run:
     """What happened, all in seconds of the monotonic clock."""
 
+    prompts: list[list[int]] = field(default_factory=list)
+    params: list[SamplingParams] = field(default_factory=list)
     tokens: list[list[int]] = field(default_factory=list)
     steps: list[tuple[float, int]] = field(default_factory=list)  # (when it was done, tokens)
     blows: list[Blow] = field(default_factory=list)
@@ -183,7 +189,7 @@ def serve(args: argparse.Namespace, model: str, seed: int | None) -> Run:
         SamplingParams(temperature=0.8 if index % 4 == 0 else 0, max_tokens=int(length), ignore_eos=True, seed=index)
         for index, length in enumerate(generator.integers(args.output_len // 2, args.output_len, args.requests))
     ]
-    run, workers = Run(), [Worker() for _ in range(3)]
+    run, workers = Run(prompts, params), [Worker() for _ in range(3)]
     link = BadLink("127.0.0.1", workers[BEHIND_BAD_LINK].port, seed or 0)
     listener = _Listener(run)
     logging.getLogger("fastdecode").addHandler(listener)
@@ -252,12 +258,15 @@ def main() -> None:
         print(f"undisturbed: {plain.steps[-1][0] - plain.steps[0][0]:.1f} s, {usual:.0f} tokens/s", flush=True)
         for seed in range(args.first_seed, args.first_seed + args.seeds):
             run = serve(args, model, seed)
-            if run.tokens != plain.tokens:
-                raise SystemExit(f"seed {seed}: other tokens than in the undisturbed run")
+            try:
+                ties = assert_same_tokens(Path(model), run.prompts, run.params, run.tokens, plain.tokens)
+            except AssertionError as error:
+                raise SystemExit(f"seed {seed}: other tokens than in the undisturbed run: {error}") from error
             records += figures(run, usual)
             unprovoked += run.unprovoked
             harms = ", ".join(blow.harm for blow in run.blows)
-            print(f"seed {seed}: {run.steps[-1][0] - run.steps[0][0]:.1f} s, tokens equal; {harms}", flush=True)
+            took_s = run.steps[-1][0] - run.steps[0][0]
+            print(f"seed {seed}: {took_s:.1f} s, tokens equal but for {len(ties)} near-ties; {harms}", flush=True)
     print(f"\nfastdecode {fastdecode.__version__}, {cpu_name()}, {len(records)} blows; median (largest), seconds")
     print(f"{'harm':10} {'blows':>5} {'lost':>5} {'noticed':>14} {'stood still':>14} {'at 2/3':>14} {'back':>14}")
     for harm in ("SIGKILL", "SIGSTOP", *HARMS):

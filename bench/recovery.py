@@ -34,6 +34,7 @@ import numpy as np
 import psutil
 
 from bench.end_to_end import make_model
+from bench.near_ties import assert_same_tokens
 from cpu_attention import cpu_name
 from fastdecode import LLM, SamplingParams
 
@@ -49,10 +50,14 @@ class _Noticed(logging.Handler):
         self.at.append(time.monotonic())
 
 
+def requests(args: argparse.Namespace) -> tuple[list[list[int]], SamplingParams]:
+    prompts = np.random.default_rng(0).integers(3, args.vocab, (args.sequences, args.input_len)).tolist()
+    return prompts, SamplingParams(temperature=0, max_tokens=args.output_len, ignore_eos=True)
+
+
 def serve(args: argparse.Namespace, model: str, blow: signal.Signals | None, after_s: float) -> dict[str, Any]:
     """One batch; `blow` to one worker after so many seconds."""
-    prompts = np.random.default_rng(0).integers(3, args.vocab, (args.sequences, args.input_len)).tolist()
-    params = SamplingParams(temperature=0, max_tokens=args.output_len, ignore_eos=True)
+    prompts, params = requests(args)
     noticed, struck, steps = _Noticed(), [], []
     logging.getLogger("fastdecode.recovery").addHandler(noticed)
     before = {child.pid for child in psutil.Process().children(recursive=True)}
@@ -121,12 +126,13 @@ def main() -> None:
             for name, blow in HARMS.items():
                 after_s = float(generator.uniform(0.3, 0.6) * plain["seconds"])
                 record = serve(args, model, blow, after_s)
-                if record.pop("tokens") != plain["tokens"]:
-                    raise SystemExit(f"{name} after {after_s:.3f} s: other tokens than in an undisturbed run")
+                try:
+                    assert_same_tokens(Path(model), *requests(args), record.pop("tokens"), plain["tokens"])
+                except AssertionError as error:
+                    where = f"{name} after {after_s:.3f} s"
+                    raise SystemExit(f"{where}: other tokens than in an undisturbed run: {error}") from error
                 records.append({"harm": name, "after_s": after_s, **record})
-    print(
-        f"fastdecode {fastdecode.__version__}, {cpu_name()}, {args.transport}, {len(records)} losses, tokens all equal"
-    )
+    print(f"fastdecode {fastdecode.__version__}, {cpu_name()}, {args.transport}, {len(records)} losses, tokens equal")
     print(f"{'':8} {'noticed, s':>16} {'stood still, s':>16} {'all back, s':>16} {'rate after / before':>20}")
     for name in HARMS:
         own = [record for record in records if record["harm"] == name]

@@ -14,6 +14,7 @@ from conftest import Case, quiet
 
 from bench.chaos import KILLED
 from bench.chaos import serve as serve_in_chaos
+from bench.near_ties import assert_same_tokens
 from cpu_attention import RWorker, serve
 from fastdecode import LLM, SamplingParams
 from models import VOCAB
@@ -62,9 +63,13 @@ def test_a_bad_link(harm: str, llama: Case, ports: list[int], monkeypatch: pytes
 
 
 def test_chaos(llama: Case) -> None:
-    """One killed, one stopped, one behind a bad link, in turn."""
+    """One killed, one stopped, one behind a bad link, in turn.
+
+    Sequence 0 is sampled, and its draw of token 114 lies 2e-7 beside a border: processors, kernels and numbers
+    of rows differ in which token that is.
+    """
     args = argparse.Namespace(vocab=VOCAB, requests=60, sequences=16, output_len=300, blows=4)
     plain = serve_in_chaos(args, str(llama.directory), None)
     run = serve_in_chaos(args, str(llama.directory), 1)
-    assert run.tokens == plain.tokens
+    assert_same_tokens(llama.directory, run.prompts, run.params, run.tokens, plain.tokens)
     assert len(run.blows) > 1 and all(blow.noticed for blow in run.blows[:-1] if blow.worker == KILLED)

@@ -17,6 +17,7 @@ import psutil
 import pytest
 from conftest import Case, crowding
 
+from bench.near_ties import assert_same_tokens
 from cpu_attention import LISTENING, RWorker, serve
 from fastdecode import LLM, SamplingParams
 from fastdecode.errors import RWorkerFailed, RWorkerLost, RWorkerTimeout
@@ -58,7 +59,7 @@ def test_worker_lost_in_the_middle(
     prompts, params = [[5 + i] * 20 for i in range(8)], SamplingParams(temperature=0, max_tokens=150, ignore_eos=True)
     with LLM(llama.directory, transport=transport, num_r_workers=2, skip_tokenizer_init=True) as llm:
         victims = children()[-2:]
-        expected = [output.outputs[0].token_ids for output in llm.generate(prompts, params, use_tqdm=False)]
+        expected = llm.generate(prompts, params, use_tqdm=False)
 
         def strike_soon(victim: psutil.Process) -> list[float]:
             moment: list[float] = []
@@ -73,21 +74,21 @@ def test_worker_lost_in_the_middle(
         moment = strike_soon(victims[0])
         while f"process {victims[0].pid}," in llm._engine._rpool.names[0]:
             outputs = llm.generate(prompts, params, use_tqdm=False)
-            assert [output.outputs[0].token_ids for output in outputs] == expected
+            assert_same_tokens(llama.directory, prompts, params, outputs, expected)
             assert not moment or time.monotonic() - moment[0] < 120
         [lost] = [record for record in caplog.records if record.name == "fastdecode.recovery"]
         assert f"process {victims[0].pid}," in lost.message
         assert lost.created - moment[0] - (time.time() - time.monotonic()) < 5 * crowding()
         assert not psutil.pid_exists(victims[0].pid)  # its memory is needed
         outputs = llm.generate(prompts, params, use_tqdm=False)
-        assert [output.outputs[0].token_ids for output in outputs] == expected
+        assert_same_tokens(llama.directory, prompts, params, outputs, expected)
         assert all(llm._engine._scheduler._credits.capacity_tokens)
         victims = children()[-2:]
         for victim in victims:
             strike_soon(victim)
         while any(f"process {victim.pid}," in name for victim in victims for name in llm._engine._rpool.names):
             outputs = llm.generate(prompts, params, use_tqdm=False)  # with none left it waits for one that comes back
-            assert [output.outputs[0].token_ids for output in outputs] == expected
+            assert_same_tokens(llama.directory, prompts, params, outputs, expected)
         for victim in victims if harm == signal.SIGSTOP else ():
             with suppress(psutil.NoSuchProcess):  # killed already, to start another
                 victim.send_signal(signal.SIGCONT)

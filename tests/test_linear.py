@@ -5,11 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from conftest import Case
+from conftest import Case, quiet
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from transformers.pytorch_utils import Conv1D
 
+from fastdecode import LLM, SamplingParams
 from gpu_sworker import FlatBatch, SWorker
 from gpu_sworker import linear as room
 from gpu_sworker.linear import PackedLinear, pack_linears
@@ -119,6 +120,19 @@ def test_facts_tell_the_kernel(llama: Case) -> None:
         facts = SWorker(llama.directory, linear_kernel=kernel).facts
         assert facts.linear_kernel == kernel
     assert facts.num_parameters == SWorker(llama.directory, linear_kernel="plain").facts.num_parameters
+
+
+def test_the_same_run_twice_is_equal_to_the_bit(llama: Case) -> None:
+    """Tokens and log-probabilities, greedy and sampled, prompts cut and two micro-batches in a step."""
+    params = [SamplingParams(temperature=i % 2, seed=i, max_tokens=24, logprobs=2) for i in range(len(llama.prompts))]
+    runs = []
+    for _ in range(2):
+        with LLM(
+            llama.directory, skip_tokenizer_init=True, num_r_workers=2, micro_batches=2, max_num_batched_tokens=64,
+            kv_cache_memory="16MiB",
+        ) as llm:  # fmt: skip
+            runs.append([(o.outputs[0].token_ids, o.outputs[0].logprobs) for o in quiet(llm, llama.prompts, params)])
+    assert runs[0] == runs[1]
 
 
 def test_padded_rows() -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from conftest import Case, quiet
 
+from bench.near_ties import assert_same_tokens
 from cpu_attention import KV_DTYPES, RWorker
 from fastdecode import LLM, RequestOutput, SamplingParams
 from fastdecode.errors import RWorkerError, RWorkerLost
@@ -182,10 +183,10 @@ def test_the_last_one(llama: Case) -> None:
 def test_draws_stay_the_same(llama: Case) -> None:
     params = SamplingParams(temperature=1.3, max_tokens=32, seed=5, n=2)
     with three_workers(llama) as llm:
-        expected = [[c.token_ids for c in output.outputs] for output in quiet(llm, llama.prompts, params)]
+        expected = quiet(llm, llama.prompts, params)
     with three_workers(llama, micro_batches=2) as llm:
         make_faulty(llm, 1, 90, gone)
-        assert [[c.token_ids for c in output.outputs] for output in quiet(llm, llama.prompts, params)] == expected
+        assert_same_tokens(llama.directory, llama.prompts, params, quiet(llm, llama.prompts, params), expected)
 
 
 def test_what_fits_nowhere_any_more_says_so(llama: Case, monkeypatch: pytest.MonkeyPatch) -> None:
