@@ -50,7 +50,8 @@ def test_measured_and_used(demo_model: Path, tmp_path: Path, capsys: pytest.Capt
     """The command measures on real workers; its file bounds the load of a run by a step's time."""
     path = tmp_path / "c.json"
     arguments = ["calibrate", str(demo_model), "-o", str(path), "--num-r-workers", "2", "--largest-batch", "12"]
-    assert main([*arguments, "--kv-cache-memory", "64MiB", "--kv-cache-dtype", "float16"]) == 0
+    arguments += ["--kv-cache-memory", "64MiB", "--kv-cache-dtype", "float16"]
+    assert any(main(arguments) == 0 for _ in range(10)), "each time the machine was too busy to be measured"
     told = capsys.readouterr()
     assert "ns per KV token" in told.out and "T(12)" in told.err and "R-Part of" in told.err
     found = read_calibration(path)
