@@ -114,7 +114,7 @@ class EngineConfig:
                 near = difflib.get_close_matches(name, known, 1)
                 hint = f"did you mean {near[0]!r}? " if near else ""
                 raise ConfigError(f"there is no option {name!r}; {hint}The options are {', '.join(known)}")
-        options = dict(options)
+        options = {name: v.tolist() if hasattr(v, "tolist") else v for name, v in options.items()}  # of numpy
         for name in ("model", "tokenizer", "key_file", "calibration", "step_log", "trace"):
             if options.get(name) is not None:
                 options[name] = str(options[name])

@@ -351,8 +351,7 @@ def test_chat(llm: LLM) -> None:
         use_tqdm=False,  # type: ignore[list-item]
         chat_template=template,
     )
-    assert (
-        token_ids([good]) == token_ids([also_good]) and bad.error and "chat template does not take" in bad.error.message
-    )
+    assert token_ids([good]) == token_ids([also_good]) == token_ids([output]) and good.prompt == output.prompt
+    assert bad.error and bad.error.param == "messages[0]" and "a message is an object" in bad.error.message
     with pytest.raises(ConfigError, match="no chat template"):
         llm.chat(conversation, GREEDY)

@@ -53,7 +53,7 @@ def test_missing_tokenizer(llama: Case) -> None:
         ({"key_file": "k", "r_worker_addresses": ["ipc://a"]}, "key_file is for R-workers over tcp://"),
         ({"key_file": "/nonexistent", "transport": "tcp"}, "key_file: there is no /nonexistent"),
         ({"r_worker_addresses": ["ipc://a"], "num_r_workers": 2}, "either num_r_workers"),
-        ({"max_model_len": 5000}, "max_model_len is 5000, but the model computes positions up to 512"),
+        ({"max_model_len": 5000}, "max_model_len is 5000, but the model has positions for 512 tokens only"),
         (
             {"kv_cache_memory": "1KiB"},
             "KV budget of 1024 bytes holds no block: 64 tokens x 768 bytes per token = 49152",
@@ -69,6 +69,12 @@ def test_missing_tokenizer(llama: Case) -> None:
 def test_bad_options(options: dict[str, Any], text: str, llama: Case) -> None:
     with pytest.raises(ConfigError, match=text):
         LLM(llama.directory, skip_tokenizer_init=True, **options)
+
+
+def test_numpys_numbers_are_taken(llama: Case) -> None:
+    options = {"max_model_len": np.int64(100), "worker_timeout_s": np.float32(5), "skip_tokenizer_init": np.bool_(True)}
+    with LLM(llama.directory, seed=np.uint32(3), r_worker_addresses=np.array([]), **options) as llm:
+        assert llm.max_model_len == 100 and type(llm.config.max_model_len) is int and llm.config.seed == 3
 
 
 def test_small_budget_bounds_the_length(llama: Case, caplog: pytest.LogCaptureFixture) -> None:
