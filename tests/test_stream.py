@@ -79,7 +79,7 @@ def test_one_send_and_an_event_for_each_token() -> None:
             await asyncio.Event().wait()
 
         stream.put(a_delta("a"))
-        await StreamedAnswer(request, "demo", [stream])({}, receive, send)
+        await StreamedAnswer(request, "demo", [stream], None)({}, receive, send)
 
     asyncio.run(run())
     bodies = [message["body"].decode() for message in sent[1:]]
