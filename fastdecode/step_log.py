@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TextIO
@@ -11,6 +13,8 @@ from typing import TextIO
 from fastdecode.errors import ConfigError
 from fastdecode.plan import Step
 from fastdecode.totals import Lap
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -71,12 +75,26 @@ class StepLog:
             self._file: TextIO = open(path, "w", encoding="utf-8")  # noqa: SIM115 (closed by close)
         except OSError as error:
             raise ConfigError(f"cannot write the step log: {error}") from error
+        self._is_broken = False
 
     def write(self, record: StepRecord) -> None:
-        self._file.write(json.dumps(asdict(record)) + "\n")
+        """A disk that is full ends the log, with a warning, and not the steps."""
+        if not self._is_broken:
+            with self._warned():
+                self._file.write(json.dumps(asdict(record)) + "\n")
 
     def close(self) -> None:
-        self._file.close()
+        with self._warned():
+            self._file.close()
+
+    @contextmanager
+    def _warned(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if not self._is_broken:
+                logger.warning("the step log %s ends before the steps do: %s", self._file.name, error)
+            self._is_broken = True
 
 
 def read_step_log(path: str | Path) -> Iterator[StepRecord]:

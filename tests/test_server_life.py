@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -20,7 +21,9 @@ import psutil
 import pytest
 from serving import ROOT, ServerProcess, free_port
 
+from fastdecode.open_engine import OpenEngine
 from fastdecode.server.activity import Activity
+from fastdecode.server.run import _load
 from fastdecode.step_log import StepRecord
 
 LONG = {"prompt": "def f(x):", "max_tokens": 700, "ignore_eos": True, "temperature": 1.0, "seed": 4}
@@ -198,6 +201,18 @@ def test_without_the_extra(demo_model: Path) -> None:
     )
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert out.returncode == 2 and "pip install 'fastdecode[server]'" in out.stderr and "Traceback" not in out.stderr
+
+
+@pytest.mark.parametrize("error", [ValueError("no"), StopIteration("no more"), SystemExit(3)], ids=repr)
+def test_loading_that_fails_in_any_way_is_told(error: BaseException) -> None:
+    def load() -> OpenEngine:
+        raise error
+
+    async def run() -> None:
+        await asyncio.wait_for(_load(load, asyncio.Event()), 60)
+
+    with pytest.raises(RuntimeError if isinstance(error, StopIteration) else type(error), match="no|3"):
+        asyncio.run(run())
 
 
 def test_the_line_of_activity() -> None:

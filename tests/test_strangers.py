@@ -306,3 +306,27 @@ def test_refusals_are_bounded(caplog: pytest.LogCaptureFixture) -> None:
     assert len(caplog.records) == MAX_REFUSALS + 1 and "further ones are not" in caplog.text
     assert all("\n" not in record.getMessage() and len(record.getMessage()) < 400 for record in caplog.records)
     assert len(refusals._told) == MAX_REFUSALS + 1
+
+
+@pytest.mark.parametrize("keys", [None, make_keys()], ids=["open", "with a key"])
+def test_an_event_that_is_not_understood_shuts_nobody_out(
+    keys: Keys | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whoever comes after it is still let in."""
+
+    def fails(*_: object) -> None:
+        raise ValueError("no such event")
+
+    monkeypatch.setattr("transport.doorkeeper.Doorkeeper._note", fails)
+    listener = listen("tcp://127.0.0.1:0", keys)
+    try:
+        for token in range(2):
+            with connect(listener.address, keys) as channel:
+                channel.send(Ping(token), timeout_s=20)
+                delivery = listener.recv(timeout_s=20)
+                assert delivery.envelope.message == Ping(token)
+                listener.send(delivery.peer, delivery.envelope.session, Pong(token), timeout_s=20)
+                assert channel.recv(timeout_s=20) == Pong(token)
+    finally:
+        listener.close()
+    assert "was not understood" in caplog.text

@@ -76,7 +76,10 @@ class Doorkeeper:
                     event = recv_monitor_message(self._monitor)
                     if event["event"] == zmq.EVENT_MONITOR_STOPPED:
                         return
-                    self._note(event["event"], event["value"])
+                    try:
+                        self._note(event["event"], event["value"])
+                    except Exception:  # it is for the log alone, and without this thread nobody comes in any more
+                        logger.exception("an event of the port was not understood")
         finally:
             self._monitor.close(linger=0)
             self._zap.close(linger=0)

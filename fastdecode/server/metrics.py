@@ -91,7 +91,8 @@ class Metrics:
         """In the engine's thread.  What was cut short is not told; see `Service.num_cut_short`."""
         with self._lock:
             for completion in output.outputs:
-                self._finished[completion.finish_reason] += 1
+                reason = completion.finish_reason
+                self._finished[reason] = self._finished.get(reason, 0) + 1
             if output.error:
                 self._failed[output.error.code] = self._failed.get(output.error.code, 0) + 1
             if output.metrics is None:

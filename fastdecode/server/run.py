@@ -116,7 +116,9 @@ async def _load(load: Callable[[], OpenEngine], stop_asked: asyncio.Event) -> Op
         try:
             result = load()
         except BaseException as error:
-            loaded.get_loop().call_soon_threadsafe(loaded.set_exception, error)
+            # A future takes no StopIteration, and would be waited for without end.
+            told = RuntimeError(f"loading ended with {error!r}") if isinstance(error, StopIteration) else error
+            loaded.get_loop().call_soon_threadsafe(loaded.set_exception, told)
         else:
             loaded.get_loop().call_soon_threadsafe(loaded.set_result, result)
 
