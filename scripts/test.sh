@@ -9,8 +9,9 @@ if [ $# -eq 0 ] || [ "$*" = --all ]; then
     ruff check .
     ruff format --check .
     mypy
-    # Two at a time, so one thread of torch's for each: two on as many cores wait for each other.
-    OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile -m "not alone and not slow"
+    # Three at a time on two cores, for they often wait for processes and deadlines.  One thread of torch's for each:
+    # more would wait for one another.
+    OMP_NUM_THREADS=1 python -m pytest -n 3 --dist loadfile -m "not alone and not slow"
     # Those that hold a time, or count processes, alone.
     python -m pytest -m "alone and not slow"
     [ $# -eq 0 ] || python -m pytest -n 2 --dist load -m slow
