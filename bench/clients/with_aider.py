@@ -14,7 +14,7 @@ _FLAGS = (
 )  # fmt: skip
 _BEFORE = 'def greet():\n    print("hello")\n'
 # Words to repeat, since the model is small.
-_WANTED = """Answer with this and nothing else:
+_WANTED = """Now the greeting is to say goodbye. Output the whole file greet.py:
 
 greet.py
 ```
@@ -42,7 +42,7 @@ def edit(given: Given, name: str, *flags: str) -> object:
     prices.write_text(json.dumps({f"openai/{NAME}": {"max_input_tokens": 8192, "litellm_provider": "openai"}}))
     folder = repository(given.scratch / name)
     settings = given.scratch / "settings.yaml"
-    settings.write_text(f"- name: openai/{NAME}\n  extra_params:\n    max_tokens: 200\n")
+    settings.write_text(f"- name: openai/{NAME}\n  reminder: none\n  extra_params:\n    max_tokens: 200\n")
     said = shell(
         [
             command("aider"), "--model", f"openai/{NAME}", "--model-settings-file", str(settings), *_FLAGS, *flags,

@@ -52,7 +52,7 @@ metric_list:
 doc_to_text: "{{question}}"
 doc_to_target: " {{choices[0]}}"
 generation_kwargs:
-  until: ["\\n\\n"]
+  until: ["\\n", ".", ","]
   max_gen_toks: 24
   do_sample: false
 metric_list:
