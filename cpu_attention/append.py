@@ -19,6 +19,7 @@ from numba.core import errors
 from numba.extending import intrinsic
 
 from cpu_attention import emit
+from cpu_attention.compiling import compiled
 from cpu_attention.emit import I8, I64
 from cpu_attention.layout import LANES, NUMBER_DTYPES, HeadFormat, Part
 
@@ -32,7 +33,6 @@ def make_append(wire: str, head: HeadFormat) -> Callable[..., None]:
     k, v: [num_tokens, num_kv_heads, stored_dim], flat, as bytes of the wire dtype; data: the layer's blocks as flat
     uint8, with `head.nbytes` per head; blocks, offsets: [num_tokens] int32.  The rest as in `reference.append`.
     """
-    SOURCES = emit.sources()  # part of the disk cache's key
     K_SPEC, V_SPEC = repr((wire, *astuple(head), "k")), repr((wire, *astuple(head), "v"))
     D, BLOCK, UNIT, K, V = head.stored_dim, head.block_tokens, head.nbytes, head.k, head.v
     K_ITEM, K_PACKED, K_NUMBERS, K_NUM_SCALES, K_SCALES = K.itemsize, K.packed, K.numbers, K.num_scales, K.begin
@@ -41,9 +41,8 @@ def make_append(wire: str, head: HeadFormat) -> Callable[..., None]:
     K_TILE, V_ROW = D // K_PACKED * LANES * K_ITEM, D * V_ITEM
     K_WORD, V_WORD = _WORDS[K_ITEM], _WORDS[V_ITEM]
 
-    @numba.njit(nogil=True, cache=True)
+    @compiled
     def append(k, v, blocks, offsets, data):  # type: ignore[no-untyped-def]
-        _ = SOURCES
         num_kv_heads = k.size // (blocks.size * D * WIRE_BYTES)
         k_words, v_words, halves = data.view(K_WORD), data.view(V_WORD), data.view(np.uint16)
         numbers, scales = np.empty(D * 4, np.uint8), np.empty(D, np.uint8)  # of one token and head

@@ -6,17 +6,14 @@ is one AVX-512 register, two of AVX2, four of NEON or SSE: LLVM fits it to the m
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import llvmlite.binding
 from llvmlite import ir
 from numba.core import cgutils, config
 
-from cpu_attention import layout
 from cpu_attention.layout import LANES
 
 FLOAT, HALF, I8, I16, I32, I64 = ir.FloatType(), ir.HalfType(), *(ir.IntType(bits) for bits in (8, 16, 32, 64))
@@ -36,13 +33,6 @@ def converts_half() -> bool:
 
 
 @cache
-def sources(*files: str) -> str:
-    """A hash of what an emitted function depends on, beside the file it is in: numba's disk cache looks at that one's
-    time only, so this has to be part of its key."""
-    everything = (__file__, layout.__file__, *files)
-    return hashlib.sha256(b"".join(Path(file).read_bytes() for file in everything)).hexdigest()
-
-
 def words(*values: int) -> Any:
     """A constant vector of 32-bit integers; one value stands for all lanes."""
     return ir.Constant(WORDS, list(values) * (LANES // len(values)))

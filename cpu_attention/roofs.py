@@ -13,12 +13,12 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import numba
 import numpy as np
 from numba import types
 from numba.extending import intrinsic
 
 from cpu_attention import emit
+from cpu_attention.compiling import compiled
 from cpu_attention.emit import I8, I64
 from cpu_attention.layout import LANES
 from cpu_attention.machine import available_memory_bytes, pin_next
@@ -73,7 +73,7 @@ def measure_read_bandwidth(num_threads: int, repeats: int = 5) -> float:
         roofs.close()
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _sum(values):  # type: ignore[no-untyped-def]
     total = np.uint64(0)
     for i in range(values.size):  # integers may be reassociated, so this becomes wide loads
@@ -81,7 +81,7 @@ def _sum(values):  # type: ignore[no-untyped-def]
     return total
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _multiply_add(turns, numbers):  # type: ignore[no-untyped-def]
     _fma_loop(np.int64(turns), numbers)
 

@@ -21,6 +21,7 @@ from numba.extending import intrinsic
 from cpu_attention import block as block_code
 from cpu_attention import emit
 from cpu_attention.block import HeadCode, Shape
+from cpu_attention.compiling import compiled
 from cpu_attention.emit import I8, I64
 from cpu_attention.layout import LANES
 
@@ -36,18 +37,16 @@ def make_attend(shape: Shape) -> Callable[..., None]:
     maxima, sums: [num_slots, num_q_heads] float32, written at slots[i].
     """
     SPEC = repr(astuple(shape))
-    SOURCES = emit.sources(block_code.__file__)  # part of the disk cache's key
     GROUP, BLOCK, UNIT = shape.group, shape.block_tokens, shape.head.nbytes
     LEAST = np.float32(block_code.MASKED)
     AT_ONCE, REST = shape.heads_at_once, shape.group % shape.heads_at_once
     CHANNELS, NUM_SUMS = shape.head.k.group, shape.num_query_sums
     NUM_FOLDED, IS_ROTATED = shape.head.v.num_groups, shape.head.rotation > 1
 
-    @numba.njit(nogil=True, cache=True)
+    @compiled
     def attend(  # type: ignore[no-untyped-def]
         q, data, tables, rows, begins, ends, slots, scale, softcap, out, maxima, sums
     ):
-        _ = SOURCES
         num_q_heads, head_dim = q.shape[1], q.shape[2]
         num_kv_heads = num_q_heads // GROUP
         scratch = np.empty(AT_ONCE * (BLOCK * (1 + NUM_FOLDED) + NUM_FOLDED + 1), np.float32)

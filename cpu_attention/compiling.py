@@ -1,0 +1,197 @@
+"""numba functions that are compiled when they are first called, and kept on disk where that can be done.
+
+A cache is a convenience.  Nothing is looked for or written at import; a place that is missing, full, not writable or
+somebody else's is passed over, a torn file is compiled anew, and what cannot be kept is used all the same.  numba's
+own cache refuses the import where it finds no place, fails where it cannot write, and lets two processes that
+compile different signatures at the same time give a number to both: the next one loads a kernel of other types.
+Here each kernel is a file of its own, named by all that it depends on, written whole or not at all.
+
+Kernels are read from any of the places and written to the first one that takes them:
+
+    NUMBA_CACHE_DIR                  where it is set, else
+    __pycache__ beside this file     as Python's own, and
+    ~/.cache/fastdecode              (XDG_CACHE_HOME)
+    /tmp/fastdecode-kernels-UID      for this user alone
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import logging
+import os
+import pickle
+import stat
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import llvmlite
+import numba
+from numba.core import compiler, config
+from numba.core.caching import NullCache
+from numba.core.serialize import dumps
+
+logger = logging.getLogger(__name__)
+
+SUFFIX = ".kernel"
+MAX_FILES = 512  # in a place; the oldest go first.  Each has some tens of KiB
+_DIGEST_BYTES = hashlib.sha256().digest_size
+
+
+def compiled(function: Callable[..., Any]) -> Any:
+    """`function` as machine code that releases the GIL, one version for each kind of arguments."""
+    dispatcher = numba.njit(nogil=True)(function)
+    if not config.DISABLE_JIT:
+        dispatcher._cache = DiskCache(function)  # what `enable_caching` does with numba's own
+    return dispatcher
+
+
+class Place(NamedTuple):
+    directory: Path
+    is_shared: bool  # others may write there, so that it has to be this user's own
+
+
+def places() -> list[Place]:
+    """In the order in which they are tried.  The environment is read when it is needed, as numba does."""
+    if config.CACHE_DIR:
+        usual = [Place(Path(config.CACHE_DIR) / "fastdecode", False)]
+    else:
+        usual = [Place(Path(__file__).parent / "__pycache__", False)]
+        home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        if os.path.isabs(home):  # without a home nothing is expanded
+            usual.append(Place(Path(home) / "fastdecode", False))
+    with contextlib.suppress(OSError):  # no temporary directory at all
+        usual.append(Place(Path(tempfile.gettempdir()) / f"fastdecode-kernels-{os.geteuid()}", True))
+    return usual
+
+
+class DiskCache(NullCache):
+    """Of one function; numba's dispatcher asks it for each kind of arguments."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        """None: it has to be compiled."""
+        target_context.refresh()
+        try:
+            name = self._file_name(sig, target_context.codegen())
+            for place in places():
+                if (payload := _read(place, name)) is not None:
+                    return compiler.CompileResult._rebuild(target_context, *pickle.loads(payload))  # noqa: S301  # see `_read`
+        except Exception:  # whatever a broken file, another numba or a strange machine brings about
+            logger.debug("a kernel that was kept cannot be used and is compiled anew", exc_info=True)
+        return None
+
+    def save_overload(self, sig: Any, data: Any) -> None:
+        try:
+            if data.lifted or data.library.has_dynamic_globals:  # holds addresses of this process
+                return
+            name, payload = self._file_name(sig, data.codegen), dumps(data._reduce())
+        except Exception as error:
+            _tell_once(f"compiled kernels cannot be kept: {error!r}")
+            return
+        _write(name, hashlib.sha256(payload).digest() + payload)
+
+    def _file_name(self, sig: Any, codegen: Any) -> str:
+        cells = tuple(cell.cell_contents for cell in self._function.__closure__ or ())
+        code = self._function.__code__
+        versions = (sys.version, numba.__version__, llvmlite.__version__, config.BOUNDSCHECK, repr(config.OPT))
+        key = (versions, _sources(), code.co_firstlineno, code.co_code, dumps(cells), repr(sig), codegen.magic_tuple())
+        return f"{self._function.__name__}-{hashlib.sha256(dumps(key)).hexdigest()[:32]}{SUFFIX}"
+
+
+@functools.cache
+def _sources() -> bytes:
+    """A hash of this room's files: kernels are emitted by several of them."""
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"".join(file.name.encode() + file.read_bytes() for file in files)).digest()
+
+
+def _read(place: Place, name: str) -> bytes | None:
+    """What was kept; None if it is not there, torn, or written by somebody who may not decide what runs here."""
+    try:
+        _check_own(place)
+        descriptor = os.open(place.directory / name, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with open(descriptor, "rb") as file:
+            found = os.fstat(descriptor)
+            trusted = (0, os.geteuid(), os.stat(__file__).st_uid)
+            if not stat.S_ISREG(found.st_mode) or found.st_uid not in trusted:
+                return None
+            content = file.read()
+    except OSError:
+        return None
+    digest, payload = content[:_DIGEST_BYTES], content[_DIGEST_BYTES:]
+    return payload if hashlib.sha256(payload).digest() == digest else None
+
+
+def _write(name: str, content: bytes) -> None:
+    """To the first place that takes it; says once where none does, or the temporary one alone."""
+    refused = []
+    for place in places():
+        try:
+            _make(place)
+            with _whole(place.directory / name) as file:
+                file.write(content)
+            _prune(place.directory)
+        except OSError as error:
+            refused.append(f"{place.directory} ({error.strerror or error})")
+            continue
+        if refused:
+            causes = "; ".join(refused)
+            _tell_once(f"compiled kernels are kept in {place.directory}, since others cannot be written: {causes}")
+        return
+    causes = "; ".join(refused) or "no temporary directory"
+    _tell_once(f"compiled kernels are not kept, so each start takes seconds more: {causes}")
+
+
+def _make(place: Place) -> None:
+    """Raises OSError."""
+    place.directory.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(FileExistsError):
+        place.directory.mkdir(mode=0o700 if place.is_shared else 0o777)
+    _check_own(place)
+
+
+def _check_own(place: Place) -> None:
+    """Raises OSError: in a directory of somebody else, what is loaded would be code of theirs."""
+    if not place.is_shared:
+        return
+    found = os.lstat(place.directory)
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o022:
+        raise PermissionError("not this user's own")
+
+
+@contextlib.contextmanager
+def _whole(path: Path) -> Iterator[Any]:
+    """Nobody reads half of it.  Raises OSError."""
+    descriptor, beside = tempfile.mkstemp(prefix=path.stem, suffix=SUFFIX, dir=path.parent)
+    try:
+        with open(descriptor, "wb") as file:
+            os.fchmod(descriptor, 0o644)  # users may share what root or the owner of the code has compiled
+            yield file
+        os.replace(beside, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(beside)
+        raise
+
+
+def _prune(directory: Path) -> None:
+    """Each version of the code leaves kernels behind."""
+    files = list(directory.glob(f"*{SUFFIX}"))
+    if len(files) <= MAX_FILES:
+        return
+    with contextlib.suppress(OSError):  # another process prunes, too
+        files.sort(key=lambda file: file.stat().st_mtime)
+        for file in files[: len(files) - MAX_FILES]:
+            file.unlink(missing_ok=True)
+
+
+@functools.cache
+def _tell_once(text: str) -> None:
+    logger.warning("%s. Set NUMBA_CACHE_DIR to a directory that this user can write", text)

@@ -1,0 +1,169 @@
+"""A cache of compiled kernels is a convenience: whatever is wrong with it, the program runs and says what to set."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cpu_attention import compiling
+from cpu_attention.compiling import SUFFIX, Place, compiled
+
+ROOT = Path(__file__).parents[1]
+NUMBERS = np.arange(5, dtype=np.int64)
+
+
+def total_of() -> Any:
+    """A fresh dispatcher of the same function, as another process has it."""
+
+    @compiled
+    def total(values):  # type: ignore[no-untyped-def]
+        result = values[0]
+        for index in range(1, values.size):
+            result += values[index]
+        return result
+
+    return total
+
+
+def num_loaded(function: Any) -> int:
+    return sum(function.stats.cache_hits.values())
+
+
+@pytest.fixture(autouse=True)
+def nothing_was_told() -> Iterator[None]:
+    compiling._tell_once.cache_clear()
+    yield
+    compiling._tell_once.cache_clear()
+
+
+def use(monkeypatch: pytest.MonkeyPatch, *directories: Path, is_shared: bool = False) -> None:
+    monkeypatch.setattr(compiling, "places", lambda: [Place(directory, is_shared) for directory in directories])
+
+
+def test_a_kernel_is_kept_and_a_broken_one_is_compiled_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    use(monkeypatch, tmp_path / "kernels")
+    first = total_of()
+    assert first(NUMBERS) == 10 and num_loaded(first) == 0
+    (kept,) = (tmp_path / "kernels").iterdir()
+    whole = kept.read_bytes()
+    again = total_of()
+    assert again(NUMBERS) == 10 and num_loaded(again) == 1
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 1
+    for broken in (b"", whole[:20], whole[:-1], bytes(flipped), b"\x80garbage" * 99):
+        kept.write_bytes(broken)
+        function = total_of()
+        assert function(NUMBERS) == 10 and num_loaded(function) == 0
+        assert kept.read_bytes()[:32] != broken[:32] or len(kept.read_bytes()) != len(broken)
+    mended = total_of()
+    assert mended(NUMBERS) == 10 and num_loaded(mended) == 1
+    assert [path.name for path in (tmp_path / "kernels").iterdir()] == [kept.name]
+
+
+def test_each_kind_of_arguments_has_a_file_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    use(monkeypatch, tmp_path)
+    assert total_of()(NUMBERS) == 10 and total_of()(NUMBERS + 0.5) == 12.5
+    assert len(list(tmp_path.iterdir())) == 2
+    both = total_of()
+    assert both(NUMBERS + 0.5) == 12.5 and both(NUMBERS) == 10 and num_loaded(both) == 2
+
+
+def test_a_place_that_cannot_be_written_is_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").touch()
+    use(monkeypatch, tmp_path / "file" / "kernels", Path("/proc/none/kernels"), tmp_path / "kernels")
+    for _ in range(2):
+        assert total_of()(NUMBERS) == 10
+        for kept in (tmp_path / "kernels").iterdir():
+            kept.unlink()
+    (told,) = caplog.messages
+    assert all(word in told for word in ("file/kernels", "/proc/none", "are kept in", "NUMBA_CACHE_DIR"))
+
+
+@pytest.mark.parametrize("call", ["write", "mkstemp", "replace"])
+def test_a_full_disk_loses_no_kernel(
+    call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(*_: Any, **__: Any) -> Any:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    use(monkeypatch, tmp_path)
+    if call == "write":
+        monkeypatch.setattr(compiling, "open", full, raising=False)
+    else:
+        monkeypatch.setattr(compiling.tempfile if call == "mkstemp" else compiling.os, call, full)
+    function = total_of()
+    assert function(NUMBERS) == 10 and function(NUMBERS + 0.5) == 12.5
+    (told,) = caplog.messages
+    assert str(tmp_path) in told and "No space left" in told and "NUMBA_CACHE_DIR" in told
+    assert not list(tmp_path.iterdir())
+
+
+def test_nothing_is_loaded_from_a_directory_of_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is loaded is run: in a temporary place the directory has to be this user's own, and no link."""
+    own = tmp_path / "own"
+    use(monkeypatch, own, is_shared=True)
+    assert total_of()(NUMBERS) == 10
+    assert own.stat().st_mode & 0o777 == 0o700 and len(list(own.iterdir())) == 1
+    (tmp_path / "link").symlink_to(own)
+    use(monkeypatch, tmp_path / "link", is_shared=True)
+    by_link = total_of()
+    assert by_link(NUMBERS) == 10 and num_loaded(by_link) == 0
+    own.chmod(0o777)
+    use(monkeypatch, own, is_shared=True)
+    open_to_all = total_of()
+    assert open_to_all(NUMBERS) == 10 and num_loaded(open_to_all) == 0
+
+
+def test_a_place_does_not_grow_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    use(monkeypatch, tmp_path)
+    monkeypatch.setattr(compiling, "MAX_FILES", 3)
+    for age in range(6):
+        (tmp_path / f"old{age}{SUFFIX}").touch()
+        os.utime(tmp_path / f"old{age}{SUFFIX}", (1000 - age, 1000 - age))
+    (tmp_path / "other").touch()
+    assert total_of()(NUMBERS) == 10
+    names = {path.name for path in tmp_path.iterdir()}
+    assert {f"old0{SUFFIX}", f"old1{SUFFIX}", "other"} < names and len(names) == 4
+
+
+def test_where_kernels_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiling.config, "CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(compiling.tempfile, "tempdir", "/t")
+    temporary = Place(Path(f"/t/fastdecode-kernels-{os.geteuid()}"), True)
+    assert compiling.places() == [Place(tmp_path / "fastdecode", False), temporary]
+    monkeypatch.setattr(compiling.config, "CACHE_DIR", "")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/x")
+    beside, own, last = compiling.places()
+    assert beside.directory == ROOT / "cpu_attention" / "__pycache__" and own == (Path("/x/fastdecode"), False)
+    assert last == temporary
+
+
+IMPORT = """
+import os, sys
+def refuse_writes(event, arguments):
+    if event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+        raise SystemExit(f"{arguments[0]!r} is written at import")
+sys.addaudithook(refuse_writes)
+import cpu_attention, cpu_attention.process, fastdecode.cli
+from cpu_attention.vector import make_attend
+from cpu_attention.roofs import _sum
+assert not _sum.signatures, "compiled at import"
+"""
+
+
+def test_nothing_is_compiled_or_written_at_import() -> None:
+    environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1", "HOME": "/proc/none", "NUMBA_CACHE_DIR": "/proc/none"}
+    out = subprocess.run(
+        [sys.executable, "-c", IMPORT], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert out.returncode == 0 and not out.stderr, out.stderr[-2000:]
