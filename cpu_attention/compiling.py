@@ -6,7 +6,9 @@ own cache refuses the import where it finds no place, fails where it cannot writ
 compile different signatures at the same time give a number to both: the next one loads a kernel of other types.
 Here each kernel is a file of its own, named by all that it depends on, written whole or not at all.
 
-Kernels are read from any of the places and written to the first one that takes them:
+What is kept is numba's own form of a compiled function, a pickle, and machine code in any case: it is read only from
+files of this user, of root, or of whoever owns this code.  They may lie in any of these places, and a new one goes to
+the first that takes it:
 
     NUMBA_CACHE_DIR                  where it is set, else
     __pycache__ beside this file     as Python's own, and
@@ -21,7 +23,6 @@ import functools
 import hashlib
 import logging
 import os
-import pickle
 import stat
 import sys
 import tempfile
@@ -33,7 +34,7 @@ import llvmlite
 import numba
 from numba.core import compiler, config
 from numba.core.caching import NullCache
-from numba.core.serialize import dumps
+from numba.core.serialize import dumps, loads
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +83,7 @@ class DiskCache(NullCache):
             name = self._file_name(sig, target_context.codegen())
             for place in places():
                 if (payload := _read(place, name)) is not None:
-                    return compiler.CompileResult._rebuild(target_context, *pickle.loads(payload))  # noqa: S301  # see `_read`
+                    return compiler.CompileResult._rebuild(target_context, *loads(payload))
         except Exception:  # whatever a broken file, another numba or a strange machine brings about
             logger.debug("a kernel that was kept cannot be used and is compiled anew", exc_info=True)
         return None
@@ -95,7 +96,7 @@ class DiskCache(NullCache):
         except Exception as error:
             _tell_once(f"compiled kernels cannot be kept: {error!r}")
             return
-        _write(name, hashlib.sha256(payload).digest() + payload)
+        _write(name, _digest(name, payload) + payload)
 
     def _file_name(self, sig: Any, codegen: Any) -> str:
         cells = tuple(cell.cell_contents for cell in self._function.__closure__ or ())
@@ -126,7 +127,12 @@ def _read(place: Place, name: str) -> bytes | None:
     except OSError:
         return None
     digest, payload = content[:_DIGEST_BYTES], content[_DIGEST_BYTES:]
-    return payload if hashlib.sha256(payload).digest() == digest else None
+    return payload if _digest(name, payload) == digest else None
+
+
+def _digest(name: str, payload: bytes) -> bytes:
+    """With the name: a kernel under another one would be given arguments of other types."""
+    return hashlib.sha256(name.encode() + payload).digest()
 
 
 def _write(name: str, content: bytes) -> None:
