@@ -36,6 +36,7 @@ _FILES = {
     "hf_quant_config.json": "modelopt",
     "quant_model_description.json": "modelslim",
 }
+_ADAPTER = "adapter_config.json"
 _METHOD_KEYS = ("quant_method", "quant_algo", "quantization_method")
 
 # Endings of tensors that lie beside quantised weights, or are them -> the format.
@@ -60,6 +61,7 @@ _COMPANIONS = {
 # ... and those that say so only beside the tensor of the same name without the ending.
 _SCALES = ("_scale", "_scales", "_scale_inv", "_zero_point", "_zeros", "_absmax", "_qdata")
 
+_POINTER = b"version https://git-lfs"
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _NEVER_PACKED = (*_FLOATS, "BOOL", "C64", "I64", "U64")
 # Buffers of whole numbers that older transformers stored: causal masks, positions.
@@ -96,6 +98,23 @@ def stored_dtype(tensors: Mapping[str, StoredTensor]) -> torch.dtype | None:
     return count.most_common(1)[0][0] if count else None
 
 
+def refuse_adapter(directory: Path) -> None:
+    """An adapter (LoRA) without its model, or beside one: whose weights are then not the ones that are meant.
+
+    Raises ModelNotFound.
+    """
+    path = directory / _ADAPTER
+    if not path.is_file():
+        return
+    with foreign_errors(partial(_damaged, path)):
+        described = json.loads(path.read_text())
+    base = described.get("base_model_name_or_path") if isinstance(described, Mapping) else None
+    raise ModelNotFound(
+        f"{directory} holds an adapter of {base or 'another model'}: adapters are not supported; merge it into its "
+        f"model (peft: merge_and_unload, then save_pretrained). If that was done here, remove {_ADAPTER}"
+    )
+
+
 def refuse_quantised_config(directory: Path, raw: Mapping[str, Any], model_type: str) -> None:
     """raw: config.json.  Raises UnsupportedModel."""
     for key, section in _sections(raw):
@@ -124,6 +143,8 @@ def refuse_quantised_tensors(tensors: Mapping[str, StoredTensor], model_type: st
 
 def _is_packed(name: str, tensor: StoredTensor) -> bool:
     """Stored in a dtype in which no weights are computed."""
+    if name.endswith("weight"):
+        return tensor.dtype not in _FLOATS
     is_buffer = tensor.dtype[0] in "IU" and _HARMLESS_INTEGERS.search(name)
     return tensor.dtype not in _NEVER_PACKED and not is_buffer
 
@@ -133,7 +154,12 @@ def _quantised(model_type: str, method: str, sign: str) -> UnsupportedModel:
 
 
 def _damaged(path: Path, what: str) -> ModelNotFound:
-    return ModelNotFound(f"{path} is missing, truncated or damaged: {what}")
+    told = f"{path} is missing, truncated or damaged: {what}"
+    if path.is_file():
+        with path.open("rb") as file:
+            if file.read(len(_POINTER)) == _POINTER:
+                told = f"{path} is a pointer of Git LFS, not the file itself: fetch that with `git lfs pull`"
+    return ModelNotFound(told)
 
 
 def _shards(directory: Path) -> list[Path]:
@@ -141,14 +167,24 @@ def _shards(directory: Path) -> list[Path]:
     index, whole = directory / "model.safetensors.index.json", directory / "model.safetensors"
     paths = [whole] if whole.exists() else []
     if index.exists():
-        with foreign_errors(lambda what: ModelNotFound(f"{index} is damaged: {what}")):
+        with foreign_errors(partial(_damaged, index)):
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
             paths += [directory / name for name in names]
     if not paths:
-        pickled = [path.name for path in directory.iterdir() if path.suffix in (".bin", ".pt", ".pth")]
-        hint = f"; {pickled[0]} is a pickle, which is never opened: convert it with save_pretrained" if pickled else ""
-        raise ModelNotFound(f"{directory} has a config.json but no *.safetensors weights{hint}")
+        raise ModelNotFound(f"{directory} has a config.json but no *.safetensors weights to read{_hint(directory)}")
     return paths
+
+
+def _hint(directory: Path) -> str:
+    """What lies there instead of weights to read."""
+    for path in sorted(directory.iterdir()):
+        if path.suffix in (".bin", ".pt", ".pth"):
+            return f"; {path.name} is a pickle, which is never opened: convert it with save_pretrained"
+        if path.suffix == ".gguf":
+            return f"; {path.name} is GGUF, a format for other programs: fetch the model in safetensors"
+        if path.suffix == ".safetensors":
+            return f"; {path.name} is none of model.safetensors and what model.safetensors.index.json names"
+    return ""
 
 
 def _sections(raw: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

@@ -25,7 +25,13 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from gpu_sworker.attention import ATTENTION_NAME
-from gpu_sworker.checkpoint import StoredTensor, refuse_quantised_config, refuse_quantised_tensors, stored_dtype
+from gpu_sworker.checkpoint import (
+    StoredTensor,
+    refuse_adapter,
+    refuse_quantised_config,
+    refuse_quantised_tensors,
+    stored_dtype,
+)
 from gpu_sworker.errors import NOT_THROUGH_INTERFACE, ModelNotFound, UnsupportedModel, first_line, foreign_errors
 
 logger = logging.getLogger(__name__)
@@ -80,6 +86,7 @@ def read_config(directory: Path) -> PretrainedConfig:
             "*.safetensors). Nothing is downloaded: fetch a model first, for example with "
             "`hf download NAME --local-dir DIR`"
         )
+    refuse_adapter(directory)
     if not is_there:
         raise ModelNotFound(f"{directory} has no config.json; it is not a Hugging Face model directory")
     with foreign_errors(lambda what: ModelNotFound(f"{path} is not JSON, or cannot be read: {what}")):
@@ -153,6 +160,11 @@ def _not_loaded(model_type: str, what: str) -> UnsupportedModel:
 def _check_loaded(directory: Path, model: PreTrainedModel, info: Mapping[str, Any]) -> None:
     """Raises ModelNotFound for tensors that are not there or do not fit; one line for those nobody asked for."""
     name = type(model).__name__
+    if adapter := next((key for key in sorted(info["unexpected_keys"]) if ".lora_" in key), None):
+        raise ModelNotFound(
+            f"the weights in {directory} hold an adapter ({adapter}, ...) that {name} has no place for: merge it into "
+            "its model (peft: merge_and_unload, then save_pretrained)"
+        )
     if mismatched := sorted(info["mismatched_keys"]):
         tensor, stored, wanted = mismatched[0]
         raise ModelNotFound(

@@ -71,6 +71,8 @@ QUANTISED: dict[str, tuple[dict[str, str], str]] = {
     "hqq": ({"a.W_q": "U8"}, "hqq"),
     "exl2": ({"a.q_weight": "I32", "a.q_scale": "I32"}, "exl2"),
     "scales of a kind not known here": ({"a.weight": "F16", "a.weight_scale": "F32"}, "a.weight_scale"),
+    "whole numbers of 64 bits": ({"a.weight": "I64"}, "stored as I64"),
+    "one bit": ({"a.weight": "BOOL"}, "stored as BOOL"),
     "zero points": ({"experts.up": "F16", "experts.up_zero_point": "F32"}, "up_zero_point"),
 }
 
@@ -171,6 +173,47 @@ def test_shapes_that_differ(copy: Path) -> None:
 def test_other_weights_beside_the_models_own_are_left_alone(copy: Path) -> None:
     save_file({"a.qweight": torch.ones(2, dtype=torch.int32)}, copy / "consolidated.safetensors")
     assert SWorker(copy).facts.model_type == "llama"
+
+
+@pytest.mark.parametrize("is_alone", [True, False])
+def test_adapters_are_told_as_such(is_alone: bool, copy: Path) -> None:
+    """Beside a model, too: its weights alone are not what was trained."""
+    if is_alone:
+        for path in copy.iterdir():
+            path.unlink()
+    save_file({"a.lora_A.weight": torch.ones(2)}, copy / "adapter_model.safetensors")
+    (copy / "adapter_config.json").write_text('{"base_model_name_or_path": "acme/base", "peft_type": "LORA"}')
+    for load in (SWorker, lambda directory: describe_model(directory, "emulated")):
+        with pytest.raises(ModelNotFound, match="an adapter of acme/base: .*merge_and_unload"):
+            load(copy)
+
+
+@pytest.mark.parametrize("prefix", ["", "base_model.model."])
+def test_adapters_within_the_weights_are_not_left_out(prefix: str, copy: Path) -> None:
+    tensors = {f"{prefix}{name}": tensor for name, tensor in load_file(copy / "model.safetensors").items()}
+    tensors[f"{prefix}model.layers.0.self_attn.q_proj.lora_A.default.weight"] = torch.ones(2, 2)
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelNotFound, match="hold an adapter .*q_proj.lora_A"):
+        SWorker(copy)
+
+
+@pytest.mark.parametrize(
+    "name, content, told",
+    [
+        ("model-Q4_K_M.gguf", b"GGUF", "model-Q4_K_M.gguf is GGUF"),
+        ("model.fp16.safetensors", b"", "model.fp16.safetensors is none of"),
+        ("model-00001-of-00002.safetensors", b"", "is none of model.safetensors and what model.safetensors.index.json"),
+        ("pytorch_model.bin", b"PK", "is a pickle"),
+        ("README.md", b"", "no \\*.safetensors weights to read$"),
+        ("model.safetensors", b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "Git LFS.*git lfs pull"),
+        ("model.safetensors", b"", "is missing, truncated or damaged"),
+    ],
+)
+def test_what_lies_there_instead_of_weights(name: str, content: bytes, told: str, copy: Path) -> None:
+    (copy / "model.safetensors").unlink()
+    (copy / name).write_bytes(content)
+    with pytest.raises(ModelNotFound, match=told):
+        SWorker(copy)
 
 
 # Each of them raises another class somewhere in transformers, torch or pydantic.
