@@ -13,7 +13,7 @@ VERSION = next(
 # Coverage-guided fuzzing; elsewhere it would have to be compiled, with clang.  bench/fuzz.py goes without.
 ATHERIS = "atheris>=3,<4; sys_platform == 'linux' and platform_machine == 'x86_64' and python_version < '3.13'"
 MPI = ["mpi4py>=4.0,<5"]
-SERVER = ["fastapi>=0.115", "uvicorn>=0.30", "pydantic>=2.9,<3", "prometheus_client>=0.21"]
+SERVER = ["fastapi>=0.115", "uvicorn>=0.30", "pydantic>=2.9,<3", "prometheus_client>=0.22"]
 
 setup(
     name="fastdecode",

@@ -18,6 +18,7 @@ import pytest
 import torch
 from conftest import Case
 from fastapi import FastAPI
+from prometheus_client.openmetrics.parser import text_string_to_metric_families as openmetrics_families
 from prometheus_client.parser import text_string_to_metric_families
 
 from fastdecode import LLM, SamplingParams
@@ -50,7 +51,7 @@ async def scrape(client: httpx.AsyncClient) -> Samples:
     for family in text_string_to_metric_families(response.text):
         assert family.documentation and family.type in ("counter", "gauge", "histogram")
         for sample in family.samples:
-            assert sample.labels.pop("model_name") == "tiny"
+            assert sample.labels.pop("model_name", None) == (None if sample.name.startswith("process_") else "tiny")
             samples[sample.name, ",".join(sample.labels.values())] = sample.value
     return samples
 
@@ -281,12 +282,87 @@ def test_all_r_workers_gone_at_once() -> None:
     assert told["vllm:num_requests_running"] == 1 and told["fastdecode:r_workers_lost"] == 2
 
 
-def test_openmetrics_for_who_asks(llama: Case) -> None:
+_PLAIN, _OPEN = "text/plain; version=0.0.4", "application/openmetrics-text; version="
+_ACCEPTS = {  # what a scraper says -> the format that it gets
+    "": _PLAIN,
+    "*/*": _PLAIN,
+    "text/html, application/xhtml+xml": _PLAIN,
+    "application/openmetrics-text": _OPEN + "1.0.0",
+    "application/openmetrics-text; version=1.0.0": _OPEN + "1.0.0",
+    "application/openmetrics-text;version=0.0.1": _PLAIN,
+    # Prometheus 2.x; 3.x; 3.x with metric_name_validation_scheme: legacy; and its other ways of escaping
+    "application/openmetrics-text;version=1.0.0;q=0.5,application/openmetrics-text;version=0.0.1;q=0.4,"
+    "text/plain;version=0.0.4;q=0.3,*/*;q=0.2": _OPEN + "1.0.0",
+    "application/openmetrics-text;version=1.0.0;escaping=allow-utf-8;q=0.5,text/plain;version=0.0.4;q=0.2": _OPEN
+    + "1.0.0",
+    "application/openmetrics-text;version=1.0.0;escaping=underscores;q=0.5,text/plain;version=0.0.4;q=0.2": _OPEN
+    + "1.0.0",
+    "application/openmetrics-text;version=1.0.0;escaping=dots": _PLAIN,
+    "application/openmetrics-text;version=1.0.0;escaping=values": _PLAIN,
+    "text/plain;version=1.0.0;escaping=allow-utf-8;q=0.5": "text/plain; version=1.0.0",
+    "text/plain;version=1.0.0;escaping=underscores": "text/plain; version=1.0.0",
+    "text/plain;version=1.0.0;escaping=values": _PLAIN,
+}
+
+
+def test_names_are_the_same_in_every_format(llama: Case) -> None:
+    """Of families, too: a sample whose family has another name counts for nothing."""
+
     async def run() -> None:
-        async with serving(llama.directory) as (_, client):
-            answer = await client.get("/metrics", headers={"accept": "application/openmetrics-text; version=1.0.0"})
-            assert answer.headers["content-type"].startswith("application/openmetrics-text")
-            assert answer.text.endswith("# EOF\n")
+        async with serving(llama.directory) as (service, client):
+            await (await service.submit(llama.prompts[0], GREEDY)).output()
+            expected = {name for name, _ in await scrape(client)}
+            assert "vllm:num_requests_running" in expected
+            for accept, content_type in _ACCEPTS.items():
+                answer = await client.get("/metrics", headers={"accept": accept})
+                assert answer.headers["content-type"].startswith(content_type), accept
+                is_open = content_type.startswith(_OPEN)
+                assert answer.text.endswith("# EOF\n") == is_open
+                parse = openmetrics_families if is_open else text_string_to_metric_families
+                families = list(parse(answer.text))
+                assert all(family.type != "unknown" and family.documentation for family in families), accept
+                assert {sample.name for family in families for sample in family.samples} == expected, accept
+
+    asyncio.run(run())
+
+
+# What the dashboards that come with vLLM ask for.
+_OF_VLLM = """
+    e2e_request_latency_seconds_bucket e2e_request_latency_seconds_count e2e_request_latency_seconds_sum
+    generation_tokens_total inter_token_latency_seconds_bucket inter_token_latency_seconds_count
+    inter_token_latency_seconds_sum kv_cache_usage_perc num_requests_running num_requests_waiting prompt_tokens_total
+    request_decode_time_seconds_sum request_generation_tokens_bucket request_max_num_generation_tokens_sum
+    request_prefill_time_seconds_sum request_prompt_tokens_bucket request_queue_time_seconds_sum
+    request_success_total request_time_per_output_token_seconds_bucket request_time_per_output_token_seconds_count
+    request_time_per_output_token_seconds_sum time_to_first_token_seconds_bucket time_to_first_token_seconds_count
+    time_to_first_token_seconds_sum
+"""
+
+
+def test_what_vllms_dashboards_and_those_of_processes_ask_for(llama: Case) -> None:
+    async def run() -> None:
+        async with serving(llama.directory) as (service, client):
+            params = SamplingParams(temperature=0, max_tokens=9, n=2, ignore_eos=True)
+            one = await (await service.submit(llama.prompts[0], params)).output()
+            after = await scrape(client)
+            assert {f"vllm:{name}" for name in _OF_VLLM.split()} <= {name for name, _ in after}
+            assert one.metrics and one.metrics.first_token_s is not None
+            of_prompt, decode_s = (
+                one.metrics.first_token_s - one.metrics.queue_s,
+                one.metrics.total_s - one.metrics.first_token_s,
+            )
+            for name, value in (
+                ("request_prefill_time_seconds", of_prompt),
+                ("request_decode_time_seconds", decode_s),
+                ("request_inference_time_seconds", of_prompt + decode_s),
+                ("request_time_per_output_token_seconds", decode_s / 8),
+                ("request_max_num_generation_tokens", 9),
+            ):
+                assert after[f"vllm:{name}_sum", ""] == pytest.approx(value), name
+                assert after[f"vllm:{name}_count", ""] == 1, name
+            if Path("/proc/self/stat").exists():
+                assert after["process_resident_memory_bytes", ""] > 1 << 20
+                assert 0 < after["process_open_fds", ""] < after["process_max_fds", ""]
 
     asyncio.run(run())
 

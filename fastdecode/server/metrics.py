@@ -9,15 +9,16 @@ Times are taken in the S-worker's process, both ends of them.  A request counts 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 from fastapi import APIRouter, Request, Response
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, ProcessCollector, openmetrics
 from prometheus_client.core import Metric
-from prometheus_client.exposition import choose_encoder
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, choose_encoder, generate_latest
 from prometheus_client.registry import Collector
 
-from fastdecode.outputs import RequestOutput
+from fastdecode.outputs import RequestMetrics, RequestOutput
 from fastdecode.server.counts import Families, Histogram
 from fastdecode.server.service import Service
 from fastdecode.step_log import StepRecord
@@ -61,6 +62,12 @@ class Metrics:
         self._next_token, self._whole = Histogram(_NEXT_TOKEN_S), Histogram(_REQUEST_S)
         self._request_prompt, self._request_new = Histogram(_REQUEST_TOKENS), Histogram(_REQUEST_TOKENS)
         self._step_tokens = Histogram(_STEP_TOKENS)
+        self._prefill, self._decode, self._inference = (Histogram(_REQUEST_S) for _ in range(3))
+        self._per_token, self._longest = Histogram(_NEXT_TOKEN_S), Histogram(_REQUEST_TOKENS)
+
+    @property
+    def has_begun(self) -> bool:
+        return self._service is not None
 
     def begin(self, service: Service) -> None:
         self._service = service
@@ -97,13 +104,25 @@ class Metrics:
                 self._failed[output.error.code] = self._failed.get(output.error.code, 0) + 1
             if output.metrics is None:
                 return
-            if output.metrics.first_token_s is not None:
-                self._first_token.observe(output.metrics.first_token_s)
+            lengths = [len(completion.token_ids) for completion in output.outputs]
+            self._observe_parts(output.metrics, max(lengths, default=0))
             self._queue.observe(output.metrics.queue_s)
             self._whole.observe(output.metrics.total_s)
             self._request_prompt.observe(len(output.prompt_token_ids))
-            for completion in output.outputs:
-                self._request_new.observe(len(completion.token_ids))
+            for length in lengths:
+                self._request_new.observe(length)
+
+    def _observe_parts(self, times: RequestMetrics, num_longest: int) -> None:
+        """Of a request's time; num_longest: new tokens of its longest sample."""
+        self._longest.observe(num_longest)
+        self._inference.observe(times.total_s - times.queue_s)
+        if times.first_token_s is None:
+            return
+        decode_s = times.total_s - times.first_token_s
+        self._first_token.observe(times.first_token_s)
+        self._prefill.observe(times.first_token_s - times.queue_s)
+        self._decode.observe(decode_s)
+        self._per_token.observe(decode_s / (num_longest - 1) if num_longest > 1 else 0.0)  # 0: as vLLM counts it
 
     def families(self) -> Families:
         families, service = Families("model_name", self.model_name), self._service
@@ -130,8 +149,13 @@ class Metrics:
             ("inter_token_latency_seconds", "From a token to the next one of its sequence.", self._next_token),
             ("e2e_request_latency_seconds", "From arrival to the last token.", self._whole),
             ("request_queue_time_seconds", "From arrival to the first step with its prompt.", self._queue),
+            ("request_prefill_time_seconds", "From the first step with its prompt to the first token.", self._prefill),
+            ("request_decode_time_seconds", "From the first token to the last one.", self._decode),
+            ("request_inference_time_seconds", "From the first step with its prompt to the end.", self._inference),
+            ("request_time_per_output_token_seconds", "A request's mean, after its first token.", self._per_token),
             ("request_prompt_tokens", "Prompt tokens of a request.", self._request_prompt),
             ("request_generation_tokens", "New tokens of a sample.", self._request_new),
+            ("request_max_num_generation_tokens", "New tokens of a request's longest sample.", self._longest),
             ("iteration_tokens_total", "Tokens in a step.", self._step_tokens),
         ):
             families.histogram(f"vllm:{name}", text, histogram)
@@ -180,10 +204,12 @@ class Metrics:
 
 class _Collector(Collector):
     def __init__(self, metrics: Metrics) -> None:
-        self._metrics = metrics
+        self._metrics, self._process = metrics, ProcessCollector(registry=None)
 
     def collect(self) -> Iterator[Metric]:
-        return iter(self._metrics.families())
+        yield from self._metrics.families()
+        if self._metrics.has_begun:
+            yield from self._process.collect()
 
 
 def metrics_router(metrics: Metrics) -> APIRouter:
@@ -193,10 +219,25 @@ def metrics_router(metrics: Metrics) -> APIRouter:
 
     @router.get("/metrics", include_in_schema=False)
     def scrape(request: Request) -> Response:
-        encode, content_type = choose_encoder(request.headers.get("accept", ""))
+        encode, content_type = _encoder(request.headers.get("accept", ""))
         return Response(encode(registry), headers={"content-type": content_type})
 
     return router
+
+
+def _encoder(accept: str) -> tuple[Callable[[Collector], bytes], str]:
+    """(encode, content type).  Names are the same in all of them, whatever way of escaping is asked for.
+
+    They need none, but `prometheus_client` puts `_` for `:` in OpenMetrics' samples all the same, not in their TYPE
+    lines (its issue 1177), unless all of UTF-8 is allowed.
+    """
+    _, content_type = choose_encoder(accept)
+    told, _, escaping = content_type.partition("; escaping=")
+    if escaping not in ("", openmetrics.exposition.UNDERSCORES, openmetrics.exposition.ALLOWUTF8):
+        return generate_latest, CONTENT_TYPE_PLAIN_0_0_4  # the other ways change names that need no change
+    if told.startswith("application/openmetrics-text"):
+        return partial(openmetrics.exposition.generate_latest, escaping=openmetrics.exposition.ALLOWUTF8), content_type
+    return generate_latest, content_type
 
 
 def _padded(values: Sequence[float], length: int) -> list[float]:
