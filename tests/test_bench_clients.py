@@ -11,7 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from bench.clients.run import CLIENTS, HERE, judged, versions
+from bench.clients.run import CLIENTS, HERE, ROOT, judged, versions
 from bench.clients.wire import Wire
 
 
@@ -79,3 +79,20 @@ def test_every_client_is_pinned(client: str) -> None:
     named = {pin.replace("@", "==").replace("-", "_").lower() for pin in pins}
     assert all("==" in pin for pin in named)
     assert {version.replace("-", "_").lower() for version in versions(client)} <= named
+
+
+def test_the_page_tells_of_every_client_as_it_was_run() -> None:
+    """Versions are those that are pinned and those of the record, in which nothing ended badly."""
+    records = json.loads((ROOT / "bench" / "results" / "clients.json").read_text())["clients"]
+    rows = (ROOT / "docs" / "clients.md").read_text().replace("`", "").splitlines()
+    assert records.keys() == CLIENTS.keys()
+    for client, record in records.items():
+        assert record["versions"] == versions(client)
+        name, _, version = record["versions"][0].partition("==")
+        row = next(row for row in rows if row.startswith(f"| {name.replace('_', '-')} {version} "))
+        tried = record["tried"]
+        assert {one["ended"] for one in tried} <= {"well", "refused"}
+        refused = {
+            refusal.split()[1].rstrip(":") for one in tried if one["ended"] == "refused" for refusal in one["refusals"]
+        }
+        assert not [field for field in refused if field not in row]

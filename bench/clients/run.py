@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -151,7 +152,8 @@ def judged(line: dict[str, Any], exchanges: list[Exchange]) -> dict[str, Any]:
     ended = "well" if line["error"] is None else "refused" if refusals and not unexplained else "badly"
     return {
         "what": line["what"], "ended": ended, "seconds": round(line["ended"] - line["began"], 1), "requests": len(own),
-        "refusals": refusals, "told": line["told"], "error": line["error"] and line["error"][-600:],
+        "refusals": refusals, "told": line["told"],
+        "error": line["error"] and re.sub(r"/[^\s\"]*/site-packages/", "", line["error"][-600:]),
     }  # fmt: skip
 
 
