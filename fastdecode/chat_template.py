@@ -22,8 +22,8 @@ _ALWAYS_KNOWN = ("user", "assistant")  # roles of every template
 
 
 @contextmanager
-def foreign_code(what: str) -> Iterator[None]:
-    """What code of others raises, of whatever class, becomes a RequestError: `what`, and why.
+def foreign_code(what: str, code: str = "invalid_request") -> Iterator[None]:
+    """What code of others raises, of whatever class, becomes a RequestError of that code: `what`, and why.
 
     Also what is no Exception: a panic of the tokenizers library derives from BaseException.
     """
@@ -34,7 +34,7 @@ def foreign_code(what: str) -> Iterator[None]:
     except BaseException as error:
         name = "" if isinstance(error, TemplateError) else f"{type(error).__name__}: "
         told = str(error)
-        raise RequestError("invalid_request", f"{what}: {name}{told[:500]}") from error
+        raise RequestError(code, f"{what}: {name}{told[:500]}") from error
 
 
 def render(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -> str:

@@ -24,7 +24,7 @@ from fastdecode.r_workers.rejoin import RWorkerHandle
 from fastdecode.r_workers.rpool import RPool
 from fastdecode.recovery import Recovery, pairs
 from fastdecode.request import Sequence
-from fastdecode.results import Continuation, LiveRequest, finished_output, next_delta, refused_output
+from fastdecode.results import Continuation, LiveRequest, failed_output, finished_output, next_delta
 from fastdecode.row_faults import RowFaults
 from fastdecode.sampling import MicroBatchResult, sampling_rows, scoring_rows
 from fastdecode.sampling_params import SamplingParams
@@ -261,10 +261,8 @@ class Engine:
         live = self._live.get(sequence.request.request_id)
         if live is None:
             return  # another of its continuations came before
-        request = live.request
-        prompt_ids = list(request.prompt_token_ids)
-        self._failed.append(refused_output(request.request_id, live.prompt, prompt_ids, error, request.params.n))
-        self.abort([request.request_id])
+        self._failed.append(failed_output(live, error))
+        self.abort([live.request.request_id])
 
     def _take_failed(self) -> list[RequestOutput]:
         taken, self._failed = self._failed, []
@@ -320,6 +318,7 @@ class Engine:
     def _commit(self, step: Step, results: list[MicroBatchResult], started: float) -> list[RequestOutput]:
         """Hands tokens to sequences, looks for ends, gives back what finished sequences held."""
         tokens: dict[int, int] = {}
+        failed: list[tuple[Sequence, RequestError]] = []
         now = time.monotonic()
         for micro_batch, result in zip(step.micro_batches, results, strict=True):
             for segment in micro_batch.segments:
@@ -333,9 +332,12 @@ class Engine:
             for row, segment in enumerate(micro_batch.sampled):
                 live, continuation = self._by_sequence[segment.seq_id]
                 tokens[segment.seq_id] = token = int(result.sampled.token_ids[row])
-                continuation.take(token, result.sampled.logprobs[row])
+                try:
+                    continuation.take(token, result.sampled.logprobs[row])
+                except RequestError as why:
+                    failed.append((continuation.sequence, why))
                 live.first_token = live.first_token or now
-        failed = self._failures(step, results)
+        failed += self._failures(step, results)
         finished = self._scheduler.commit(step, tokens)
         for sequence, error in failed:
             self._fail(sequence, error)
@@ -344,9 +346,9 @@ class Engine:
             finished = [sequence for sequence in finished if sequence.seq_id in self._by_sequence]
         finished += self._stop_at_strings(tokens)
         for seq_id in {**tokens, **{sequence.seq_id: None for sequence in finished}}:
-            live, continuation = self._by_sequence[seq_id]
-            if live.on_delta:
-                live.on_delta(next_delta(live, continuation, self._tokenizer))
+            if seq_id in self._by_sequence:  # its request may have failed with another of its samples
+                self._tell_delta(*self._by_sequence[seq_id])
+        finished = [sequence for sequence in finished if sequence.seq_id in self._by_sequence]
         outputs = []
         for sequence in finished:
             live, _ = self._by_sequence.pop(sequence.seq_id)
@@ -356,6 +358,16 @@ class Engine:
                 outputs.append(finished_output(live, now, self._tokenizer))
         self._release(finished)
         return outputs
+
+    def _tell_delta(self, live: LiveRequest, continuation: Continuation) -> None:
+        if live.on_delta is None:
+            return
+        try:
+            delta = next_delta(live, continuation, self._tokenizer)
+        except RequestError as error:
+            self._fail(continuation.sequence, error)
+        else:
+            live.on_delta(delta)
 
     def _failures(self, step: Step, results: list[MicroBatchResult]) -> list[tuple[Sequence, RequestError]]:
         """Sequences whose logits are no distribution, or leave nothing that their request may take."""

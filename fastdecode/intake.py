@@ -77,11 +77,11 @@ class Intake:
                 numbers={"n_prompt_tokens": len(prompt_token_ids), "n_ctx": self._max_model_len},
             )
         # After the length, which is cheaper to see: steps wait meanwhile.
-        bad = next((t for t in prompt_token_ids if type(t) is not int or not 0 <= t < facts.vocab_size), None)
-        if bad is not None:
+        bad = [t for t in prompt_token_ids if type(t) is not int or not 0 <= t < facts.vocab_size]
+        if bad:
             raise RequestError(
                 "invalid_request",
-                f"token id {bad!r} is not in the vocabulary; ids are whole numbers from 0 to {facts.vocab_size - 1}",
+                f"token id {bad[0]!r} is not in the vocabulary; ids are whole numbers from 0 to {facts.vocab_size - 1}",
             )
         stops = frozenset(params.stop_ids)
         ends = frozenset() if params.ignore_eos else self._eos_token_ids

@@ -33,7 +33,12 @@ def pair(
         raise ConfigError(f"prompts: {_FORMS}, or a list of them; not {type(prompts).__name__}")
     if isinstance(listed, str | Mapping | Conversation) or (len(listed) and all(map(_is_token, listed))):
         listed = [listed]
-    each = [params] * len(listed) if isinstance(params, SamplingParams) else params
+    if isinstance(params, SamplingParams):
+        each: Sequence[SamplingParams] = [params] * len(listed)
+    elif isinstance(params, list | tuple):
+        each = params
+    else:
+        raise ConfigError(f"sampling_params must be SamplingParams, or a list of them, got {type(params).__name__}")
     if len(each) != len(listed):
         raise ConfigError(f"{len(listed)} prompts and {len(each)} sampling params; give one for all, or one each")
     for given in each:

@@ -101,19 +101,30 @@ class LiveRequest:
 
 
 def finished_output(live: LiveRequest, now: float, tokenizer: Tokenizer | None) -> RequestOutput:
+    """With an error if the tokenizer cannot say what was generated."""
     assert live.first_scheduled is not None, "it was computed"
+    try:
+        outputs = [_completion(continuation, tokenizer) for continuation in live.continuations]
+        prompt_logprobs = _prompt_logprobs(live, tokenizer)
+    except RequestError as error:
+        return failed_output(live, error)
     return RequestOutput(
         request_id=live.request.request_id,
         prompt=live.prompt,
         prompt_token_ids=list(live.request.prompt_token_ids),
-        outputs=[_completion(continuation, tokenizer) for continuation in live.continuations],
+        outputs=outputs,
         metrics=RequestMetrics(
             queue_s=live.first_scheduled - live.arrived,
             first_token_s=None if live.first_token is None else live.first_token - live.arrived,
             total_s=now - live.arrived,
         ),
-        prompt_logprobs=_prompt_logprobs(live, tokenizer),
+        prompt_logprobs=prompt_logprobs,
     )
+
+
+def failed_output(live: LiveRequest, error: RequestError) -> RequestOutput:
+    request = live.request
+    return refused_output(request.request_id, live.prompt, list(request.prompt_token_ids), error, request.params.n)
 
 
 def next_delta(live: LiveRequest, continuation: Continuation, tokenizer: Tokenizer | None) -> Delta:

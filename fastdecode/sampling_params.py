@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -63,11 +63,14 @@ class SamplingParams:
     include_stop_str_in_output: bool = False
 
     def __post_init__(self) -> None:
-        for given in fields(self):
-            object.__setattr__(self, given.name, _plain(getattr(self, given.name)))
-        stop = self.stop
-        object.__setattr__(self, "stop", (stop,) if isinstance(stop, str) else tuple(stop or ()))
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        for each in fields(self):
+            object.__setattr__(self, each.name, _plain(getattr(self, each.name)))
+        for name in ("stop", "stop_token_ids"):
+            given = getattr(self, name)
+            given = [given] if isinstance(given, str) else [] if given is None else given
+            if not isinstance(given, Iterable):
+                raise ValueError(f"{name} must be a list, got {given!r}")
+            object.__setattr__(self, name, tuple(given))
         if self.top_k == -1:  # vLLM's older word for "all"
             object.__setattr__(self, "top_k", 0)
         _check_int("n", self.n, 1, MAX_SAMPLES)

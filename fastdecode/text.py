@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -32,7 +33,7 @@ class Tokenizer:
         self._tokenizer: PreTrainedTokenizerBase = load_tokenizer(directory)
         self.end = end_token(self._tokenizer)
         is_fast = isinstance(self._tokenizer, PreTrainedTokenizerFast)
-        self._names = read_vocabulary(self._tokenizer.backend_tokenizer) if is_fast else None
+        self._names = read_vocabulary(self._tokenizer.backend_tokenizer, _guarded) if is_fast else None
         self._vocabulary = self._names if _is_decoded_by_backend(self._tokenizer) else None
         self._clean_up = _read_clean_up(self._tokenizer)
         self._pieces: dict[int, TokenPiece] = {}
@@ -121,7 +122,8 @@ class Tokenizer:
     def _decode_plain(self, token_ids: Sequence[int], skip_special_tokens: bool = False) -> str:
         """Before the clean-up of spaces, if that is transformers' own."""
         options = {"clean_up_tokenization_spaces": False} if self._clean_up else {}
-        return str(self._tokenizer.decode(self._known(token_ids), skip_special_tokens=skip_special_tokens, **options))
+        decode = partial(self._tokenizer.decode, skip_special_tokens=skip_special_tokens, **options)
+        return str(_guarded(decode)(self._known(token_ids)))
 
     def _known(self, token_ids: Sequence[int]) -> list[int]:
         """Without ids beyond the last token's, which a model may have: tokenizers in Python fail at them."""
@@ -129,6 +131,16 @@ class Tokenizer:
             return list(token_ids)
         size = len(self._tokenizer)
         return [token_id for token_id in token_ids if token_id < size]
+
+
+def _guarded(decode: Callable[[list[Any]], Any]) -> Callable[[list[Any]], Any]:
+    """Whatever it raises ends the request whose tokens it does not take, and nothing else."""
+
+    def guarded(tokens: list[Any]) -> Any:
+        with foreign_code("the tokenizer does not take tokens that were generated", "tokenizer_failed"):
+            return decode(tokens)
+
+    return guarded
 
 
 def _read_clean_up(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], str] | None:

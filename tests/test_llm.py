@@ -137,6 +137,9 @@ def test_params_per_prompt_must_match(llm: LLM) -> None:
         quiet(llm, [CODE], [])
     with pytest.raises(ConfigError, match="must be SamplingParams, got dict"):
         quiet(llm, [CODE], [{"temperature": 0}])
+    for given, name in (({"temperature": 0}, "dict"), ((GREEDY for _ in "ab"), "generator")):
+        with pytest.raises(ConfigError, match=f"SamplingParams, or a list of them, got {name}"):
+            quiet(llm, [CODE], given)
 
 
 def test_defaults_are_those_of_generate(case: Callable[[str], Case], tmp_path: Path) -> None:

@@ -166,7 +166,7 @@ def test_forms_of_prompts(demo_model: Path) -> None:
         for more in beside:
             (output,) = quiet(llm, [{"prompt": "def fib(n):", **more}], GREEDY)
             assert output.error and output.error.code == "invalid_request" and output.error.param == next(iter(more))
-        wrong: list[Any] = [{}, {"prompt": 5}, {"prompt": 5, "prompt_token_ids": [5]}, 5.0, None]
+        wrong: list[Any] = [{}, {"prompt": 5}, {"prompt": 5, "prompt_token_ids": [5]}, 5.0, None, [5, None], [None]]
         assert all(output.error for output in quiet(llm, wrong, GREEDY))
         (output,) = quiet(llm, ["x" * 10**6], GREEDY)
         assert output.error and output.error.code == "context_length_exceeded"

@@ -36,6 +36,8 @@ from fastdecode import SamplingParams
         ({"seed": 2**64}, "seed must be from"),
         ({"stop": ""}, "stop must hold strings"),
         ({"stop": ["a", 3]}, "stop must hold strings"),
+        ({"stop": 5}, "stop must be a list, got 5"),
+        ({"stop_token_ids": 5}, "stop_token_ids must be a list, got 5"),
         ({"stop_token_ids": [-1]}, "stop_token_ids must be from 0"),
         ({"ignore_eos": "yes"}, "ignore_eos must be True or False"),
         ({"min_tokens": 9, "max_tokens": 8}, "min_tokens \\(9\\) must be at most max_tokens \\(8\\)"),

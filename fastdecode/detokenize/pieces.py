@@ -104,13 +104,16 @@ class Vocabulary:
         return bytes([int(match[1], 16)]) if match else None
 
 
-def read_vocabulary(backend: Any) -> Vocabulary | None:
-    """Of a `tokenizers.Tokenizer`; None if its decoder is of no kind above."""
+Decode = Callable[[list[str]], str]
+
+
+def read_vocabulary(backend: Any, guard: Callable[[Decode], Decode] = lambda decode: decode) -> Vocabulary | None:
+    """Of a `tokenizers.Tokenizer`; None if its decoder is of no kind above.  guard: put around the decoder."""
     decoder = backend.decoder
     chain: list[dict[str, Any]] = [] if decoder is None else _flatten(json.loads(decoder.__getstate__()))
     kinds = [part["type"] for part in chain]
     special_ids = frozenset(i for i, token in backend.get_added_tokens_decoder().items() if token.special)
-    decode: Callable[[list[str]], str] = " ".join if decoder is None else decoder.decode
+    decode = guard(" ".join if decoder is None else decoder.decode)
     if kinds in (["ByteLevel"], ["ByteLevel", "Fuse"]):
         return Vocabulary(token_of=backend.id_to_token, special_ids=special_ids, decode=decode, is_byte_level=True)
     start_strip = ("", 0)

@@ -42,6 +42,7 @@ KINDS = {
     "cancelled": Kind(503, _UNAVAILABLE),  # it was running when the server had to end
     # Ours
     "invalid_logits": Kind(500, _SERVER),  # the model's logits were NaN or infinite; its neighbours go on
+    "tokenizer_failed": Kind(500, _SERVER),  # the model's tokenizer cannot decode what was generated
     "worker_lost": Kind(500, _SERVER),  # its R-worker was lost, and no other had room
     "engine_dead": Kind(503, _UNAVAILABLE),  # no R-worker is left, or the engine failed: this process ends
     "internal_error": Kind(500, _SERVER),  # a fault of this program; its log has the traceback

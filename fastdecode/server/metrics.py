@@ -40,7 +40,8 @@ _REQUEST_TOKENS = tuple(float(digit * 10**power) for power in range(6) for digit
 _STEP_TOKENS = tuple(float(1 << power) for power in (0, *range(3, 15)))
 
 _REASONS = ("stop", "length", "abort", "error")  # of an end; vLLM's words
-_FAILURES = ("invalid_logits", "worker_lost", "invalid_request")  # codes of what fails in the middle
+# Codes of what fails in the middle
+_FAILURES = ("invalid_logits", "tokenizer_failed", "worker_lost", "invalid_request")
 _STATES = ("loading", "ready", "degraded", "draining", "dead")
 
 
