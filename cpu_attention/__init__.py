@@ -19,6 +19,7 @@ from cpu_attention.machine import (
     numa_nodes,
     parse_bytes,
     pin_thread,
+    raise_file_limit,
     share_of_cores,
 )
 from cpu_attention.process import KERNELS, LISTENING, start_logging
@@ -59,6 +60,7 @@ __all__ = [
     "numa_nodes",
     "parse_bytes",
     "pin_thread",
+    "raise_file_limit",
     "run_process",
     "serve",
     "share_of_cores",

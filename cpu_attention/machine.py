@@ -8,6 +8,7 @@ import mmap
 import os
 import queue
 import re
+import resource
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,6 +60,15 @@ def zeroed_pages(num_bytes: int) -> np.ndarray:
     with contextlib.suppress(OSError, AttributeError):  # no huge pages here: slower, not wrong
         pages.madvise(mmap.MADV_HUGEPAGE)
     return np.frombuffer(pages, np.uint8)  # which keeps the pages until nobody refers to them
+
+
+def raise_file_limit() -> None:
+    """As many open files as the system lets this process have: a connection is one.  The usual 1024 are kept low for
+    programs that wait with `select`, which is not done here."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with contextlib.suppress(ValueError, OSError):  # more than the kernel has for one process
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def available_cores() -> tuple[int, ...]:

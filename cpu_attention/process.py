@@ -24,10 +24,11 @@ from cpu_attention.machine import (
     parse_bytes,
     parse_cores,
     pin_thread,
+    raise_file_limit,
 )
 from cpu_attention.rworker import RWorker
 from cpu_attention.serve import serve
-from transport import AddressError, KeyFileError, keep_freed_memory, listen, read_keys
+from transport import AddressError, KeyFileError, keep_freed_memory, limit_logs, listen, read_keys
 
 LISTENING = "listening on "
 KERNELS = {"numba": kernel, "reference": reference}
@@ -101,6 +102,7 @@ def run(args: argparse.Namespace) -> int:
             print(f"error: --cores: {error}", file=sys.stderr)
             return 2
     keep_freed_memory()
+    raise_file_limit()
     kv_cache_bytes = args.kv_cache_memory if args.kv_cache_memory is not None else default_kv_cache_bytes()
     num_threads = args.threads or len(available_cores())
     try:
@@ -128,6 +130,7 @@ def run(args: argparse.Namespace) -> int:
 
 def start_logging(args: argparse.Namespace) -> None:
     logging.basicConfig(level=args.log_level.upper(), format="r-worker %(process)d: %(message)s", stream=sys.stderr)
+    limit_logs()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

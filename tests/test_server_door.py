@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
 import socket
 from collections.abc import Callable, Coroutine
 from typing import Any
@@ -12,7 +14,7 @@ import pytest
 
 from fastdecode.errors import ConfigError
 from fastdecode.server.app import create_app
-from fastdecode.server.connection import bind
+from fastdecode.server.connection import HTTPServer, LoopErrors, bind
 from fastdecode.server.life import Life
 from fastdecode.server.options import ServerOptions
 
@@ -126,3 +128,46 @@ def test_one_address_is_one() -> None:
 def test_what_is_no_origin_is_refused(origin: str) -> None:
     with pytest.raises(ConfigError, match="is no origin"):
         ServerOptions(served_model_name=("m",), cors_origins=(origin,))
+
+
+def test_connections_wait_while_file_descriptors_are_used_up(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One try at a time, with a pause after it, and one line in the log; then they are served."""
+    tries = 0
+
+    class Exhausted(socket.socket):
+        def accept(self) -> tuple[socket.socket, Any]:
+            nonlocal tries
+            tries += 1
+            if tries <= 5:
+                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+            return super().accept()
+
+    monkeypatch.setattr(asyncio.constants, "ACCEPT_RETRY_DELAY", 0.05)
+    made = ServerOptions(served_model_name=("m",))
+    http = HTTPServer(create_app(Life("m", made.served_model_name), made), made)
+
+    async def run() -> None:
+        with bind("127.0.0.1", 0) as bound:
+            listener = Exhausted(fileno=bound.detach())
+        listener.setblocking(False)
+        serving = asyncio.create_task(http.serve([listener]))
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        async with httpx.AsyncClient(base_url=url, timeout=20) as client:
+            answers = await asyncio.gather(*(client.get("/health") for _ in range(8)))
+        assert {answer.status_code for answer in answers} == {503}  # no model is loaded
+        http.should_exit = True
+        await serving
+
+    asyncio.run(run())
+    assert [record.getMessage().split(":")[0] for record in caplog.records] == ["new connections wait"]
+    assert 6 <= tries < 30
+
+
+def test_other_errors_of_the_loop_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    loop = asyncio.new_event_loop()
+    LoopErrors()(loop, {"message": "Task exception was never retrieved", "exception": OSError(errno.EMFILE, "files")})
+    LoopErrors()(loop, {"message": "socket.accept() went wrong", "exception": OSError(errno.EBADF, "bad")})
+    loop.close()
+    assert len(caplog.records) == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import socket
@@ -16,7 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from transport import Attend, BadDelivery, Channel, Listener, PeerTimeout, Ping, Release, connect, listen
+from transport import Attend, BadDelivery, Channel, Listener, PeerTimeout, Ping, Release, connect, listen, shm
 from transport.arena import ReadArena, WriteArena, align
 from transport.errors import ProtocolError
 from transport.packets import PacketSocket, make_socket
@@ -260,3 +261,29 @@ def test_deadline_holds_while_connecting(tmp_path: Path) -> None:
     with connect(f"shm://{tmp_path}/nobody") as channel, pytest.raises(PeerTimeout, match="is it running"):
         channel.recv(timeout_s=0.1)
     assert time.monotonic() - began < 2
+
+
+def test_a_port_without_file_descriptors_pauses(
+    pair: tuple[Listener, Channel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever waits to be accepted stays ready: neither a loop without a pause, nor a peer that is never taken."""
+    listener, channel = pair
+    channel.send(Ping(1), timeout_s=5)
+    assert listener.recv(timeout_s=5).envelope.message == Ping(1)
+    tries = 0
+
+    def refuse(listening: socket.socket) -> None:
+        nonlocal tries
+        tries += 1
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    with monkeypatch.context() as patch, connect(listener.address) as second:
+        patch.setattr(shm, "_ACCEPT_PAUSE_S", 0.2)
+        patch.setattr(socket.socket, "accept", refuse)
+        with pytest.raises(PeerTimeout):
+            listener.recv(timeout_s=0.1)
+        channel.send(Ping(2), timeout_s=5)
+        assert listener.recv(timeout_s=5).envelope.message == Ping(2) and tries == 1
+        patch.undo()
+        second.send(Ping(3), timeout_s=5)
+        assert listener.recv(timeout_s=5).envelope.message == Ping(3)

@@ -17,6 +17,7 @@ from transport.errors import (
     TransportError,
 )
 from transport.keys import Keys, make_keys, read_keys, write_keys
+from transport.log_limit import limit_logs
 from transport.memory import keep_freed_memory
 from transport.messages import (
     DTYPES,
@@ -82,6 +83,7 @@ __all__ = [
     "connect",
     "import_mpi",
     "keep_freed_memory",
+    "limit_logs",
     "listen",
     "make_keys",
     "read_keys",

@@ -6,6 +6,8 @@ is one for both.  A port serves processes of its own user (and root's), which co
 
 from __future__ import annotations
 
+import errno
+import logging
 import os
 import select
 import socket
@@ -24,6 +26,10 @@ _SCHEME = "shm://"
 _MAX_PEERS = 256
 _LOOK_S = 0.5  # between looks at whether a silent peer still runs
 _RETRY_S = 0.02  # between attempts to connect
+_ACCEPT_PAUSE_S = 1.0  # when file descriptors are used up
+_OUT_OF_FILES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+
+logger = logging.getLogger(__name__)
 
 
 class SharedMemoryLink:
@@ -97,6 +103,7 @@ class SharedMemoryPort:
         self._peers: dict[Hashable, PacketSocket] = {}  # by a number that is never used twice
         self._numbers: dict[int, int] = {}  # of the peers, by file descriptor
         self._num_peers_ever = 0
+        self._accepts_from_s = 0.0  # not before, since the last try found no file descriptor left
         self._is_closed = False
         try:
             self._listening.bind(self._path)
@@ -112,7 +119,7 @@ class SharedMemoryPort:
         deadline = time.monotonic() + timeout_s
         for end in self._peers.values():
             end.give_back()
-        while ready := self._epoll.poll(max(0.0, deadline - time.monotonic()), 1):
+        while ready := self._poll(deadline):
             fd = ready[0][0]
             if fd == self._listening.fileno():
                 self._accept()
@@ -131,11 +138,29 @@ class SharedMemoryPort:
             Path(self._path).unlink(missing_ok=True)
             self._close_sockets()
 
+    def _poll(self, deadline: float) -> list[tuple[int, int]]:
+        """(file descriptor, events) of one that is ready; none at the deadline."""
+        while self._accepts_from_s:
+            left_s = self._accepts_from_s - time.monotonic()
+            if left_s <= 0:
+                self._accepts_from_s = 0.0
+                self._epoll.register(self._listening, select.EPOLLIN)
+                break
+            if ready := self._epoll.poll(max(0.0, min(left_s, deadline - time.monotonic())), 1):
+                return ready
+            if time.monotonic() >= deadline:
+                return []
+        return self._epoll.poll(max(0.0, deadline - time.monotonic()), 1)
+
     def _accept(self) -> None:
         try:
             accepted, _ = self._listening.accept()
-        except OSError:  # it left again
-            return
+        except OSError as error:
+            if error.errno in _OUT_OF_FILES:  # whoever waits stays ready, and would be asked without a pause
+                self._accepts_from_s = time.monotonic() + _ACCEPT_PAUSE_S
+                self._epoll.unregister(self._listening)
+                logger.warning("%s: new S-workers wait: %s", self.address, error.strerror)
+            return  # or it left again
         _, uid = credentials(accepted)
         if len(self._peers) >= _MAX_PEERS or uid not in (os.geteuid(), 0):
             accepted.close()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import logging
 
-from cpu_attention import add_process_arguments, keep_to_cores, run_process, start_logging
+from cpu_attention import add_process_arguments, keep_to_cores, raise_file_limit, run_process, start_logging
 from fastdecode.errors import ConfigError
 from fastdecode.r_workers.launch_mpi import mpi_r_worker
 
@@ -27,6 +27,7 @@ def run(args: argparse.Namespace) -> int:
         if getattr(args, flag):
             raise ConfigError(f"--{flag.replace('_', '-')} is not for --bind mpi://; leave it out")
     start_logging(args)
+    raise_file_limit()
     if args.cores:
         try:
             keep_to_cores(args.cores)

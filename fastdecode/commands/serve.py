@@ -13,12 +13,13 @@ import os
 from pathlib import Path
 
 import fastdecode
-from cpu_attention import parse_bytes
+from cpu_attention import parse_bytes, raise_file_limit
 from fastdecode.commands.engine_flags import add_engine_flags, engine_options, read_template, run_on_s_worker
 from fastdecode.config_file import add_config_flags
 from fastdecode.errors import ConfigError
 from fastdecode.model_names import default_names
 from fastdecode.server.options import ServerOptions
+from transport import limit_logs
 
 _KEY_VARIABLE = "FASTDECODE__API_KEY"
 _NEEDED = ("fastapi", "starlette", "uvicorn", "h11", "pydantic")
@@ -113,6 +114,8 @@ def _serve(args: argparse.Namespace, options: ServerOptions) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     for name in ("uvicorn", "httpx"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    limit_logs()
+    raise_file_limit()
     try:
         run_server = fastdecode.run_server
     except ModuleNotFoundError as error:

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
+import logging
 import socket
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -26,6 +29,10 @@ from fastdecode.server.options import ServerOptions
 _KEEP_ALIVE_S = 65  # longer than proxies keep theirs, so that they do not use one that is being closed
 _GRACE_S = 5  # for answers still on their way when the server ends
 _BACKLOG = 2048
+_OUT_OF_FILES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+_TELL_AGAIN_S = 10.0
+
+logger = logging.getLogger(__name__)
 
 
 class HTTPServer(uvicorn.Server):
@@ -51,12 +58,40 @@ class HTTPServer(uvicorn.Server):
                 timeout_keep_alive=_KEEP_ALIVE_S,
                 timeout_graceful_shutdown=_GRACE_S,
                 h11_max_incomplete_event_size=MAX_HEADER_BYTES,
+                # asyncio accepts so many at once, and when file descriptors are used up it tries, complains and sets
+                # a timer as often.  The queue is the socket's, see `startup`.
+                backlog=1,
             )
         )
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        asyncio.get_running_loop().set_exception_handler(LoopErrors())
+        await super().startup(sockets)
+        for bound in sockets or ():
+            bound.listen(_BACKLOG)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
+
+
+class LoopErrors:
+    """What asyncio tells of itself: that no connection can be taken, in one line and not for each try."""
+
+    def __init__(self) -> None:
+        self._tell_at_s = 0.0
+
+    def __call__(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        error = context.get("exception")
+        if not isinstance(error, OSError) or error.errno not in _OUT_OF_FILES or "accept" not in context["message"]:
+            loop.default_exception_handler(context)
+        elif time.monotonic() >= self._tell_at_s:
+            self._tell_at_s = time.monotonic() + _TELL_AGAIN_S
+            logger.warning(
+                "new connections wait: %s; raise the limit on open files of this process (ulimit -Hn, LimitNOFILE) or "
+                "have a proxy that limits connections",
+                error.strerror,
+            )
 
 
 def bind(host: str, port: int) -> socket.socket:
