@@ -117,7 +117,7 @@ def test_every_kind_of_line(chatty_model: Path, tmp_path: Path) -> None:
     found = results(tmp_path / "out.jsonl")
     codes = {name: record["error"] and record["error"]["code"] for name, record in found.items()}
     assert codes == {
-        "text": None, "chat": None, "ids": None, "line-5": "invalid_request", "line-6": "invalid_request",
+        "text": None, "chat": None, "ids": None, "torn": "invalid_request", "line-6": "invalid_request",
         "line-7": "invalid_request", "get": "invalid_request", "url": "invalid_request", "field": "invalid_request",
         "range": "invalid_request", "model": "model_not_found", "long": "context_length_exceeded",
         "vocabulary": "invalid_request", "empty": "invalid_request",

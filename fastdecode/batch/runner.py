@@ -5,14 +5,13 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
-import numpy as np
-
+from fastdecode.batch.identity import kind_of
 from fastdecode.batch.journal import Journal
 from fastdecode.batch.result import BatchResult
-from fastdecode.batch.survey import Line, Survey, lines
+from fastdecode.batch.survey import Digest, Line, Survey, hash_id, lines
 from fastdecode.errors import ConfigError, RequestError
 from fastdecode.llm import LLM
 from fastdecode.model_names import is_called
@@ -24,6 +23,8 @@ from fastdecode.text import Tokenizer
 from gpu_sworker import derive_seed
 
 logger = logging.getLogger(__name__)
+
+_LONGEST_MESSAGE = 1000  # characters
 
 
 def run_batch(
@@ -41,18 +42,23 @@ def run_batch(
 
     model_names: what a line may call the model.  chat_template: None: the tokenizer's.  seed: a line without a seed
     draws by this and its own place, so that a run that goes on gives what an uninterrupted one would.  Raises
-    RWorkerError, ConfigError (the input changed), OSError (the disk is full); every result until then is in the
-    journal.
+    RWorkerError, ConfigError (the input or the output changed; the output was begun by another model), OSError (the
+    disk is full); every result until then is in the journal.
     """
-    is_done = np.isin(found.ids, journal.recorded.ids)
-    result = BatchResult(found.num_lines, int(is_done.sum()), journal.recorded.num_errors)
+    journal.settle(settled_by(llm))
+    journal.start()
+    is_done, result = journal.is_done(), journal.progress()
     in_flight: dict[int, tuple[Line, ReadRequest]] = {}
 
-    def record(line: Line, response: dict[str, Any], error: OutputError | None) -> None:
+    def name_of(line: Line) -> str:
+        return f"{journal.run_id}-{line.number}"
+
+    def record(line: Line, status: int, body: dict[str, Any], error: OutputError | None) -> None:
+        name = name_of(line)
         journal.append({
-            "id": f"batch_req_{line.number}",
+            "id": f"batch_req_{name}",
             "custom_id": line.custom_id,
-            "response": response,
+            "response": {"status_code": status, "request_id": f"req_{name}", "body": body},
             "error": error and {"code": error.code, "message": error.message},
         })  # fmt: skip
         result.num_done += 1
@@ -60,13 +66,17 @@ def run_batch(
         on_progress(result)
 
     def refuse(line: Line, error: OutputError) -> None:
-        record(line, _response(line, status_of(error), error_body(error)), error)
+        error = replace(error, message=_cut(error.message))
+        record(line, status_of(error), error_body(error), error)
 
     def requests() -> Iterator[tuple[Prompt, SamplingParams]]:
-        place = 0
-        for line in lines(found.path, found.nameless):
+        place, digest, num_read = 0, Digest(), 0
+        for line in lines(found.path, found.nameless, found.contested, digest):
             if line.index >= found.num_lines:
                 raise ConfigError(f"{found.name} has become longer while it was read; let it be finished first")
+            if found.ids[line.index] != hash_id(line.custom_id):
+                raise ConfigError(f"{found.name} has changed while it was read: line {line.number} is another one now")
+            num_read += 1
             if is_done[line.index]:
                 continue
             try:
@@ -84,6 +94,14 @@ def run_batch(
             in_flight[place] = line, request
             place += 1
             yield request.prompt, params
+        if num_read < found.num_lines:
+            raise ConfigError(
+                f"{found.name} has become shorter while it was read: {num_read} lines are left of {found.num_lines}"
+            )
+        if digest.hexdigest() != found.sha256:
+            raise ConfigError(
+                f"{found.name} has changed while it was read: results may be those of lines that are not in it now"
+            )
 
     on_progress(result)
     for place, output in llm.stream(requests(), timeout_s=timeout_s):
@@ -92,8 +110,28 @@ def run_batch(
             refuse(line, output.error)
         else:
             result.num_new_tokens += sum(len(completion.token_ids) for completion in output.outputs)
-            record(line, _response(line, 200, _body(line, request, output, model_names[0], llm.tokenizer)), None)
+            record(line, 200, _body(name_of(line), request, output, model_names[0], llm.tokenizer), None)
+    journal.check()
     return result
+
+
+def settled_by(llm: LLM) -> dict[str, Any]:
+    """What decides results and is known of a loaded model alone: what `auto` came to, and what its lines do not say."""
+    facts, defaults = llm.facts, llm.get_default_sampling_params()
+    changed = {field.name: getattr(defaults, field.name) for field in fields(defaults)}
+    return {
+        "device": kind_of(facts.device),
+        "dtype": facts.dtype,
+        "kv_cache_dtype": facts.dtype if llm.config.kv_cache_dtype == "auto" else llm.config.kv_cache_dtype,
+        "linear_kernel": facts.linear_kernel,
+        "max_model_len": llm.max_model_len,
+        "sampling_defaults": {name: repr(value) for name, value in changed.items() if value is not None},
+    }
+
+
+def _cut(message: str) -> str:
+    """What is quoted in it may be as long as a line."""
+    return message if len(message) <= _LONGEST_MESSAGE else message[:_LONGEST_MESSAGE] + "..."
 
 
 def _read(line: Line, llm: LLM, model_names: Sequence[str], chat_template: str | None) -> ReadRequest:
@@ -105,16 +143,12 @@ def _read(line: Line, llm: LLM, model_names: Sequence[str], chat_template: str |
         raise RequestError("invalid_request", "echo needs the tokenizer that skip_tokenizer_init left out", "echo")
     if request.model is not None and not is_called(request.model, model_names, llm.config.model):
         names = " or ".join(map(repr, model_names))
-        raise RequestError("model_not_found", f"model {request.model!r} is not served here, but {names}", "model")
+        raise RequestError("model_not_found", f"model {request.model[:100]!r} is not served here, but {names}", "model")
     return request
 
 
-def _response(line: Line, status: int, body: dict[str, Any]) -> dict[str, Any]:
-    return {"status_code": status, "request_id": f"req_{line.number}", "body": body}
-
-
 def _body(
-    line: Line, request: ReadRequest, output: RequestOutput, model: str, tokenizer: Tokenizer | None
+    name: str, request: ReadRequest, output: RequestOutput, model: str, tokenizer: Tokenizer | None
 ) -> dict[str, Any]:
     echoes = None
     if request.is_echoed:
@@ -130,7 +164,7 @@ def _body(
     return completion_body(
         [output],
         is_chat=request.is_chat,
-        body_id=f"{'chatcmpl' if request.is_chat else 'cmpl'}-{line.number}",
+        body_id=f"{'chatcmpl' if request.is_chat else 'cmpl'}-{name}",
         model=request.model or model,
         created=int(time.time()),
         num_logprobs=request.params.logprobs,

@@ -11,20 +11,24 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from tqdm import tqdm
 
 import fastdecode
-from fastdecode.batch.journal import Journal
+from fastdecode.batch.identity import as_begun, decided_by, identify, versions, weight_files
+from fastdecode.batch.journal import Journal, check_kind
 from fastdecode.batch.result import BatchResult
 from fastdecode.batch.source import kept
 from fastdecode.batch.survey import Survey, survey
 from fastdecode.commands.engine_flags import add_engine_flags, engine_options, read_template, run_on_s_worker
+from fastdecode.config import EngineConfig
 from fastdecode.config_file import add_config_flags
 from fastdecode.errors import FastDecodeError
 from fastdecode.model_names import default_names
 
 _MAX_NUM_WAITING = 1024  # unless the flag says otherwise: memory is not to grow with the file
+_LARGE_BYTES = 1 << 30  # of weights, that take a while to look at
 _LINE_EVERY_S = 10.0  # of progress, where there is no terminal
 
 
@@ -43,6 +47,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what lines may call the model (default: its path, and the last part of it)",
     )
     parser.add_argument("--resume", action="store_true", help="go on with an output that an earlier run has begun")
+    parser.add_argument(
+        "--resume-anyway",
+        action="store_true",
+        help="go on although weights, settings or versions are not those that the output was begun with; the manifest "
+        "notes what was and is",
+    )
     parser.add_argument("--retry-errors", action="store_true", help="with --resume: do lines that failed again")
     parser.add_argument("--seed", type=int, default=0, help="of the draws of lines without a seed")
     parser.add_argument(
@@ -74,29 +84,59 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _survey_and_serve(args: argparse.Namespace) -> int:
-    template = None if args.chat_template is None else read_template(Path(args.chat_template))
-    settings = {"model": str(Path(args.model).resolve()), "seed": args.seed}
-    settings |= {name: getattr(args, name) for name in ("dtype", "kv_cache_dtype", "max_model_len")}
+    template, options = None if args.chat_template is None else read_template(Path(args.chat_template)), _options(args)
+    settings: dict[str, Any] = {"seed": args.seed, **decided_by(options), "versions": versions()}
     settings["chat_template_sha256"] = template and hashlib.sha256(template.encode()).hexdigest()
     given, out = Path(args.input_file), Path(args.output_file)
     if args.input_file == "-" and not given.exists():
         given = Path("/dev/stdin")
+    if args.output_file == "-" and not out.exists():
+        out = Path("/dev/stdout")
+    check_kind(out)  # before a pipe is waited for, or kept beside it
+    resume = args.resume or args.resume_anyway
     with kept(given, out) as source:
         found = survey(source, args.input_file)
         with Journal(
-            out, found, settings, resume=args.resume, retry_errors=args.retry_errors and args.resume
+            out, found, settings, resume=resume, retry_errors=args.retry_errors and resume, is_forced=args.resume_anyway
         ) as journal:
-            return _serve(args, found, journal, template)
+            _identify(args, journal)
+            return _serve(args, options, found, journal, template)
 
 
-def _serve(args: argparse.Namespace, found: Survey, journal: Journal, chat_template: str | None) -> int:
-    progress, options = _Progress(found.num_lines), engine_options(args)
+def _options(args: argparse.Namespace) -> dict[str, Any]:
+    """Of the engine."""
+    options = engine_options(args)
     options["max_num_waiting"] = options["max_num_waiting"] or _MAX_NUM_WAITING
+    EngineConfig.from_options({"model": args.model, **options})  # what cannot be is told before the input is read
+    return options
+
+
+def _identify(args: argparse.Namespace, journal: Journal) -> None:
+    """Raises ConfigError: it was begun with another model."""
+    model, tokenizer = Path(args.model), Path(args.tokenizer or args.model)
+    if not model.is_dir() or not tokenizer.is_dir():
+        return  # loading it tells
+    num_bytes = sum(path.stat().st_size for path in weight_files(model))
+    is_shown = sys.stderr.isatty() and num_bytes > _LARGE_BYTES
+    with tqdm(desc="weights looked at", unit="B", unit_scale=True, disable=not is_shown, leave=False) as bar:
+        journal.settle(identify(model, tokenizer, bar.update))
+
+
+def _serve(
+    args: argparse.Namespace, options: dict[str, Any], found: Survey, journal: Journal, chat_template: str | None
+) -> int:
+    progress = _Progress(journal.progress())
     try:
-        with fastdecode.LLM(args.model, **options) as llm:
+        if journal.progress().is_complete:
+            journal.start()
+            return progress.end()
+        begun = as_begun(options, journal.manifest.settings)
+        if begun:
+            print("goes on as it was begun:", ", ".join(f"{k}={v}" for k, v in begun.items()), file=sys.stderr)
+        with fastdecode.LLM(args.model, **options | begun) as llm:
             for line in llm.kv_places:
                 print(line, file=sys.stderr)
-            result = fastdecode.run_batch(
+            fastdecode.run_batch(
                 llm, found, journal, model_names=args.served_model_name or default_names(args.model), seed=args.seed,
                 chat_template=chat_template, timeout_s=args.request_timeout_s, on_progress=progress.show,
             )  # fmt: skip
@@ -114,9 +154,7 @@ def _serve(args: argparse.Namespace, found: Survey, journal: Journal, chat_templ
         why = " (a rank may have ended; MPI has no recovery)" if args.transport == "mpi" else ""
         print(f"interrupted{why}; {progress.how_to_go_on()}", file=sys.stderr)
         return _code_of(stop)
-    progress.close()
-    print(progress.summary(), file=sys.stderr)
-    return 1 if result.num_errors or not result.is_complete else 0
+    return progress.end()
 
 
 class _Terminated(KeyboardInterrupt):
@@ -144,17 +182,17 @@ def _stoppable() -> Iterator[None]:
 class _Progress:
     """A bar on a terminal; elsewhere a line now and then."""
 
-    def __init__(self, num_lines: int) -> None:
-        self._result = BatchResult(num_lines, 0, 0)
+    def __init__(self, result: BatchResult) -> None:
+        """result: of earlier runs."""
+        self._result, self._done_before = result, result.num_done
         self._began = self._told = time.monotonic()
-        self._done_before: int | None = None
-        self._bar = tqdm(total=num_lines, unit="line", disable=not sys.stderr.isatty())
+        self._bar = tqdm(total=result.num_lines, unit="line", initial=result.num_done, disable=not sys.stderr.isatty())
+        self._is_first = True
 
     def show(self, result: BatchResult) -> None:
         self._result, now = result, time.monotonic()
-        if self._done_before is None:
-            self._done_before, self._began = result.num_done, now
-            self._bar.reset(result.num_lines)
+        if self._is_first:  # the model is loaded
+            self._is_first, self._began = False, now
         self._bar.update(result.num_done - self._bar.n)
         if self._bar.disable and now - self._told >= _LINE_EVERY_S:
             self._told = now
@@ -163,9 +201,15 @@ class _Progress:
     def close(self) -> None:
         self._bar.close()
 
+    def end(self) -> int:
+        """Exit code, told why."""
+        self.close()
+        print(self.summary(), file=sys.stderr)
+        return 1 if self._result.num_errors or not self._result.is_complete else 0
+
     def summary(self) -> str:
         result, seconds = self._result, max(1e-9, time.monotonic() - self._began)
-        done_now = result.num_done - (self._done_before or 0)
+        done_now = result.num_done - self._done_before
         text = f"{result.num_done} of {result.num_lines} lines, {result.num_errors} errors"
         text += f", {result.num_new_tokens / seconds:.0f} new tokens/s"
         left = result.num_lines - result.num_done
