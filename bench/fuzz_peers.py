@@ -57,7 +57,8 @@ class SharedMemoryPeer:
         if lengths and r.random() < 0.5:
             lengths[r.randrange(len(lengths))] = r.choice((0, 1, 2**63 - 1, 2**63, 2**64 - 1, r.getrandbits(64)))
         head = struct.pack(
-            f"<HHQ{len(lengths)}Q", r.choice((len(lengths), len(lengths), r.getrandbits(16))), r.choice((0, 1, 1, 7)),
+            f"<HHIIQ{len(lengths)}Q", r.choice((len(lengths), len(lengths), r.getrandbits(16))), r.choice((0, 1, 1, 7)),
+            r.choice((0, 1, 1, r.getrandbits(32))), r.choice((0, 1, 1, 2, r.getrandbits(32))),
             r.choice((0, 64, 4096, 2**40, 2**62, r.getrandbits(64))), *lengths,
         )  # fmt: skip
         packet = (head + b"".join(frames))[: r.choice((_SMALL, _SMALL, r.randint(1, 200)))]

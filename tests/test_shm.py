@@ -151,7 +151,7 @@ def a_file(kind: str) -> int:
 
 
 def a_packet(lengths: list[int], *, num_frames: int = 1, has_arena: int = 0, position: int = 0) -> bytes:
-    return struct.pack(f"<HHQ{len(lengths)}Q", num_frames, has_arena, position, *lengths)
+    return struct.pack(f"<HHIIQ{len(lengths)}Q", num_frames, has_arena, 0, 1, position, *lengths)
 
 
 SHARED = 1 << 63  # a frame in the arena

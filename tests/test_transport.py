@@ -19,7 +19,6 @@ import zmq
 from transport import (
     AddressError,
     Attend,
-    BadDelivery,
     Channel,
     Codec,
     Goodbye,
@@ -278,7 +277,7 @@ def test_flood_harms_only_the_flooder(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("scheme", ["ipc", "tcp", "tcp+keys"])
 def test_interrupt_between_frames(scheme: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ctrl-C in the middle of a message: it is refused as a whole, the next one arrives."""
+    """Ctrl-C in the middle of a message: it is passed over as a whole, the next one arrives."""
     q = np.zeros((2, 1, 4), np.float32)
     with a_listener(scheme, tmp_path) as listener, reach(listener) as channel:
         channel.send(Ping(0), timeout_s=5)
@@ -295,8 +294,6 @@ def test_interrupt_between_frames(scheme: str, tmp_path: Path, monkeypatch: pyte
             patch.setattr(zmq.Socket, "send", interrupted)
             with pytest.raises(KeyboardInterrupt):
                 channel.send(Attend(0, 0, 0, q, q, q), timeout_s=5)
-        with pytest.raises(BadDelivery):
-            listener.recv(timeout_s=5)
         channel.send(Ping(1), timeout_s=5)
         assert listener.recv(timeout_s=5).envelope.message == Ping(1)
 

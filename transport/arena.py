@@ -17,6 +17,7 @@ import mmap
 import os
 import weakref
 from collections import deque
+from collections.abc import Callable
 
 import numpy as np
 
@@ -35,9 +36,14 @@ def align(num_bytes: int) -> int:
 
 
 class WriteArena:
-    """The writer's side.  Raises MemoryError if the system has not so much."""
+    """The writer's side.  Raises MemoryError if the system has not so much.
 
-    def __init__(self, capacity: int) -> None:
+    What was placed and never sent, because an exception came between, is given back by what is sent after it.
+    """
+
+    def __init__(self, capacity: int, number: int = 1) -> None:
+        """number: by which both sides call it."""
+        self.number = number
         self.capacity = -(-capacity // mmap.PAGESIZE) * mmap.PAGESIZE
         self.fd = os.memfd_create("fastdecode", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
@@ -50,6 +56,11 @@ class WriteArena:
         self._shared_consumed = np.frombuffer(memory, np.uint64, 1)
         self._data = np.frombuffer(memory, np.uint8, self.capacity, _HEADER)
         self._consumed = self._produced = 0
+
+    @property
+    def end(self) -> int:
+        """Position up to which everything was placed."""
+        return self._produced
 
     @property
     def is_empty(self) -> bool:
@@ -105,7 +116,8 @@ class ReadArena:
     Raises ProtocolError if the file could harm the reader.
     """
 
-    def __init__(self, fd: int, max_bytes: int) -> None:
+    def __init__(self, fd: int, max_bytes: int, number: int = 1) -> None:
+        self.number = number
         try:
             is_sealed = fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK
             size, taken = os.fstat(fd).st_size, os.fstat(fd).st_blocks * 512
@@ -118,7 +130,8 @@ class ReadArena:
             raise ProtocolError(f"what came is no shared memory: {error}") from error
         self._shared_consumed = np.frombuffer(memory, np.uint64, 1)
         self._data = np.frombuffer(memory, np.uint8, size - _HEADER, _HEADER)
-        self._pending: deque[tuple[int, weakref.ref[np.ndarray]]] = deque()  # end of each message, and its bytes
+        # End of each message, and its bytes.
+        self._pending: deque[tuple[int, Callable[[], np.ndarray | None]]] = deque()
 
     def view(self, position: int, num_bytes: int) -> memoryview:
         """A message's bytes; they stay until this view and all that was made of it are gone.  Raises ProtocolError."""
@@ -130,6 +143,10 @@ class ReadArena:
         self._pending.append((position + num_bytes, weakref.ref(region)))
         return region.data
 
+    def pass_over(self, position: int) -> None:
+        """Nothing more will come before it."""
+        self._pending.append((position, _nothing))
+
     def give_back(self) -> None:
         """Tells the writer how far everything has been let go of."""
         consumed = None
@@ -137,3 +154,7 @@ class ReadArena:
             consumed, _ = self._pending.popleft()
         if consumed is not None:
             self._shared_consumed[0] = consumed
+
+
+def _nothing() -> None:
+    return None

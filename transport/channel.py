@@ -6,7 +6,8 @@ what the rest of the house uses.
 
 What holds for every backend (`transport.testing` checks it for all of them):
 
-- Messages between two ends arrive whole, unchanged and in order, or not at all.
+- Messages between two ends arrive whole, unchanged and in order, or not at all; also when an exception comes between
+  any two instructions of either end (Ctrl-C): the message at hand may then be lost, and the channel works on.
 - Nothing waits for ever: every call takes ``timeout_s`` and raises PeerTimeout, which names the peer.
 - After PeerTimeout, ProtocolError or MessageTooLarge the channel works on.
 - After PeerLost every later send raises it, and every recv once what had arrived before is read; a peer that
@@ -26,7 +27,7 @@ from dataclasses import dataclass
 from typing import Protocol, Self
 
 from transport.codec import Buffer, Codec, Envelope
-from transport.errors import PeerLost, PeerTimeout, ProtocolError
+from transport.errors import BrokenOff, PeerLost, PeerTimeout, ProtocolError
 from transport.messages import Failure, Message, Pong
 
 
@@ -86,6 +87,8 @@ class Channel:
             try:
                 frames = self._link.recv_frames(max(0.0, deadline - time.monotonic()))
                 envelope = self._codec.decode(frames)
+            except BrokenOff:
+                continue
             except ProtocolError as error:
                 raise ProtocolError(f"{self.peer} sent a bad frame: {error}") from error
             if envelope.session == self.session:
@@ -137,11 +140,18 @@ class Listener:
 
     def recv(self, *, timeout_s: float) -> Delivery:
         """Raises PeerTimeout if nobody wrote, BadDelivery if what came is no message."""
-        arrival = self._port.recv_frames(timeout_s)
-        try:
-            return Delivery(arrival.peer, self._codec.decode(arrival.frames), arrival.origin)
-        except (ProtocolError, MemoryError) as error:
-            raise BadDelivery(arrival.peer, str(error), arrival.origin) from error
+        deadline = time.monotonic() + timeout_s
+        while True:
+            try:
+                arrival = self._port.recv_frames(max(0.0, deadline - time.monotonic()))
+                try:
+                    return Delivery(arrival.peer, self._codec.decode(arrival.frames), arrival.origin)
+                except BrokenOff:
+                    raise
+                except (ProtocolError, MemoryError) as error:
+                    raise BadDelivery(arrival.peer, str(error), arrival.origin) from error
+            except BrokenOff:
+                continue
 
     def send(self, peer: Hashable, session: int, message: Message, *, timeout_s: float) -> None:
         self._port.send_frames(peer, self._codec.encode(session, message), timeout_s)

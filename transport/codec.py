@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import msgspec
 import numpy as np
 
-from transport.errors import MessageTooLarge, ProtocolError
+from transport.errors import BrokenOff, MessageTooLarge, ProtocolError
 from transport.messages import ANY_MESSAGE, DTYPE_NAMES, DTYPES, PROTOCOL_VERSION, Message
 
 Buffer = bytes | bytearray | memoryview
@@ -83,7 +83,15 @@ class Codec:
         return [_PREFIX.pack(_MAGIC, PROTOCOL_VERSION, len(arrays), session) + body, *arrays]
 
     def decode(self, frames: Sequence[Buffer]) -> Envelope:
-        """The message in `frames`; its arrays are views of them, for reading.  Raises ProtocolError."""
+        """The message in `frames`; its arrays are views of them, for reading.  Raises ProtocolError, BrokenOff."""
+        try:
+            return self._decode(frames)
+        except ProtocolError as error:
+            if frames and not memoryview(frames[-1]).nbytes:
+                raise BrokenOff(f"a message that its sender broke off: {error}") from error
+            raise
+
+    def _decode(self, frames: Sequence[Buffer]) -> Envelope:
         if not frames or len(frames) > self._limits.max_frames:
             raise ProtocolError(f"a message has 1 to {self._limits.max_frames} frames, not {len(frames)}")
         header = memoryview(frames[0]).cast("B")

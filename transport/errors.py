@@ -4,6 +4,7 @@ TransportError
 ├── AddressError       the caller's: an address that cannot be used, or a backend that is not installed
 ├── KeyFileError       the caller's: a key file that cannot be used, or not be written
 ├── ProtocolError      the peer's: it sent something that is not a valid message; the channel lives on
+│   └── BrokenOff      nobody's: its sender was interrupted; channels and listeners pass it over
 ├── MessageTooLarge    the caller's: refused before a byte was sent; the channel lives on
 ├── PeerTimeout        the peer's: no answer before the deadline; the channel lives on
 ├── PeerLost           the peer is gone; every later call on this channel says so again
@@ -28,6 +29,13 @@ class KeyFileError(TransportError, ValueError):
 
 class ProtocolError(TransportError):
     """Frames that are not a message of this protocol: unknown, truncated, oversized or wrong-shaped."""
+
+
+class BrokenOff(ProtocolError):
+    """No message, and an empty frame at its end: its sender was interrupted between two frames.
+
+    One whose last frame is empty anyway, and lacks no other, is whole and decoded like any.
+    """
 
 
 class MessageTooLarge(TransportError, ValueError):

@@ -4,6 +4,9 @@ Only buffer calls (Isend, Improbe, Recv of the matched message): the lower-case 
 manifest ``[magic, num_frames, bytes of each]`` (int64), then the frames, all with one tag, so that after
 anything unexpected the next manifest is found again.
 
+An exception may come between any two instructions of this file (Ctrl-C), but none within a call of mpi4py, nor within
+what is called by a function written in C.  So whatever MPI has been told is noted by the same call that tells it.
+
 MPI has no wait with a deadline, and a blocking Recv spins a core, so waiting is a probe that first yields
 and then backs off to short sleeps.  MPI has no recovery either: a rank that dies takes the job with it.
 """
@@ -15,6 +18,9 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
+from functools import partial
+from itertools import starmap
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -48,13 +54,15 @@ class _Mailbox:
         self._comm = self._mpi.COMM_WORLD
         self._send_tag, self._recv_tag = send_tag, recv_tag
         self._unfinished: deque[tuple[Any, Buffer]] = deque()
+        self._arriving = _Arriving()
 
     def send(self, rank: int, frames: Sequence[Buffer], timeout_s: float) -> None:
         sizes = [memoryview(frame).nbytes for frame in frames]
         manifest = np.array([_MAGIC, len(frames), *sizes], np.int64)
-        for buffer in (manifest.data.cast("B"), *frames):
-            request = self._comm.Isend([buffer, self._mpi.BYTE], dest=rank, tag=self._send_tag)
-            self._unfinished.append((request, buffer))
+        buffers = [manifest.data.cast("B"), *frames]
+        send = partial(self._comm.Isend, dest=rank, tag=self._send_tag)
+        whole = zip(map(send, [[buffer, self._mpi.BYTE] for buffer in buffers]), buffers, strict=True)
+        self._unfinished.extend(whole)  # all frames or none
         self.flush(timeout_s, rank, at_most=_MAX_UNFINISHED_SENDS)
 
     def flush(self, timeout_s: float, rank: object, at_most: int = 0) -> None:
@@ -70,41 +78,60 @@ class _Mailbox:
     def recv(self, source: int, timeout_s: float, complaint: str) -> tuple[int, list[Buffer]]:
         """The next message from `source` (or anyone) as (rank, frames).
 
-        A message that has begun to arrive gets `_REST_OF_MESSAGE_S` more.
+        A message that has begun to arrive gets `_REST_OF_MESSAGE_S` more.  Interrupted, the next call goes on with it.
         """
-        status = self._mpi.Status()
         deadline = time.monotonic() + timeout_s + _REST_OF_MESSAGE_S
-
-        def probe(rank: int) -> Any:
-            return self._comm.Improbe(source=rank, tag=self._recv_tag, status=status)
-
-        matched = _wait(lambda: probe(source), timeout_s, complaint)
-        rank = status.Get_source()
-        manifest = self._take(matched, status, _MAX_MANIFEST_BYTES, deadline)
-        numbers = np.frombuffer(manifest, np.int64) if len(manifest) % 8 == 0 else np.empty(0, np.int64)
-        if len(numbers) < 3 or numbers[0] != _MAGIC or numbers[1] != len(numbers) - 2:
-            raise _Refused(rank, f"rank {rank} sent {len(manifest)} bytes that are not a manifest")
-        frames = []
-        for size in numbers[2:].tolist():
-            matched = _wait(lambda: probe(rank), deadline - time.monotonic(), f"rank {rank} sent half a message")
-            frames.append(self._take(matched, status, LIMITS.max_array_bytes, deadline))
-            if len(frames[-1]) != size:
-                raise _Refused(rank, f"rank {rank} announced a frame of {size} bytes and sent {len(frames[-1])}")
-        return rank, list(frames)
+        arriving = self._arriving
+        try:
+            if not arriving.parts:
+                self._match(source, timeout_s, complaint)
+            rank = arriving.rank
+            manifest = self._take(0, _MAX_MANIFEST_BYTES, deadline)
+            numbers = np.frombuffer(manifest, np.int64) if len(manifest) % 8 == 0 else np.empty(0, np.int64)
+            if len(numbers) < 3 or numbers[0] != _MAGIC or numbers[1] != len(numbers) - 2:
+                raise _Refused(rank, f"rank {rank} sent {len(manifest)} bytes that are not a manifest")
+            frames: list[Buffer] = []
+            for place, size in enumerate(numbers[2:].tolist(), 1):
+                if len(arriving.parts) == place:
+                    self._match(rank, deadline - time.monotonic(), f"rank {rank} sent half a message")
+                frame = self._take(place, LIMITS.max_array_bytes, deadline)
+                frames.append(frame)
+                if len(frame) != size:
+                    raise _Refused(rank, f"rank {rank} announced a frame of {size} bytes and sent {len(frame)}")
+        except (PeerTimeout, ProtocolError):
+            self._arriving = _Arriving()
+            raise
+        self._arriving = _Arriving()
+        return rank, frames
 
     def has_mail(self, source: int) -> bool:
         """Whether a message from `source` has begun to arrive."""
-        return bool(self._comm.Iprobe(source=source, tag=self._recv_tag))
+        return bool(self._arriving.parts) or bool(self._comm.Iprobe(source=source, tag=self._recv_tag))
 
     def close(self, who: str) -> None:
         """Gives unread messages a moment; what nobody ever reads is kept for the life of the process."""
+        _never_read.extend(self._arriving.taken)
         try:
             self.flush(_CLOSE_TIMEOUT_S, who)
         except PeerTimeout as error:
             logger.warning("%s; %d messages were left unread", error, len(self._unfinished))
             _never_read.extend(self._unfinished)
 
-    def _take(self, matched: Any, status: Any, max_bytes: int, deadline: float) -> bytearray:
+    def _match(self, source: int, timeout_s: float, complaint: str) -> None:
+        """The next part of the message that arrives."""
+        parts, status = self._arriving.parts, self._mpi.Status()
+        probe = partial(self._comm.Improbe, source=source, tag=self._recv_tag, status=status)
+        num_before = len(parts)
+
+        def is_here() -> bool | None:
+            parts.extend(filter(_is_matched, zip(starmap(probe, ((),)), (status,), strict=True)))
+            return True if len(parts) > num_before else None
+
+        _wait(is_here, timeout_s, complaint)
+
+    def _take(self, place: int, max_bytes: int, deadline: float) -> bytearray:
+        """A part that was matched."""
+        matched, status = self._arriving.parts[place]
         size, rank = status.Get_count(self._mpi.BYTE), status.Get_source()
         if size > max_bytes:
             try:  # a matched message has to be received; into no buffer at all, MPI drops it as truncated
@@ -112,14 +139,32 @@ class _Mailbox:
             except self._mpi.Exception:
                 pass
             raise _Refused(rank, f"a frame of {size} bytes is over the limit of {max_bytes}")
-        buffer = bytearray(size)
-        request = matched.Irecv([buffer, self._mpi.BYTE])
+        taken = self._arriving.taken
+        if len(taken) == place:
+            fresh = bytearray(size)
+            taken.extend(zip(map(matched.Irecv, ([fresh, self._mpi.BYTE],)), (fresh,), strict=True))
+        request, buffer = taken[place]
         try:
             _wait(lambda: request.Test() or None, deadline - time.monotonic(), f"rank {rank} stalls within a message")
         except PeerTimeout:
             _never_read.append((request, buffer))
             raise
         return buffer
+
+
+class _Arriving:
+    """A message, as far as it is here."""
+
+    def __init__(self) -> None:
+        self.parts: list[tuple[Any, Any]] = []  # matched, and its status
+        self.taken: list[tuple[Any, bytearray]] = []  # the request, and where it writes; of each part, or but the last
+
+    @property
+    def rank(self) -> int:
+        return int(self.parts[0][1].Get_source())
+
+
+_is_matched = itemgetter(0)  # None: nothing was there
 
 
 class _Refused(ProtocolError):
@@ -149,8 +194,8 @@ class MPILink:
 
     def close(self) -> None:
         if not self._closed:
-            self._closed = True
             _linked_ranks.discard(self._rank)
+            self._closed = True
             self._mailbox.close(str(self._rank))
 
     def _check_open(self) -> None:

@@ -1,10 +1,13 @@
 """A connection between two processes of one machine: packets through a Unix socket, large frames beside it.
 
-    packet    num_frames u16 │ has_arena u16 │ position u64 │ length u64 of each frame │ the small frames
+    packet    num_frames u16 │ has_arena u16 │ held u32 │ arena u32 │ position u64 │ length u64 of each frame │ …
+              … the small frames
     arena     the large frames behind one another, from `position` on (see `arena`)
 
-A packet is sent whole or not at all and wakes its reader directly; no thread stands between.  It brings the file
-descriptor of a new arena when the old one has become too small.
+A packet is sent whole or not at all and wakes its reader directly; no thread stands between.  Arenas are numbered: a
+new one is made when the old one has become too small, and its file descriptor comes with every packet until the reader
+has written that it holds it, for whoever reads may be interrupted (Ctrl-C) and lose a packet.  Without large frames
+`position` is where the next one will begin: what lies before it and never came is given back with that.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ _MAX_ARENA_BYTES = 1 << 30  # beyond it a writer waits for its reader, unless a 
 _MAX_PACKET_BYTES = 160 << 10  # below the kernel's limit, a socket's send buffer
 _RETRY_S = 0.002  # between looks for room
 
-_HEAD = struct.Struct("<HHQ")
+_HEAD = struct.Struct("<HHIIQ")
 _IN_ARENA = 1 << 63  # marks a frame's length
 _MAX_POSITION = 1 << 62
 _FD = struct.Struct("i")
@@ -62,7 +65,8 @@ class PacketSocket:
     def __init__(self, sock: socket.socket, peer: str) -> None:
         self.socket, self.peer = sock, peer
         self._out: WriteArena | None = None
-        self._is_out_known = True  # whether the peer has it
+        self._num_arenas = 0  # made until now
+        self._held_there = 0  # number of the arena that the peer has of this side
         self._into: ReadArena | None = None
 
     def send(self, frames: Sequence[Buffer], deadline: float) -> None:
@@ -73,10 +77,15 @@ class PacketSocket:
         for array in large:
             at = self._out.write(at, array)  # type: ignore[union-attr]  # there is one where something was placed
         lengths = [len(array) | (_IN_ARENA if len(array) > INLINE_BYTES else 0) for array in arrays]
-        head = _HEAD.pack(len(frames), not self._is_out_known, position) + struct.pack(f"<{len(lengths)}Q", *lengths)
+        number = 0
+        if self._out:
+            number, position = self._out.number, position if large else self._out.end
+        brings_arena = number > 0 and number != self._held_there
+        held = self._into.number if self._into else 0
+        head = _HEAD.pack(len(frames), brings_arena, held, number, position)
+        head += struct.pack(f"<{len(lengths)}Q", *lengths)
         small = [frame for frame, length in zip(frames, lengths, strict=True) if not length & _IN_ARENA]
-        self._send_packet([head, *small], deadline)
-        self._is_out_known = True
+        self._send_packet([head, *small], deadline, self._out.fd if self._out and brings_arena else None)
 
     def recv(self) -> list[Buffer] | None:
         """The frames of the next packet; None if there is none.  Raises PeerLost, ProtocolError."""
@@ -106,9 +115,9 @@ class PacketSocket:
 
     def close(self) -> None:
         self.socket.close()
-        if self._out:
-            self._out.close()
-        self._out = self._into = None
+        out, self._out, self._into = self._out, None, None  # first: a file descriptor is not to be closed twice
+        if out:
+            out.close()
 
     def is_stopped(self) -> bool:
         """Whether the peer's process stands still, as far as this one can see."""
@@ -125,8 +134,9 @@ class PacketSocket:
             old = self._out
             if old is None or old.is_empty or old.capacity < _MAX_ARENA_BYTES:
                 capacity = max(_MIN_ARENA_BYTES, 2 * num_bytes, min(2 * old.capacity, _MAX_ARENA_BYTES) if old else 0)
+                self._num_arenas += 1
                 try:
-                    self._out, self._is_out_known = WriteArena(capacity), False
+                    self._out = WriteArena(capacity, self._num_arenas)
                 except MemoryError as error:
                     raise MessageTooLarge(f"a message of {num_bytes} bytes to {self.peer}: {error}") from error
                 if old:
@@ -137,8 +147,8 @@ class PacketSocket:
                 time.sleep(_RETRY_S)
         return position
 
-    def _send_packet(self, packet: list[Buffer], deadline: float) -> None:
-        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, _FD.pack(self._out.fd))] if not self._is_out_known else []  # type: ignore[union-attr]
+    def _send_packet(self, packet: list[Buffer], deadline: float, fd: int | None) -> None:
+        rights = [] if fd is None else [(socket.SOL_SOCKET, socket.SCM_RIGHTS, _FD.pack(fd))]
         while True:
             try:
                 self.socket.sendmsg(packet, rights, socket.MSG_DONTWAIT)
@@ -152,7 +162,7 @@ class PacketSocket:
     def _unpack(self, packet: bytes, fds: list[int]) -> list[Buffer]:
         if len(packet) < _HEAD.size:
             raise ProtocolError(f"a packet of {len(packet)} bytes is truncated")
-        num_frames, has_arena, position = _HEAD.unpack_from(packet)
+        num_frames, has_arena, held, number, position = _HEAD.unpack_from(packet)
         at = _HEAD.size + 8 * num_frames
         if not 0 < num_frames <= LIMITS.max_frames or len(packet) < at or position >= _MAX_POSITION:
             raise ProtocolError(f"a packet of {num_frames} frames; 1 to {LIMITS.max_frames} may come")
@@ -164,11 +174,17 @@ class PacketSocket:
         if has_arena:
             if len(fds) != 1:
                 raise ProtocolError("a packet announces shared memory that did not come with it")
-            self._into = ReadArena(fds[0], max_bytes=2 * LIMITS.max_frames * LIMITS.max_array_bytes)
-        if shared and not self._into:
+            if not self._into or self._into.number < number:
+                max_bytes = 2 * LIMITS.max_frames * LIMITS.max_array_bytes
+                self._into = ReadArena(fds[0], max_bytes=max_bytes, number=number)
+        self._held_there = held
+        into = self._into if self._into and self._into.number == number else None
+        if shared and not into:
             raise ProtocolError("a packet refers to shared memory that never came")
+        if into and not shared:
+            into.pass_over(position)
         small = memoryview(packet)[at:]
-        large = self._into.view(position, sum(map(align, shared))) if self._into and shared else memoryview(b"")
+        large = into.view(position, sum(map(align, shared))) if into and shared else memoryview(b"")
         frames: list[Buffer] = []
         for length in lengths:
             if length & _IN_ARENA:

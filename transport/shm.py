@@ -89,6 +89,9 @@ class SharedMemoryLink:
                     return False
                 time.sleep(_RETRY_S)
             except OSError as error:
+                if error.errno == errno.EISCONN:  # it came about as this side was interrupted
+                    self._is_connected = True
+                    break
                 self.close()
                 raise AddressError(f"cannot connect to {_SCHEME}{self._path}: {error}") from error
         return True

@@ -98,7 +98,6 @@ def check_bad_frames(channel: Channel) -> None:
     good = channel._codec.encode(channel.session, Attend(0, 0, 0, *[np.zeros((2, 1, 4), np.float32)] * 3))
     header = bytes(good[0])
     bad: list[list[Buffer]] = [
-        [b""],
         [b"garbage"],
         [b"XXXX" + header[4:], *good[1:]],
         [header[:4] + b"\xff\xff" + header[6:], *good[1:]],  # another protocol version
@@ -117,6 +116,14 @@ def check_bad_frames(channel: Channel) -> None:
         assert isinstance(reply.message, Failure) and reply.message.kind == "ProtocolError", (frames, reply)
         _skip_refusals(channel)
         _check_alive(channel)
+
+
+def check_broken_off(channel: Channel) -> None:
+    """What ends with an empty frame and is no message was broken off by its sender: passed over, not refused."""
+    good = channel._codec.encode(channel.session, Attend(0, 0, 0, *[np.zeros((2, 1, 4), np.float32)] * 3))
+    for num_sent in range(len(good)):
+        channel._link.send_frames([*good[:num_sent], b""], TIMEOUT_S)
+    _check_alive(channel)
 
 
 def check_refusal_is_told(channel: Channel) -> None:
@@ -158,6 +165,7 @@ CHECKS: tuple[Callable[[Channel], None], ...] = (
     check_deadline,
     check_readable,
     check_bad_frames,
+    check_broken_off,
     check_refusal_is_told,
     check_too_large,
     check_other_sessions,

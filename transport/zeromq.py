@@ -20,11 +20,19 @@ from zmq.utils.monitor import recv_monitor_message
 from transport.channel import Arrival, BadDelivery
 from transport.codec import LIMITS, Buffer
 from transport.doorkeeper import Doorkeeper
-from transport.errors import AddressError, ChannelClosed, PeerLost, PeerRefused, PeerTimeout, ProtocolError
+from transport.errors import (
+    AddressError,
+    BrokenOff,
+    ChannelClosed,
+    PeerLost,
+    PeerRefused,
+    PeerTimeout,
+    ProtocolError,
+)
 from transport.hosts import check_bind, check_host
 from transport.keys import Keys
 from transport.monitor import open_monitor
-from transport.multipart import checksum, receive, send
+from transport.multipart import checksum, drop_rest, end_message, receive, send
 from transport.paths import check_not_taken, check_path
 
 HEARTBEAT_INTERVAL_MS = 300
@@ -55,7 +63,11 @@ class ZeroMQLink:
         self._monitor = open_monitor(self._socket, events)
         self._poller = zmq.Poller()
         self._poller.register(self._monitor, zmq.POLLIN)
-        self._connected = self._lost = self._closed = False
+        self._poller.register(self._socket, zmq.POLLIN)
+        # These are written before what they tell of is begun, and when it has ended: an interrupt (Ctrl-C) may come
+        # anywhere between, and leave them true.
+        self._is_sending = self._is_reading = self._is_reading_monitor = False
+        self._connected = self._has_shaken_hands = self._lost = self._closed = False
         self._num_hang_ups = 0  # before a connection came about
         self._refusal = ""  # why one never will
         try:
@@ -71,20 +83,32 @@ class ZeroMQLink:
         self._wait(zmq.POLLOUT, timeout_s, "does not take messages")
         # The peer may vanish between the two lines; then there is no pipe to send to, and a send would wait.
         self._socket.sndtimeo = max(1, round((deadline - time.monotonic()) * 1000))
+        if self._is_sending:
+            end_message(self._socket)
+        self._is_sending = True
         try:
             send(self._socket, frames)
         except zmq.Again:
             self._wait(zmq.POLLOUT, 0.0, "does not take messages")
             raise PeerTimeout(f"{self.peer} does not take messages (waited {timeout_s:.3g} s)") from None
+        self._is_sending = False
 
     def recv_frames(self, timeout_s: float) -> Sequence[Buffer]:
+        if self._is_reading and not self._closed:
+            drop_rest(self._socket)
         self._wait(zmq.POLLIN, timeout_s, "did not answer")
-        return receive(self._socket, has_checksum=self._has_checksum)
+        self._is_reading = True
+        frames = receive(self._socket, has_checksum=self._has_checksum)
+        self._is_reading = False
+        self._connected = True  # an interrupt may have lost the monitor's word for it
+        return frames
 
     def is_readable(self) -> bool:
         if self._closed or self._lost or self._refusal:
             return True
         self._poller.register(self._socket, zmq.POLLIN)
+        if self._is_reading_monitor:
+            self._look_again()
         ready = dict(self._poller.poll(0))
         if self._monitor in ready:
             self._read_monitor()
@@ -104,6 +128,8 @@ class ZeroMQLink:
             raise ChannelClosed(f"the channel to {self.peer} was closed by this side")
         deadline = time.monotonic() + timeout_s
         self._poller.register(self._socket, event)
+        if self._is_reading_monitor:
+            self._look_again()
         while True:
             left_ms = max(0, round((deadline - time.monotonic()) * 1000))
             ready = dict(self._poller.poll(0 if self._lost or self._refusal else left_ms))
@@ -119,11 +145,25 @@ class ZeroMQLink:
                 state = complaint if self._connected else "does not answer; is it running, and is the address right?"
                 raise PeerTimeout(f"{self.peer} {state} (waited {timeout_s:.3g} s)")
 
+    def _look_again(self) -> None:
+        """After an interrupt, with which an event may have been lost."""
+        drop_rest(self._monitor)
+        # Only over finished connections can anything be sent, and never so much waits that it could not.
+        if self._connected and not cast(int, self._socket.get(zmq.EVENTS)) & zmq.POLLOUT:
+            self._lost = True
+        self._is_reading_monitor = False
+
     def _read_monitor(self) -> None:
+        self._is_reading_monitor = True
         message = recv_monitor_message(self._monitor, zmq.NOBLOCK)
-        event, value = message["event"], message["value"]
+        self._take_event(message["event"], message["value"])
+        self._is_reading_monitor = False
+
+    def _take_event(self, event: int, value: int) -> None:
         if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
-            self._connected = True
+            # A second time: the end of the first connection was told while this side was interrupted.
+            self._lost = self._lost or self._has_shaken_hands
+            self._connected = self._has_shaken_hands = True
         elif self._connected:
             # libzmq would reconnect, to a worker that no longer knows this session: lost is lost.
             self._lost = True
@@ -159,6 +199,7 @@ class ZeroMQPort:
         self._socket.router_mandatory = True
         self._socket.handshake_ivl = HANDSHAKE_TIMEOUT_MS
         self._doorkeeper = Doorkeeper(self._socket, keys) if self._is_network else None
+        self._is_sending = self._is_reading = False  # as a link's
         self._closed = False
         try:
             self._socket.bind(address)
@@ -169,12 +210,19 @@ class ZeroMQPort:
 
     def recv_frames(self, timeout_s: float) -> Arrival:
         self._check_open()
+        if self._is_reading:
+            drop_rest(self._socket)
         if not self._socket.poll(round(timeout_s * 1000), zmq.POLLIN):
             raise PeerTimeout(f"nobody wrote to {self.address} within {timeout_s:.3g} s")
+        self._is_reading = True
         first = self._socket.recv(copy=False)
         origin = _origin(first) if self._is_network else ""
         try:
-            return Arrival(first.bytes, receive(self._socket, has_checksum=self._has_checksum), origin)
+            frames = receive(self._socket, has_checksum=self._has_checksum)
+            self._is_reading = False
+            return Arrival(first.bytes, frames, origin)
+        except BrokenOff:
+            raise
         except ProtocolError as error:
             raise BadDelivery(first.bytes, str(error), origin) from error
 
@@ -185,6 +233,9 @@ class ZeroMQPort:
         # A peer that left is known to have left only once what it sent has been looked at, up to its end.
         self._socket.get(zmq.EVENTS)
         self._socket.sndtimeo = round(timeout_s * 1000)
+        if self._is_sending:
+            end_message(self._socket)
+        self._is_sending = True
         try:
             send(self._socket, [cast(bytes, peer), *frames])
         except zmq.Again:
@@ -193,6 +244,7 @@ class ZeroMQPort:
             if error.errno == zmq.EHOSTUNREACH:
                 raise PeerLost(f"an S-worker of {self.address} is gone") from error
             raise
+        self._is_sending = False
 
     def close(self) -> None:
         if not self._closed:
