@@ -307,13 +307,13 @@ def test_inputs_are_read_packed_or_not_from_files_and_pipes(pack: Any, is_pipe: 
         ("{}\n".encode("utf-32"), "UTF-32.*iconv -f UTF-32"),
         (gzip.compress("{}\n".encode("utf-16")), "UTF-16"),
         (gzip.compress(b"{}\n" * 999)[:-9], "damaged or cut off"),
-        (gzip.compress(os.urandom(999))[:500] + b"x" * 500, "damaged or cut off"),
+        (gzip.compress(bytes(range(256)) * 4)[:200] + b"x" * 500, "damaged or cut off"),
         (b"\x1f\x8bno gzip", "damaged or cut off"),
         (bz2.compress(b"{}\n")[:-9] + b"123456789", "damaged or cut off|cannot read the input"),
         (b"\x28\xb5\x2f\xfd....", "is zstd: unpack it"),
         (b"PK\x03\x04....", "is a zip archive: unpack it"),
     ],
-    ids=str,
+    ids=range(11),
 )
 def test_what_is_no_text_is_told_before_a_model_is_loaded(given: bytes, told: str, tmp_path: Path) -> None:
     (tmp_path / "in").write_bytes(given)

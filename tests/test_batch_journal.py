@@ -160,7 +160,7 @@ def all_numbers(tensors: dict[str, np.ndarray]) -> None:
         (None, ("--max-model-len", "100"), "max_model_len was .* and is 100"),
         (None, ("--seed", "1"), "seed was 0 and is 1"),
     ],
-    ids=str,
+    ids=range(17),
 )  # fmt: skip
 def test_each_thing_that_decides_results_is_refused(
     change: Any, flags: tuple[str, ...], told: str, place: Path, monkeypatch: pytest.MonkeyPatch,
