@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import select
 import signal
 import sys
 import threading
@@ -83,18 +84,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--exit-with-parent",
         action="store_true",
-        help="end when standard input does, so that no worker outlives who started it",
+        help="end when standard input or the process that started it does, so that no worker outlives it",
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Serves until SIGTERM, SIGINT or the parent's end.  Returns the exit code."""
+    """Serves until SIGTERM, SIGINT, SIGHUP or the parent's end.  Returns the exit code."""
     if args.bind.startswith("mpi:"):  # which rank is what is not known here
         print("error: --bind: start R-workers of an mpirun with: fastdecode rworker --bind mpi://", file=sys.stderr)
         return 2
+    parent = _open_parent() if args.exit_with_parent else None
     start_logging(args)
     signal.signal(signal.SIGTERM, _exit)
     signal.signal(signal.SIGINT, _exit)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup has it
+        signal.signal(signal.SIGHUP, _exit)
     if args.cores:
         try:
             keep_to_cores(args.cores)  # before anything starts a thread
@@ -115,7 +119,7 @@ def run(args: argparse.Namespace) -> int:
         kv_cache_bytes=kv_cache_bytes, num_threads=num_threads, kernel=KERNELS[args.kernel], cores=args.cores or ()
     )
     if args.exit_with_parent:
-        threading.Thread(target=_follow_parent, daemon=True).start()
+        threading.Thread(target=_follow_parent, args=(parent,), daemon=True).start()
     try:
         print(LISTENING + listener.address, flush=True)
         logging.info("%s of KV, %d threads, %s kernel", format_bytes(kv_cache_bytes), num_threads, args.kernel)
@@ -141,14 +145,26 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _exit(signum: int, frame: FrameType | None) -> None:
     """Once; the clean-up that follows is not to be interrupted by a second one."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     raise SystemExit(0)
 
 
-def _follow_parent() -> None:
-    """Standard input is a pipe from the parent: its end is the parent's end, however that came."""
-    while os.read(0, 4096):
+def _open_parent() -> int | None:
+    """A file descriptor that is readable once the parent has ended; None where the system has none such."""
+    try:
+        return os.pidfd_open(os.getppid())
+    except (OSError, AttributeError):
+        return None
+
+
+def _follow_parent(parent: int | None) -> None:
+    """Standard input is a pipe from the parent: its end is the parent's end, however that came.
+
+    But a child of the parent's may hold the pipe open, and outlive it; so the parent itself is watched, too.
+    """
+    watched = [0] if parent is None else [0, parent]
+    while parent not in (ready := select.select(watched, [], [])[0]) and (0 not in ready or os.read(0, 4096)):
         pass
     # A signal that comes between Python's last check and the system call that waits is not seen until the
     # wait ends, so it is repeated.  A main thread that never reacts would keep its memory for ever.

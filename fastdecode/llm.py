@@ -38,11 +38,9 @@ class LLM:
         """
         self.config = config = EngineConfig.from_options({"model": model, **options})
         self._in_use = False
-        self._closed = False
-        opened = open_engine(config)
+        self._opened = opened = open_engine(config)
         self._engine, self._tokenizer, self._default_params = opened.engine, opened.tokenizer, opened.default_params
         self.facts, self.max_model_len, self.kv_places = opened.facts, opened.max_model_len, opened.kv_places
-        self._cleanup = opened.close
 
     def generate(
         self,
@@ -147,10 +145,15 @@ class LLM:
         return self._default_params
 
     def close(self) -> None:
-        """Ends the R-workers started here and says goodbye to the others; can be called twice."""
-        if not self._closed:
-            self._closed = True
-            self._cleanup()
+        """Ends the R-workers started here and says goodbye to the others; can be called twice.
+
+        An LLM that is garbage, or still there when the interpreter ends, is closed by that.
+        """
+        self._opened.close()
+
+    @property
+    def _closed(self) -> bool:
+        return self._opened.ending.is_closed
 
     def __enter__(self) -> Self:
         return self

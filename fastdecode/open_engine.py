@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass, field
 from typing import Any
 
 from fastdecode.capacity import describe_places, make_scheduler, max_model_len
 from fastdecode.config import EngineConfig
+from fastdecode.ending import Ending
 from fastdecode.engine import Engine
 from fastdecode.runtime import open_runtime
 from fastdecode.sampling_params import SamplingParams
@@ -27,9 +28,9 @@ _UNSUPPORTED_WISHES = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class OpenEngine:
-    """An engine and what it stands on.  Close it."""
+    """An engine and what it stands on, which ends when this is closed, garbage, or the interpreter's end comes."""
 
     config: EngineConfig
     engine: Engine
@@ -38,11 +39,15 @@ class OpenEngine:
     default_params: SamplingParams  # the model's own
     max_model_len: int
     kv_places: list[str]  # a line per R-worker: where its KV is, and how much
-    cleanup: ExitStack
+    cleanup: InitVar[ExitStack]
+    ending: Ending = field(init=False)
+
+    def __post_init__(self, cleanup: ExitStack) -> None:
+        object.__setattr__(self, "ending", Ending(self, cleanup.close))
 
     def close(self) -> None:
         """Ends the R-workers started here and says goodbye to the others."""
-        self.cleanup.close()
+        self.ending.close()
 
 
 def open_engine(config: EngineConfig, on_step: Callable[[StepRecord], None] | None = None) -> OpenEngine:

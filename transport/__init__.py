@@ -16,6 +16,7 @@ from transport.errors import (
     ProtocolError,
     TransportError,
 )
+from transport.forked import let_go_in_children
 from transport.keys import Keys, make_keys, read_keys, write_keys
 from transport.log_limit import limit_logs
 from transport.memory import keep_freed_memory
@@ -83,6 +84,7 @@ __all__ = [
     "connect",
     "import_mpi",
     "keep_freed_memory",
+    "let_go_in_children",
     "limit_logs",
     "listen",
     "make_keys",

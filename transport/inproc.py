@@ -16,7 +16,7 @@ from transport.errors import AddressError, ChannelClosed, PeerLost, PeerTimeout
 
 _SCHEME = "inproc://"
 _ports: dict[str, InprocPort] = {}
-_ports_lock = threading.Lock()
+_ports_lock = threading.RLock()  # garbage that is found meanwhile may close a port in the same thread
 
 _Frames = Sequence[Buffer] | None  # None: the other end has closed
 

@@ -19,6 +19,7 @@ from transport.arena import IS_SUPPORTED
 from transport.channel import Arrival
 from transport.codec import Buffer
 from transport.errors import AddressError, ChannelClosed, PeerLost, PeerTimeout, ProtocolError
+from transport.forked import let_go_in_children
 from transport.packets import PacketSocket, credentials, make_socket, wait
 from transport.paths import check_not_taken, check_path
 
@@ -38,6 +39,7 @@ class SharedMemoryLink:
         self._path = address.removeprefix(_SCHEME)
         self._end = PacketSocket(make_socket(), self.peer)
         self._is_connected = self._is_closed = False
+        let_go_in_children(self)
         self._connect(time.monotonic())
 
     def send_frames(self, frames: Sequence[Buffer], timeout_s: float) -> None:
@@ -70,6 +72,10 @@ class SharedMemoryLink:
     def close(self) -> None:
         self._is_closed = True
         self._end.close()
+
+    def let_go(self) -> None:
+        """Closing is this process's alone: nothing is said to the peer."""
+        self.close()
 
     def _await_connection(self, deadline: float, timeout_s: float) -> None:
         if self._is_closed:

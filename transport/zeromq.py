@@ -10,6 +10,9 @@ What crosses a network is encrypted and authenticated with the job's keys (CURVE
 
 from __future__ import annotations
 
+import os
+import socket
+import stat
 import time
 from collections.abc import Hashable, Sequence
 from typing import cast
@@ -29,6 +32,7 @@ from transport.errors import (
     PeerTimeout,
     ProtocolError,
 )
+from transport.forked import let_go_in_children
 from transport.hosts import check_bind, check_host
 from transport.keys import Keys
 from transport.monitor import open_monitor
@@ -70,6 +74,7 @@ class ZeroMQLink:
         self._connected = self._has_shaken_hands = self._lost = self._closed = False
         self._num_hang_ups = 0  # before a connection came about
         self._refusal = ""  # why one never will
+        let_go_in_children(self)
         try:
             self._socket.connect(address)
         except zmq.ZMQError as error:
@@ -121,6 +126,12 @@ class ZeroMQLink:
             self._monitor.close(linger=0)
             self._socket.close(linger=0)
             self._context.term()
+
+    def let_go(self) -> None:
+        """libzmq, whose threads are not here, is left as it is (pyzmq does so, too); its connection is closed."""
+        if not self._closed:
+            self._closed = True
+            _close_connections(self._address)
 
     def _wait(self, event: int, timeout_s: float, complaint: str) -> None:
         """Until the socket is ready for `event`; what arrived before a loss is still delivered."""
@@ -282,6 +293,30 @@ def _check_address(address: str) -> None:
         check_host(address)
     else:
         check_path(address)
+
+
+def _close_connections(address: str) -> None:
+    """Every file descriptor of this process that is connected to `address`; libzmq does not tell which they are.
+
+    A host that is given by name is not recognised.
+    """
+    where = address.partition("://")[2]
+    try:
+        descriptors = [int(name) for name in os.listdir("/proc/self/fd")]
+    except OSError:  # not Linux
+        return
+    for descriptor in descriptors:
+        try:
+            if not stat.S_ISSOCK(os.fstat(descriptor).st_mode):
+                continue
+            with socket.socket(fileno=os.dup(descriptor)) as connection:
+                peer = connection.getpeername()
+        except OSError:  # not connected, or the list's own
+            continue
+        is_path = isinstance(peer, str)
+        host, port = ("", 0) if is_path or len(peer) < 2 else peer[:2]
+        if (peer if is_path else f"[{host}]:{port}" if ":" in host else f"{host}:{port}") == where:
+            os.close(descriptor)
 
 
 def _origin(frame: zmq.Frame) -> str:

@@ -5,10 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import selectors
-import shutil
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from functools import partial
@@ -17,8 +15,9 @@ from pathlib import Path
 import cpu_attention
 from cpu_attention import LISTENING, available_cores, format_cores, numa_nodes, share_of_cores
 from fastdecode.errors import RWorkerUnreachable
+from fastdecode.r_workers.directory import SocketDirectory
 from fastdecode.r_workers.rejoin import RWorkerHandle
-from transport import Keys, connect
+from transport import Keys, connect, let_go_in_children
 
 logger = logging.getLogger(__name__)
 
@@ -43,11 +42,12 @@ class Processes:
         self._transport, self._num_workers = transport, num_workers
         self._num_threads, self._kv_cache_bytes = num_threads, kv_cache_bytes
         self._key_file, self._keys = key_file, keys
-        self._directory = Path(tempfile.mkdtemp(prefix="fastdecode-"))  # for this user alone
+        self._directory = SocketDirectory()
         self._running: dict[int, subprocess.Popen[bytes]] = {}  # by index
         self._num_ever = 0
         self._is_closed = False
         self._lock = threading.Lock()  # one may be started again while all are to end
+        let_go_in_children(self)
 
     def start(self) -> list[RWorkerHandle]:
         """All of them, side by side.  Raises RWorkerUnreachable."""
@@ -61,8 +61,26 @@ class Processes:
         with self._lock:
             self._is_closed = True
             processes = list(self._running.values())
+        try:
+            self._end(processes)
+        finally:
+            for process in processes:  # of an interrupt
+                if process.poll() is None:
+                    process.kill()
+            self._directory.close()
+
+    def let_go(self) -> None:
+        """In a forked child, where these are nobody's children."""
+        self._is_closed = True
+        self._lock = threading.Lock()  # which another thread may have held
+        for process in list(self._running.values()):
+            process.returncode = 0  # so nobody waits for it, or kills it
+            _close_pipes(process)
+
+    def _end(self, processes: list[subprocess.Popen[bytes]]) -> None:
         for process in processes:
             _close_pipes(process)
+            process.terminate()  # its standard input may be held open by a child of this process
         deadline = time.monotonic() + STOP_TIMEOUT_S
         for process in processes:
             try:
@@ -71,7 +89,6 @@ class Processes:
                 logger.warning("R-worker process %d does not end by itself and is killed", process.pid)
                 if not _kill(process):
                     logger.warning("R-worker process %d is killed and has not ended; it is left alone", process.pid)
-        shutil.rmtree(self._directory, ignore_errors=True)
 
     def _again(self, index: int) -> RWorkerHandle:
         """In place of one that was lost, whose memory is needed.  Raises RWorkerUnreachable."""
@@ -91,7 +108,7 @@ class Processes:
     def _spawn(self, index: int) -> None:
         cores = cores_of(index, self._num_workers, self._num_threads)
         self._num_ever += 1
-        here = "127.0.0.1:0" if self._transport == "tcp" else f"{self._directory}/{self._num_ever - 1}"
+        here = "127.0.0.1:0" if self._transport == "tcp" else f"{self._directory.path}/{self._num_ever - 1}"
         # -P: what lies in the directory that this was started in is not ours, whatever it is called.
         command = [
             sys.executable,

@@ -1,0 +1,213 @@
+"""An LLM ends in every way that there is, many times, while a forked child of its process lives on: what is left?
+
+    python bench/endings.py --each 50 --out bench/results/endings.json
+
+Each time a process of its own makes an LLM, generates, forks a child that tries to use and to close the LLM and then
+sleeps, and ends.  Counted is what is there 20 s later at most, the child still alive: R-worker processes, sockets of
+the child's, threads and file descriptors (of a process that lives on), names in /dev/shm, directories in the temporary
+place; for a process that was killed by a signal the directories after the next start.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import json
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+from tqdm import TMonitor
+
+from fastdecode import LLM, SamplingParams
+from fastdecode.r_workers.directory import remove_leftovers
+
+MODEL = Path(__file__).parents[1] / "scripts" / "demo_model"
+LIVES_ON = ("close", "with", "garbage", "garbage in a cycle", "garbage in a thread", "R-worker killed, then close")
+ENDS = ("script ends", "sys.exit in the middle", "exception in the middle", "SIGTERM", "SIGHUP", "SIGKILL")
+KINDS = LIVES_ON + ENDS
+_SUBREAPER = 36  # prctl: the orphans of this process's children become its own
+_WAIT_S = 20.0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--each", type=int, default=50, help="endings of each kind, the transports in turn")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
+    parser.add_argument("--transports", nargs="+", default=["shm", "ipc", "tcp", "inproc"])
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    ctypes.CDLL(None).prctl(_SUBREAPER, 1, 0, 0, 0)
+    results: dict[str, dict[str, int]] = {}
+    place = tempfile.tempdir = tempfile.mkdtemp(prefix="endings-")
+    for first, kind in enumerate(args.kinds):
+        left: Counter[str] = Counter()
+        for number in range(first, first + args.each):
+            transport = args.transports[number % len(args.transports)]
+            found = _ending(kind, transport, Path(place))
+            if any(found.values()):
+                print(f"{kind}, {transport}: {found}", file=sys.stderr, flush=True)
+            left.update(found)
+        results[kind] = {"endings": args.each} | dict(left)
+        print(f"{kind:28} {args.each} endings, left: {sum(left.values())}", flush=True)
+    shutil.rmtree(place)
+    if args.out:
+        args.out.write_text(json.dumps({"transports": args.transports, "left": results}, indent=1) + "\n")
+    raise SystemExit(any(count for result in results.values() for name, count in result.items() if name != "endings"))
+
+
+def _ending(kind: str, transport: str, place: Path) -> dict[str, int]:
+    """What is left after one."""
+    shared = _shared()
+    told, tell = os.pipe()
+    subject = os.fork()
+    if not subject:
+        os.close(told)
+        raise _Subject(kind, transport, place, tell)
+    os.close(tell)
+    with open(told) as lines:
+        child, own = (json.loads(lines.readline() or "null"), json.loads(lines.readline() or "{}"))
+    os.waitpid(subject, 0)
+    assert child and (own or kind in ENDS), f"{kind}, {transport}: the process has failed, see above"
+    killed = kind.startswith("SIG")
+    _wait(lambda: {process.pid for process in _children()} <= {child})
+    left = {
+        "processes": len(_children()) - 1,
+        "sockets of the child's": _sockets(child),
+        "names in /dev/shm": len(_shared() - shared),
+    }
+    if killed:
+        remove_leftovers()  # as the next start does
+    left["directories"] = len(list(place.iterdir()))
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return left | own
+
+
+class _Subject(BaseException):
+    """Unwinds a new process up to where a script would begin."""
+
+    def run(self) -> None:
+        kind, transport, place, tell = self.args
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        before = _own(place)
+        llm = LLM(
+            MODEL,
+            transport=transport,
+            kv_cache_memory="32MiB",
+            linear_kernel="plain",
+            r_worker_threads=2,
+            skip_tokenizer_init=True,
+        )
+        params = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True)
+        llm.generate([[5, 6]], params, use_tqdm=False)
+        children = psutil.Process().children()
+        child = _fork_child(llm, tell)
+        os.write(tell, f"{child}\n".encode())
+        if kind in ENDS:
+            _end(kind, llm, params)
+            return
+        if kind == "close":
+            llm.close()
+        elif kind == "with":
+            with llm:
+                llm.generate([[5, 6]], params, use_tqdm=False)
+        elif kind.startswith("R-worker") and children:
+            children[0].kill()
+            llm.close()
+        if kind == "garbage in a cycle":
+            cycle: list[Any] = [llm]
+            cycle.append(cycle)
+            del cycle
+        holder = [llm]
+        del llm
+        if kind == "garbage in a thread":
+            thread = threading.Thread(target=holder.clear)
+            thread.start()
+            thread.join()
+        holder.clear()
+        gc.collect()
+        _wait(lambda: all(now <= then for now, then in zip(_own(place), before, strict=True)))
+        after = [now - then for now, then in zip(_own(place), before, strict=True)]
+        names = ("processes of its own", "threads", "descriptors", "directories meanwhile")
+        os.write(tell, json.dumps(dict(zip(names, after, strict=True))).encode() + b"\n")
+
+
+def _end(kind: str, llm: LLM, params: SamplingParams) -> None:
+    _keep.append(llm)
+    middle = llm.generate_iter([[5, 6], [7, 8, 9]], params)
+    next(middle)
+    match kind:
+        case "sys.exit in the middle":
+            sys.exit(3)
+        case "exception in the middle":
+            sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+            raise ValueError("on purpose")
+        case "SIGTERM" | "SIGHUP" | "SIGKILL":
+            os.kill(os.getpid(), getattr(signal, kind))
+            time.sleep(60)
+
+
+_keep: list[LLM] = []  # a script's global names
+
+
+def _fork_child(llm: LLM, tell: int) -> int:
+    """Of a pool, say: it lives longer than all of this, and does what it should not."""
+    child = os.fork()
+    if child:
+        return child
+    os.close(tell)
+    try:
+        llm.generate([[5, 6]], use_tqdm=False)
+    except ValueError:  # "this LLM is closed"
+        llm.close()
+        signal.pause()
+    os._exit(9)
+
+
+def _own(place: Path) -> list[int]:
+    me = psutil.Process()
+    workers = [child for child in me.children() if "cpu_attention" in " ".join(child.cmdline())]
+    threads = [thread.name for thread in threading.enumerate() if not isinstance(thread, TMonitor)]
+    return [len(workers), len(threads), me.num_fds(), len(list(place.iterdir()))]
+
+
+def _children() -> list[psutil.Process]:
+    return [p for p in psutil.Process().children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE]
+
+
+def _sockets(pid: int) -> int:
+    def links() -> Iterator[str]:
+        for entry in os.scandir(f"/proc/{pid}/fd"):
+            yield os.readlink(entry.path)
+
+    return sum(link.startswith("socket:") for link in links())
+
+
+def _shared() -> set[str]:
+    """But those that Open MPI makes, which may be those of a run beside this one."""
+    return {name for name in os.listdir("/dev/shm") if not name.startswith("sm_segment")}
+
+
+def _wait(is_done: Any) -> None:
+    deadline = time.monotonic() + _WAIT_S
+    while not is_done() and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except _Subject as subject:
+        begun = subject
+    begun.run()
