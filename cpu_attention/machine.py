@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import logging
 import mmap
 import os
 import queue
@@ -16,12 +17,13 @@ from pathlib import Path
 import numpy as np
 import psutil
 
+from cpu_attention import cgroups
+
+logger = logging.getLogger(__name__)
+
 _UNITS = {"": 1, "b": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _UNITS |= {f"{unit}b": factor for unit, factor in _UNITS.items() if unit not in ("", "b")}
 _UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
-
-_V1_ROOT = Path("/sys/fs/cgroup/memory")
-_NO_LIMIT = 1 << 60  # version 1 says "unlimited" with a number near 2^63
 
 # Of what is free: the rest is for the model, the operating system and everybody else.
 DEFAULT_KV_SHARE = 0.5
@@ -112,14 +114,24 @@ def pin_next(cores: queue.SimpleQueue[int]) -> None:
         pin_thread(cores.get_nowait())
 
 
+def num_usable_cores() -> int:
+    """Threads that can run at once: a core each, within the processor time that a container may have."""
+    num_cores, quota = len(available_cores()), cgroups.cpu_quota()
+    return num_cores if quota is None else max(1, min(num_cores, int(quota)))
+
+
 def available_memory_bytes() -> int:
-    """What can still be taken without swapping: the machine's, a cgroup's, or that of the NUMA nodes whose cores
-    this process may use, whichever is least."""
-    available = psutil.virtual_memory().available
+    """What can still be taken without swapping: the machine's, a cgroup's, a limit of this process (ulimit -v), or
+    that of the NUMA nodes whose cores this process may use, whichever is least."""
+    rooms = [psutil.virtual_memory().available]
     cores = set(available_cores())
     near = sum(node.available_bytes for node in numa_nodes() if cores.intersection(node.cores))
-    rooms = [max(0, group.limit_bytes - group.used_bytes) for group in _limited_cgroups()]
-    return min([available, *rooms, *([near] if near else [])])
+    rooms += [near] if near else []
+    rooms += [limit.limit_bytes - limit.used_bytes for limit in cgroups.memory_limits()]
+    address_space, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if address_space != resource.RLIM_INFINITY:
+        rooms.append(address_space - psutil.Process().memory_info().vms)
+    return max(0, min(rooms))
 
 
 def default_kv_cache_bytes() -> int:
@@ -128,7 +140,44 @@ def default_kv_cache_bytes() -> int:
 
 def cgroup_memory_limit_bytes() -> int | None:
     """The tightest memory limit among this process's cgroups; None if there is none."""
-    return min((group.limit_bytes for group in _limited_cgroups()), default=None)
+    return min((limit.limit_bytes for limit in cgroups.memory_limits()), default=None)
+
+
+def check_budget(kv_cache_bytes: int | None, num_beside: int = 1) -> None:
+    """At an R-worker's start: memory is taken only when sequences come, and what is too much then ends the process.
+
+    kv_cache_bytes: None: a share of what is free; num_beside: R-workers with as much that start here now.
+    Raises ValueError if it is not free; warns if it was promised to others that have not taken it yet.
+    """
+    free = available_memory_bytes()
+    asked = default_kv_cache_bytes() if kv_cache_bytes is None else kv_cache_bytes * num_beside
+    if asked > free:
+        each = "" if num_beside == 1 else f" for {num_beside} R-workers"
+        raise ValueError(f"{format_bytes(asked)}{each} is more than the {format_bytes(free)} of memory that are free")
+    promised = kv_promised_bytes()
+    # Of the machine: others may be in containers of their own, whose limits say nothing about this one's.
+    if promised and asked + promised > psutil.virtual_memory().available:
+        logger.warning(
+            "%s of KV here and %s that other R-workers of this machine have not taken yet are more than the %s of "
+            "memory that are free: give each a share, by --kv-cache-memory",
+            format_bytes(asked), format_bytes(promised), format_bytes(psutil.virtual_memory().available),
+        )  # fmt: skip
+
+
+def kv_promised_bytes() -> int:
+    """What R-workers that run on this machine were started to take (--kv-cache-memory) and have not taken yet: it
+    counts as free until sequences come.  As far as this user may look."""
+    promised = 0
+    for process in psutil.process_iter(["cmdline", "memory_info"]):
+        words = process.info["cmdline"] or []
+        if process.pid == os.getpid() or not {"rworker", "cpu_attention"} & set(words):
+            continue
+        given = [word.partition("=")[2] or following for word, following in zip(words, [*words[1:], ""], strict=True)
+                 if word.partition("=")[0] == "--kv-cache-memory"]  # fmt: skip
+        with contextlib.suppress(ValueError):
+            held = process.info["memory_info"].rss if process.info["memory_info"] else 0
+            promised += max(0, parse_bytes(given[-1]) - held) if given else 0
+    return promised
 
 
 def numa_nodes() -> tuple[NumaNode, ...]:
@@ -136,16 +185,18 @@ def numa_nodes() -> tuple[NumaNode, ...]:
     for path in sorted(Path("/sys/devices/system/node").glob("node[0-9]*"), key=lambda p: int(p.name[4:])):
         memory = {
             name: int(kib) * 1024
-            for name, kib in re.findall(r"^Node [0-9]+ ([^:]+):\s+([0-9]+) kB", _read(path / "meminfo"), re.MULTILINE)
+            for name, kib in re.findall(
+                r"^Node [0-9]+ ([^:]+):\s+([0-9]+) kB", cgroups.read(path / "meminfo"), re.MULTILINE
+            )
         }
         available = sum(memory.get(name, 0) for name in ("MemFree", "Active(file)", "Inactive(file)", "SReclaimable"))
-        cores = parse_cores(_read(path / "cpulist"))
+        cores = parse_cores(cgroups.read(path / "cpulist"))
         nodes.append(NumaNode(int(path.name[4:]), cores, memory.get("MemTotal", 0), available))
     return tuple(nodes)
 
 
 def cpu_name() -> str:
-    name = re.search(r"^model name\s*:\s*(.+)$", _read(Path("/proc/cpuinfo")), re.MULTILINE)
+    name = re.search(r"^model name\s*:\s*(.+)$", cgroups.read(Path("/proc/cpuinfo")), re.MULTILINE)
     return name[1] if name else "unknown"
 
 
@@ -165,44 +216,3 @@ def format_cores(cores: Sequence[int]) -> str:
         numbers = [core for _, core in run]
         parts.append(f"{numbers[0]}-{numbers[-1]}" if len(numbers) > 1 else str(numbers[0]))
     return ",".join(parts)
-
-
-@dataclass(frozen=True)
-class _Cgroup:
-    limit_bytes: int
-    used_bytes: int  # without the page cache that the kernel takes back first
-
-
-def _limited_cgroups() -> list[_Cgroup]:
-    """This process's memory cgroup and those around it, version 2 or 1, as far as they have a limit."""
-    groups = []
-    for line in _read(Path("/proc/self/cgroup")).splitlines():
-        _, controllers, path = line.split(":", 2)
-        if not controllers:
-            root, limit_file, usage_file = Path("/sys/fs/cgroup"), "memory.max", "memory.current"
-        elif "memory" in controllers.split(","):
-            root, limit_file, usage_file = _V1_ROOT, "memory.limit_in_bytes", "memory.usage_in_bytes"
-        else:
-            continue
-        directory = root / path.lstrip("/")
-        while directory.is_relative_to(root):
-            limit = _read_int(directory / limit_file)
-            if limit is not None and limit < _NO_LIMIT:
-                statistics = _read(directory / "memory.stat")
-                cache = re.search(r"^(?:total_)?inactive_file ([0-9]+)$", statistics, re.MULTILINE)
-                used = (_read_int(directory / usage_file) or 0) - (int(cache[1]) if cache else 0)
-                groups.append(_Cgroup(limit, max(0, used)))
-            directory = directory.parent
-    return groups
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text()
-    except OSError:
-        return ""
-
-
-def _read_int(path: Path) -> int | None:
-    text = _read(path).strip()
-    return int(text) if text.isdecimal() else None

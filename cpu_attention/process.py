@@ -18,10 +18,11 @@ from types import FrameType
 
 from cpu_attention import kernel, reference
 from cpu_attention.machine import (
-    available_cores,
+    check_budget,
     default_kv_cache_bytes,
     format_bytes,
     keep_to_cores,
+    num_usable_cores,
     parse_bytes,
     parse_cores,
     pin_thread,
@@ -29,7 +30,7 @@ from cpu_attention.machine import (
 )
 from cpu_attention.rworker import RWorker
 from cpu_attention.serve import serve
-from transport import AddressError, KeyFileError, keep_freed_memory, limit_logs, listen, read_keys
+from transport import AddressError, KeyFileError, keep_freed_memory, limited_handler, listen, read_keys
 
 LISTENING = "listening on "
 KERNELS = {"numba": kernel, "reference": reference}
@@ -108,7 +109,13 @@ def run(args: argparse.Namespace) -> int:
     keep_freed_memory()
     raise_file_limit()
     kv_cache_bytes = args.kv_cache_memory if args.kv_cache_memory is not None else default_kv_cache_bytes()
-    num_threads = args.threads or len(available_cores())
+    num_threads = args.threads or num_usable_cores()
+    if not args.exit_with_parent:  # or whoever started this has counted, for all that it started
+        try:
+            check_budget(args.kv_cache_memory)
+        except ValueError as error:
+            print(f"error: --kv-cache-memory: {error}", file=sys.stderr)
+            return 2
     try:
         keys = None if args.key_file is None else read_keys(args.key_file)
         listener = listen(args.bind, keys, args.insecure_network)
@@ -133,8 +140,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def start_logging(args: argparse.Namespace) -> None:
-    logging.basicConfig(level=args.log_level.upper(), format="r-worker %(process)d: %(message)s", stream=sys.stderr)
-    limit_logs()
+    line = "r-worker %(process)d: %(message)s"
+    logging.basicConfig(level=args.log_level.upper(), format=line, handlers=[limited_handler()])
 
 
 def main(argv: Sequence[str] | None = None) -> int:

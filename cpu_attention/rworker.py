@@ -24,10 +24,10 @@ import numpy as np
 
 from cpu_attention import kernel as compiled
 from cpu_attention.attention import Attention, Kernel, NewTokens
-from cpu_attention.errors import BadRequest, RWorkerError, UnknownSequence
+from cpu_attention.errors import BadRequest, KVBudgetExceeded, RWorkerError, UnknownSequence
 from cpu_attention.kvstore import KVStore
 from cpu_attention.layout import AttentionRule, KVLayout, LayerShape
-from cpu_attention.machine import format_bytes
+from cpu_attention.machine import available_memory_bytes, format_bytes
 from cpu_attention.microbatch import MAX_WINDOWS, MicroBatch, NewRows, check_room
 from cpu_attention.warm_kernels import WarmKernels
 from transport import (
@@ -143,7 +143,15 @@ class RWorker:
         except ValueError as error:
             raise BadRequest(str(error)) from error
         asked = self._kv_cache_bytes if hello.kv_cache_bytes is None else hello.kv_cache_bytes
-        store = KVStore(layout, min(asked, self._kv_cache_bytes))
+        budget = min(asked, self._kv_cache_bytes)
+        try:
+            store = KVStore(layout, budget)
+        except (OSError, MemoryError) as error:
+            raise KVBudgetExceeded(
+                f"the system has no {format_bytes(budget)} for the KV ({error}); of memory "
+                f"{format_bytes(available_memory_bytes())} are free. Start this R-worker with less --kv-cache-memory, "
+                "or ask it for less (kv_cache_memory)"
+            ) from error
         rules = tuple(
             AttentionRule(
                 spec.scale, spec.window, spec.softcap, None if spec.sinks is None else np.array(spec.sinks, np.float32)

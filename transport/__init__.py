@@ -18,7 +18,7 @@ from transport.errors import (
 )
 from transport.forked import let_go_in_children
 from transport.keys import Keys, make_keys, read_keys, write_keys
-from transport.log_limit import limit_logs
+from transport.log_limit import limited_handler
 from transport.memory import keep_freed_memory
 from transport.messages import (
     DTYPES,
@@ -85,7 +85,7 @@ __all__ = [
     "import_mpi",
     "keep_freed_memory",
     "let_go_in_children",
-    "limit_logs",
+    "limited_handler",
     "listen",
     "make_keys",
     "read_keys",

@@ -49,8 +49,8 @@ class _Place:
         self.tokens, self.last_s, self.num_left_out = float(BURST), now, 0
 
 
-def limit_logs() -> None:
-    """Of every handler that the root logger has.  For programs; a library leaves its user's handlers alone."""
-    for handler in logging.getLogger().handlers:
-        if not any(isinstance(each, LogLimit) for each in handler.filters):
-            handler.addFilter(LogLimit())
+def limited_handler() -> logging.Handler:
+    """To standard error, for a program's `logging.basicConfig`; a library leaves handlers to its user."""
+    handler = logging.StreamHandler()
+    handler.addFilter(LogLimit())
+    return handler

@@ -20,6 +20,7 @@ from cpu_attention import (
     default_kv_cache_bytes,
     format_bytes,
     measure_read_bandwidth,
+    num_usable_cores,
     numa_nodes,
 )
 
@@ -73,6 +74,7 @@ def collect(*, measure: bool) -> dict[str, dict[str, Any]]:
             "system": f"{platform.system()} {platform.release()}",
             "processor": cpu_name(),
             "cores to use": f"{len(cores)} ({_ranges(cores)})",
+            "threads to run at once": num_usable_cores(),
             **{
                 f"NUMA node {node.index}": f"cores {_ranges(node.cores)}, {format_bytes(node.memory_bytes)}"
                 for node in nodes

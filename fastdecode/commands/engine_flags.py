@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import fastdecode
-from cpu_attention import KV_DTYPES
+from cpu_attention import KV_DTYPES, available_cores, num_usable_cores
 from fastdecode.config import DTYPE_NAMES, LENGTH_PREDICTORS, LINEAR_KERNELS, TRANSPORTS, EngineConfig
 from fastdecode.errors import ConfigError, FastDecodeError
 from fastdecode.scheduling.kv_credits import KV_POLICIES
@@ -74,6 +75,10 @@ def run_on_s_worker(args: argparse.Namespace, action: Callable[[], int]) -> int:
     What `action` raises for the user to mend is told here, with exit code 2: an exception would end an mpirun with a
     trace.  Raises ConfigError: no MPI, say.
     """
+
+    # torch's threads are one for each core, also in a container that may use a few; read when torch is loaded.
+    if (num_cores := num_usable_cores()) < len(available_cores()):
+        os.environ.setdefault("OMP_NUM_THREADS", str(num_cores))
 
     def told() -> int:
         try:

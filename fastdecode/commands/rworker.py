@@ -8,7 +8,14 @@ from __future__ import annotations
 import argparse
 import logging
 
-from cpu_attention import add_process_arguments, keep_to_cores, raise_file_limit, run_process, start_logging
+from cpu_attention import (
+    add_process_arguments,
+    check_budget,
+    keep_to_cores,
+    raise_file_limit,
+    run_process,
+    start_logging,
+)
 from fastdecode.errors import ConfigError
 from fastdecode.r_workers.launch_mpi import mpi_r_worker
 
@@ -33,6 +40,10 @@ def run(args: argparse.Namespace) -> int:
             keep_to_cores(args.cores)
         except ValueError as error:
             raise ConfigError(f"--cores: {error}") from error
+    try:
+        check_budget(args.kv_cache_memory)
+    except ValueError as error:
+        raise ConfigError(f"--kv-cache-memory: {error}") from error
     # MPI starts when every rank has asked for it, however long that takes, and nothing can be said meanwhile.
     logging.info("waits for all ranks: this command, or one with --transport mpi")
     return mpi_r_worker(kv_cache_bytes=args.kv_cache_memory, num_threads=args.threads, kernel=args.kernel)

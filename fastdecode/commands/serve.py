@@ -19,7 +19,7 @@ from fastdecode.config_file import add_config_flags
 from fastdecode.errors import ConfigError
 from fastdecode.model_names import default_names
 from fastdecode.server.options import ServerOptions
-from transport import limit_logs
+from transport import limited_handler
 
 _KEY_VARIABLE = "FASTDECODE__API_KEY"
 _NEEDED = ("fastapi", "starlette", "uvicorn", "h11", "pydantic")
@@ -111,10 +111,10 @@ def _server_options(args: argparse.Namespace) -> ServerOptions:
 
 def _serve(args: argparse.Namespace, options: ServerOptions) -> int:
     """On the S-worker.  Returns what `run` does.  Raises FastDecodeError."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    line = "%(asctime)s %(levelname)s %(message)s"
+    logging.basicConfig(level=logging.INFO, format=line, handlers=[limited_handler()])
     for name in ("uvicorn", "httpx"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    limit_logs()
     raise_file_limit()
     try:
         run_server = fastdecode.run_server

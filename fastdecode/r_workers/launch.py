@@ -9,7 +9,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 
-from cpu_attention import RWorker, available_cores, pin_thread, serve
+from cpu_attention import RWorker, num_usable_cores, pin_thread, serve
 from fastdecode import TORCH_THREADS_SPIN
 from fastdecode.errors import ConfigError
 from fastdecode.r_workers.processes import STOP_TIMEOUT_S, Processes, cores_of
@@ -63,7 +63,7 @@ def start_r_workers(
             "torch was imported before fastdecode, so its threads spin on the cores that R-workers here want: import "
             "fastdecode first, or set GOMP_SPINCOUNT=3000"
         )
-    num_threads = threads_each or max(1, len(available_cores()) // num_workers)
+    num_threads = threads_each or max(1, num_usable_cores() // num_workers)
     workers = RWorkers()
     try:
         if transport == "inproc":

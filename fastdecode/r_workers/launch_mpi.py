@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from cpu_attention import KERNELS, RWorker, default_kv_cache_bytes, format_bytes, serve
+from cpu_attention import KERNELS, RWorker, default_kv_cache_bytes, format_bytes, num_usable_cores, serve
 from fastdecode.errors import ConfigError
 from fastdecode.r_workers.mpi_roles import Roles, exchange_claims
 from transport import AddressError, Goodbye, TransportError, connect, import_mpi, keep_freed_memory, listen
@@ -131,8 +131,9 @@ def _serve_r_worker(
     rank = comm.Get_rank()
     cores = roles.cores(rank)
     keep_freed_memory()
-    kv_cache_bytes = kv_cache_bytes or default_kv_cache_bytes() // len(roles.r_workers_beside(rank))
-    num_threads = num_threads or max(1, len(cores))
+    beside = len(roles.r_workers_beside(rank))
+    kv_cache_bytes = kv_cache_bytes or default_kv_cache_bytes() // beside
+    num_threads = num_threads or max(1, min(len(cores), num_usable_cores() // beside))
     if cores:
         os.sched_setaffinity(0, cores)  # before the KV is touched: memory is taken where its first user runs
     pinned = cores[:num_threads] if num_threads <= len(cores) else ()
