@@ -55,7 +55,14 @@ class FakeLLM:
         self.config = SimpleNamespace(kv_cache_dtype=facts.get("kv_cache_dtype", "auto"), model="m")
         self.max_model_len, self.tokenizer = facts.get("max_model_len", 512), None
         self._defaults = facts.get("defaults", SamplingParams())
+        self.kv_places: list[str] = []
         self._after, self._meanwhile, self.num_answers = after, meanwhile, 0
+
+    def __enter__(self) -> FakeLLM:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        pass
 
     def get_default_sampling_params(self) -> SamplingParams:
         return self._defaults
@@ -520,6 +527,17 @@ def test_an_output_that_goes_meanwhile_is_told(harm: Any, told: str, when: int, 
         run(source, out, FakeLLM(when, lambda: harm(out)))
 
 
+def test_an_output_that_was_removed_ends_the_command(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """With 2, and no word of lines that are written."""
+    out = place / "new"
+    monkeypatch.setattr("fastdecode.LLM", lambda model, **options: FakeLLM(1, out.unlink), raising=False)
+    assert command(place / "in", out, place / "model") == 2
+    said = capfd.readouterr().err
+    assert "was removed" in said and "are done and written" not in said and not out.exists()
+
+
 @pytest.mark.parametrize("code", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL])
 def test_a_file_system_without_locks(
     code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
@@ -535,6 +553,28 @@ def test_a_file_system_without_locks(
         assert run(source, out).is_complete
         assert run(source, out, resume=True, retry_errors=True).is_complete
     assert "nothing guards it against a second run" in caplog.text and os.strerror(code) in caplog.text
+
+
+def test_what_killed_runs_left_beside_it_goes(tmp_path: Path) -> None:
+    source, out = write(tmp_path / "in", request("a")), tmp_path / "out"
+    ours, mine = [".out.fastdecode-0123456789abcdef", ".out.manifest.json.fastdecode-0123456789abcdef"], [
+        ".out.fastdecode-mine", ".other.fastdecode-0123456789abcdef", "out.fastdecode-0123456789abcdef"
+    ]  # fmt: skip
+    for name in (*ours, *mine):
+        (tmp_path / name).touch()
+    run(source, out)
+    assert {path.name for path in tmp_path.iterdir()} == {"in", "out", "out.manifest.json", *mine}
+
+
+def test_an_output_of_an_older_version_is_refused(tmp_path: Path) -> None:
+    source, out = write(tmp_path / "in", request("a"), request("b")), tmp_path / "out"
+    run(source, out)
+    held = {name: manifest(out)[name] for name in ("input", "input_sha256", "num_lines")}
+    out.with_name("out.manifest.json").write_text(json.dumps(held | {"model": "m", "seed": 0}))
+    with pytest.raises(ConfigError, match="did not record.*--resume-anyway"):
+        run(source, out, resume=True)
+    assert run(source, out, resume=True, is_forced=True).is_complete
+    assert manifest(out)["changes"] and manifest(out)["settings"]["dtype"] == "float32"
 
 
 def test_a_second_run_is_refused(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from typing import Any, BinaryIO, Self
 import numpy as np
 
 from fastdecode.batch.manifest import Manifest
-from fastdecode.batch.replacing import replacing
+from fastdecode.batch.replacing import remove_leftovers, replacing
 from fastdecode.batch.result import BatchResult
 from fastdecode.batch.survey import Survey, hash_id
 from fastdecode.errors import ConfigError
@@ -43,6 +43,10 @@ _KINDS = (
     (stat.S_ISBLK, "a device"),
 )  # fmt: skip
 _OPEN_FILES = re.compile(r"/dev/(stdin|stdout|stderr|fd/\d+)|/proc/.*")  # names that stand for what is open already
+
+
+class OutputLost(ConfigError):
+    """The output's name does not stand for what was written any more."""
 
 
 @dataclass(frozen=True)
@@ -140,6 +144,9 @@ class Journal:
             return
         self._check_place()
         try:
+            if self._is_locked:
+                remove_leftovers(self.path)
+                remove_leftovers(self.manifest.path)
             self.manifest.write()
             if self._retries and self._has_errors:
                 self._leave_errors_out()
@@ -150,8 +157,7 @@ class Journal:
         self._num_bytes, self._is_started = self._whole_bytes, True
 
     def append(self, record: dict[str, Any]) -> None:
-        """Raises OSError: the disk is full, say; ConfigError: the file is gone; ValueError for NaN and infinities,
-        which JSON has not."""
+        """Raises OSError: the disk is full, say; OutputLost; ValueError for NaN and infinities, which JSON has not."""
         self.start()
         text = json.dumps(record, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
         line = _UNSAFE.sub(lambda found: f"\\u{ord(found[0]):04x}", text).encode() + b"\n"
@@ -162,7 +168,7 @@ class Journal:
             self.check()
 
     def check(self) -> None:
-        """What was written is on the disk, and where it is looked for.  Raises OSError, ConfigError."""
+        """What was written is on the disk, and where it is looked for.  Raises OSError, OutputLost."""
         os.fdatasync(self._fd)
         self._check_place()
         self._synced = time.monotonic()
@@ -184,16 +190,18 @@ class Journal:
     def _lock(self) -> None:
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._is_locked = True
         except OSError as error:
             if error.errno == errno.EWOULDBLOCK:
                 raise ConfigError(f"another run writes {self.path} at this moment") from error
+            self._is_locked = False
             logger.warning(
                 "the file system of %s has no locks (%s): nothing guards it against a second run at the same time",
                 self.path, error.strerror,
             )  # fmt: skip
 
     def _check_place(self) -> None:
-        """Raises ConfigError."""
+        """Raises OutputLost."""
         ours = os.fstat(self._fd)
         try:
             theirs = self.path.stat()
@@ -208,7 +216,7 @@ class Journal:
                 what = "was written by somebody else, too"
             else:
                 return
-        raise ConfigError(
+        raise OutputLost(
             f"the output {self.path} {what} while this run had it open: not all of its results are there. With "
             "--resume the same command does the lines that are missing then"
         )

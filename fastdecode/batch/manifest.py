@@ -59,6 +59,11 @@ class Manifest:
         self._changes: list[dict[str, Any]] = self._held.get("changes", [])
         if self._is_begun:
             self._check_input(survey)
+            if "settings" not in self._held and not is_forced:
+                raise ConfigError(
+                    f"{output} was begun by a version of FastDecode that did not record all that decides results; "
+                    "give another output, or --resume-anyway"
+                )
         self._input = {
             "input": survey.name, "input_sha256": survey.sha256, "input_bytes": survey.num_bytes,
             "num_lines": survey.num_lines, "nameless": survey.nameless, "num_contested": len(survey.contested),
@@ -117,7 +122,8 @@ class Manifest:
             raise ConfigError(
                 f"{self.path} cannot be read: {error}; if it is yours, give another output, it is to be kept"
             ) from error
-        if not isinstance(held, dict) or not {"input_sha256", "num_lines"} <= held.keys():
+        is_ours = isinstance(held, dict) and isinstance(held.get("input_sha256"), str)
+        if not is_ours or not isinstance(held.get("num_lines"), int):
             raise ConfigError(f"{self.path} is no manifest of run-batch; it is kept: give another output")
         if not isinstance(held.get("settings", {}), dict) or not isinstance(held.get("changes", []), list):
             raise ConfigError(f"{self.path} cannot be read: its settings or changes are damaged")

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
+
+_TOKEN_BYTES = 8
+_MOST_OF_A_NAME = 50  # characters, of up to four bytes each; a name may have 255 bytes
 
 
 @contextmanager
@@ -18,7 +22,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     has a name that nobody else's has.
     """
     target = Path(os.path.realpath(path))
-    fresh = target.with_name(f".fastdecode-{secrets.token_hex(8)}")
+    fresh = target.with_name(_prefix(target) + secrets.token_hex(_TOKEN_BYTES))
     try:
         with fresh.open("xb") as file:
             _take_after(target, file.fileno())
@@ -29,6 +33,18 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     except BaseException:
         fresh.unlink(missing_ok=True)
         raise
+
+
+def remove_leftovers(path: Path) -> None:
+    """Of `replacing` this path in processes that were killed; for who knows that nobody else does it now."""
+    target = Path(os.path.realpath(path))
+    pattern = re.compile(re.escape(_prefix(target)) + rf"[0-9a-f]{{{2 * _TOKEN_BYTES}}}")
+    for name in filter(pattern.fullmatch, os.listdir(target.parent)):
+        target.with_name(name).unlink(missing_ok=True)
+
+
+def _prefix(target: Path) -> str:
+    return f".{target.name[:_MOST_OF_A_NAME]}.fastdecode-"
 
 
 def _take_after(old: Path, fd: int) -> None:

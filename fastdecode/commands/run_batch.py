@@ -17,14 +17,14 @@ from tqdm import tqdm
 
 import fastdecode
 from fastdecode.batch.identity import as_begun, decided_by, identify, versions, weight_files
-from fastdecode.batch.journal import Journal, check_kind
+from fastdecode.batch.journal import Journal, OutputLost, check_kind
 from fastdecode.batch.result import BatchResult
 from fastdecode.batch.source import kept
 from fastdecode.batch.survey import Survey, survey
 from fastdecode.commands.engine_flags import add_engine_flags, engine_options, read_template, run_on_s_worker
 from fastdecode.config import EngineConfig
 from fastdecode.config_file import add_config_flags
-from fastdecode.errors import FastDecodeError
+from fastdecode.errors import FastDecodeError, RWorkerError
 from fastdecode.model_names import default_names
 
 _MAX_NUM_WAITING = 1024  # unless the flag says otherwise: memory is not to grow with the file
@@ -99,7 +99,6 @@ def _survey_and_serve(args: argparse.Namespace) -> int:
         with Journal(
             out, found, settings, resume=resume, retry_errors=args.retry_errors and resume, is_forced=args.resume_anyway
         ) as journal:
-            _identify(args, journal)
             return _serve(args, options, found, journal, template)
 
 
@@ -127,6 +126,7 @@ def _serve(
 ) -> int:
     progress = _Progress(journal.progress())
     try:
+        _identify(args, journal)
         if journal.progress().is_complete:
             journal.start()
             return progress.end()
@@ -140,9 +140,15 @@ def _serve(
                 llm, found, journal, model_names=args.served_model_name or default_names(args.model), seed=args.seed,
                 chat_template=chat_template, timeout_s=args.request_timeout_s, on_progress=progress.show,
             )  # fmt: skip
+    except OutputLost as error:
+        progress.close()
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     except FastDecodeError as error:
         progress.close()
-        print(f"error: {error}\n{progress.how_to_go_on()}", file=sys.stderr)
+        print(
+            f"error: {error}\n{progress.how_to_go_on(is_to_mend=not isinstance(error, RWorkerError))}", file=sys.stderr
+        )
         return 2
     except OSError as error:
         progress.close()
@@ -215,9 +221,10 @@ class _Progress:
         left = result.num_lines - result.num_done
         return text + (f", about {left * seconds / done_now:.0f} s left" if left and done_now else "")
 
-    def how_to_go_on(self) -> str:
+    def how_to_go_on(self, *, is_to_mend: bool = False) -> str:
+        """is_to_mend: the same command would fail again."""
         result = self._result
+        then = "when that is mended, the same command" if is_to_mend else "the same command"
         return (
-            f"{result.num_done} of {result.num_lines} lines are done and written: the same command with --resume does "
-            "the others"
+            f"{result.num_done} of {result.num_lines} lines are done and written: {then} with --resume does the others"
         )
