@@ -40,6 +40,7 @@ from transport.messages import (
     Welcome,
 )
 from transport.mpi import import_mpi
+from transport.paths import MAX_PATH_BYTES
 from transport.refusals import Refusals
 from transport.registry import BACKENDS, connect, listen
 
@@ -48,6 +49,7 @@ __all__ = [
     "DTYPES",
     "FLOAT_DTYPES",
     "LIMITS",
+    "MAX_PATH_BYTES",
     "PROTOCOL_VERSION",
     "AddressError",
     "Admit",

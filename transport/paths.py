@@ -7,14 +7,14 @@ import socket
 
 from transport.errors import AddressError
 
-_MAX_PATH_BYTES = 100  # sockaddr_un holds 107
+MAX_PATH_BYTES = 100  # sockaddr_un holds 107
 
 
 def check_path(address: str) -> None:
     scheme, _, path = address.partition("://")
-    if not path or len(path.encode()) > _MAX_PATH_BYTES:
+    if not path or len(path.encode()) > MAX_PATH_BYTES:
         raise AddressError(
-            f"{address!r}: an {scheme} address is {scheme}://PATH with a path of at most {_MAX_PATH_BYTES} bytes"
+            f"{address!r}: an {scheme} address is {scheme}://PATH with a path of at most {MAX_PATH_BYTES} bytes"
         )
 
 

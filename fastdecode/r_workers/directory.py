@@ -13,8 +13,12 @@ import stat
 import tempfile
 from pathlib import Path
 
-from transport import let_go_in_children
+from fastdecode.errors import ConfigError
+from transport import MAX_PATH_BYTES, let_go_in_children
 
+# Beside the temporary directory, which may be full, not writable, or too long for a socket's path: a job's often is.
+_OTHER_PLACES = ("/tmp", "/var/tmp", "/dev/shm", f"/run/user/{os.geteuid()}")
+_SOCKET_BYTES = 8  # of a socket's name in its directory
 _PREFIX = "fastdecode-r-"
 _NAME = re.compile(re.escape(_PREFIX) + r"[a-z0-9_]{8}")  # as `tempfile` makes them
 
@@ -23,7 +27,7 @@ class SocketDirectory:
     """For this user alone.  `path` is a name in it away from any other's."""
 
     def __init__(self) -> None:
-        """Raises OSError if there is no place for temporary files."""
+        """Raises ConfigError if there is no place for temporary files."""
         remove_leftovers()
         self.path, lock = _make()
         self._lock: int | None = lock  # None: not, or no more, this process's
@@ -43,10 +47,15 @@ class SocketDirectory:
 
 def remove_leftovers() -> None:
     """Directories of this user's killed runs, which nobody locks any more."""
-    try:
-        entries = list(os.scandir(tempfile.gettempdir()))
-    except OSError:
-        return
+    for place in _places():
+        try:
+            entries = list(os.scandir(place))
+        except OSError:
+            continue
+        _remove_leftovers_of(entries)
+
+
+def _remove_leftovers_of(entries: list[os.DirEntry[str]]) -> None:
     for entry in entries:
         if not _NAME.fullmatch(entry.name):
             continue
@@ -64,10 +73,36 @@ def remove_leftovers() -> None:
             os.close(lock)
 
 
+def _places() -> list[str]:
+    """Where sockets' paths are short enough, in the order in which they are tried."""
+    try:
+        usual = [tempfile.gettempdir()]
+    except OSError:  # none that can be written
+        usual = []
+    longest = MAX_PATH_BYTES - len(f"/{_PREFIX}12345678/") - _SOCKET_BYTES
+    places = dict.fromkeys(os.path.abspath(place) for place in (*usual, *_OTHER_PLACES))
+    return [place for place in places if len(os.fsencode(place)) <= longest]
+
+
 def _make() -> tuple[Path, int]:
-    """The directory, and a file descriptor that holds its lock."""
+    """The directory, and a file descriptor that holds its lock.  Raises ConfigError."""
+    refused = []
+    for place in _places():
+        try:
+            return _make_in(place)
+        except OSError as error:
+            refused.append(f"{place} ({error.strerror or error})")
+    raise ConfigError(
+        f"there is no place for the sockets of R-workers in {', '.join(refused)}: set TMPDIR to a directory that this "
+        f"user can write, with a path of at most {MAX_PATH_BYTES - len(_PREFIX) - _SOCKET_BYTES - 10} bytes, or take "
+        "transport tcp or inproc"
+    )
+
+
+def _make_in(place: str) -> tuple[Path, int]:
+    """Raises OSError."""
     while True:
-        path = Path(tempfile.mkdtemp(prefix=_PREFIX))
+        path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=place))
         lock = _open(path)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX)
