@@ -23,8 +23,9 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     """
     target = Path(os.path.realpath(path))
     fresh = target.with_name(_prefix(target) + secrets.token_hex(_TOKEN_BYTES))
+    file = fresh.open("xb")
     try:
-        with fresh.open("xb") as file:
+        with file:
             _take_after(target, file.fileno())
             yield file
             file.flush()
