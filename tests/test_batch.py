@@ -312,8 +312,13 @@ def test_inputs_are_read_packed_or_not_from_files_and_pipes(pack: Any, is_pipe: 
         (bz2.compress(b"{}\n")[:-9] + b"123456789", "damaged or cut off|cannot read the input"),
         (b"\x28\xb5\x2f\xfd....", "is zstd: unpack it"),
         (b"PK\x03\x04....", "is a zip archive: unpack it"),
+        (b'\n[{"custom_id": "a"}, {"custom_id": "b"}]', "not JSONL.*jq -c '.\\[\\]'"),
+        (b'[{"custom_id": "a"},\n{"custom_id": "b"},\n{"custom_id": "c"}]\n', "not JSONL.*jq -c '.\\[\\]'"),
+        (b'[\n{"custom_id": "a"},\n{"custom_id": "b"}\n]\n', "not JSONL.*jq -c '.\\[\\]'"),
+        (b'{\n "custom_id": "a",\n "body": {}\n}\n', "not JSONL.*jq -c \\."),
+        (b'{"custom_id": "a"}\r{"custom_id": "b"}\r', "not JSONL.*tr '"),
     ],
-    ids=range(11),
+    ids=range(16),
 )
 def test_what_is_no_text_is_told_before_a_model_is_loaded(given: bytes, told: str, tmp_path: Path) -> None:
     (tmp_path / "in").write_bytes(given)

@@ -194,6 +194,10 @@ def test_limits(demo_model: Path) -> None:
             # A page in a browser can send this without asking
             status, error = await post(b'{"prompt": "x"}', **{"content-type": "text/plain"})
             assert (status, error["code"]) == (415, "unsupported_media_type")
+            status, error = await post(b"\x1f\x8b", **{"content-encoding": "gzip"})
+            assert (status, error["code"]) == (415, "unsupported_media_type") and "Content-Encoding" in error["message"]
+            status, error = await post(b'\xef\xbb\xbf{"prompt": 5}', **{"content-encoding": "identity"})
+            assert (status, error["param"]) == (400, "prompt")  # a byte order mark is no part of it
             assert (await post(b"[" * 9000))[1]["message"] == "body is nested too deeply"
             assert live.service._num_inside == 0
 

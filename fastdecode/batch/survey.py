@@ -21,6 +21,7 @@ from fastdecode.batch.source import opened
 from fastdecode.errors import ConfigError
 
 MAX_LINE_BYTES = 64 << 20
+_NO_JSON = "the line is no JSON"
 _MOST_SHOWN = 100  # characters of what is quoted
 _BEGIN, _COLON, _COMMA = (re.compile(rf"\s*{sign}\s*") for sign in "{:,")  # of a JSON object
 _NAMELESS = ("line-", "nameless-line-")  # what a line without an id is called, with its number
@@ -75,13 +76,15 @@ def survey(path: Path, name: str = "") -> Survey:
     """
     digest, ids = Digest(), array("Q")
     nameless, guesses = array("Q"), array("Q")  # index and number of each, in turn
-    name = name or str(path)
+    name, first, num_broken = name or str(path), b"", 0
     try:
         with opened(path) as file:
             for number, raw in enumerate(_raw_lines(file, digest.update), 1):
                 digest.update(raw)
                 if raw.strip():
                     line = read_line(raw, len(ids), number, "")
+                    first = first or raw.strip()
+                    num_broken += (line.error or "").startswith(_NO_JSON)
                     if not line.custom_id:
                         nameless.extend((len(ids), number))
                     elif line.is_guess:
@@ -89,6 +92,8 @@ def survey(path: Path, name: str = "") -> Survey:
                     ids.append(hash_id(line.custom_id))
     except OSError as error:
         raise ConfigError(f"cannot read the input: {error}") from error
+    if num_broken * 2 >= len(ids) and (way_out := _other_json(first)):
+        raise ConfigError(f"{name} is JSON, but not JSONL, a request a line: {way_out} IN > OUT makes it so")
     hashes = np.array(ids, np.uint64)
     contested = _contested(hashes, np.array(guesses, np.int64).reshape(-1, 2))
     unnamed = np.concatenate((np.array(nameless, np.int64).reshape(-1, 2), contested))
@@ -152,9 +157,9 @@ def read_line(raw: bytes, index: int, number: int, nameless: str) -> Line:
     try:
         record = json.loads(raw)
     except (ValueError, RecursionError) as error:
-        return unreadable(f"the line is no JSON: {error}")
+        return unreadable(f"{_NO_JSON}: {error}")
     if not isinstance(record, dict):
-        return broken("the line is no JSON object")
+        return broken(f"{_NO_JSON} object")
     custom_id, method, url = record.get("custom_id"), record.get("method"), record.get("url")
     if custom_id is None:
         return broken("custom_id is missing; it is a string that is not empty")
@@ -194,6 +199,15 @@ def _contested(ids: np.ndarray, guesses: np.ndarray) -> np.ndarray:
         return guesses
     values, counts = np.unique(ids, return_counts=True)
     return guesses[np.isin(ids[guesses[:, 0]], values[counts > 1])]
+
+
+def _other_json(first: bytes) -> str | None:
+    """What makes lines of requests of it, if it begins with this line; None: it may be lines already."""
+    if first == b"[" or (first.startswith(b"[") and first.removeprefix(b"[").lstrip().startswith(b"{")):
+        return "jq -c '.[]'"
+    if first == b"{":
+        return "jq -c ."
+    return "tr '\\r' '\\n' <" if b"}\r{" in first else None
 
 
 def _name(ids: np.ndarray, nameless: np.ndarray, sha256: str) -> str:

@@ -56,6 +56,10 @@ class Guard:
             told = "send JSON, with the header Content-Type: application/json"
             await _refuse(scope, receive, send, "unsupported_media_type", told)
             return
+        if headers.get(b"content-encoding", b"identity").strip().lower() not in (b"", b"identity"):
+            told = "send the body as it is: this server unpacks none, and it has a Content-Encoding"
+            await _refuse(scope, receive, send, "unsupported_media_type", told)
+            return
         try:
             body = await asyncio.wait_for(self._body(headers, receive), self._client_timeout_s)
         except TimeoutError:

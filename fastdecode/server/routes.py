@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import codecs
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -98,7 +99,7 @@ def openai_router(life: Life, options: ServerOptions) -> APIRouter:
 def read_json(body: bytes) -> Any:
     """Raises RequestError."""
     try:
-        return msgspec.json.decode(body)
+        return msgspec.json.decode(body.removeprefix(codecs.BOM_UTF8))
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise RequestError("invalid_request", f"body is no JSON: {error}") from error
     except RecursionError as error:
