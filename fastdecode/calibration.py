@@ -26,13 +26,13 @@ class Calibration:
 
 
 def write_calibration(calibration: Calibration, path: str | Path) -> None:
-    Path(path).write_text(json.dumps({"format": _FORMAT, **asdict(calibration)}, indent=1) + "\n")
+    Path(path).write_text(json.dumps({"format": _FORMAT, **asdict(calibration)}, indent=1) + "\n", encoding="utf-8")
 
 
 def read_calibration(path: str | Path) -> Calibration:
     """Raises ConfigError for a file that is none."""
     try:
-        content = json.loads(Path(path).read_text())
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
         if content.pop("format") != _FORMAT:
             raise ValueError(f"its format is not {_FORMAT!r}")
         fields = content.pop("perf_model")

@@ -107,7 +107,7 @@ def refuse_adapter(directory: Path) -> None:
     if not path.is_file():
         return
     with foreign_errors(partial(_damaged, path)):
-        described = json.loads(path.read_text())
+        described = json.loads(path.read_text(encoding="utf-8"))
     base = described.get("base_model_name_or_path") if isinstance(described, Mapping) else None
     raise ModelNotFound(
         f"{directory} holds an adapter of {base or 'another model'}: adapters are not supported; merge it into its "
@@ -122,7 +122,7 @@ def refuse_quantised_config(directory: Path, raw: Mapping[str, Any], model_type:
     for name, method in _FILES.items():
         if (directory / name).is_file():
             with foreign_errors(partial(_damaged, directory / name)):
-                described = json.loads((directory / name).read_text())
+                described = json.loads((directory / name).read_text(encoding="utf-8"))
             raise _quantised(model_type, _method(described) or method, f"{name} lies beside it")
 
 
@@ -168,7 +168,7 @@ def _shards(directory: Path) -> list[Path]:
     paths = [whole] if whole.exists() else []
     if index.exists():
         with foreign_errors(partial(_damaged, index)):
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
             paths += [directory / name for name in names]
     if not paths:
         raise ModelNotFound(f"{directory} has a config.json but no *.safetensors weights to read{_hint(directory)}")

@@ -90,7 +90,7 @@ def read_config(directory: Path) -> PretrainedConfig:
     if not is_there:
         raise ModelNotFound(f"{directory} has no config.json; it is not a Hugging Face model directory")
     with foreign_errors(lambda what: ModelNotFound(f"{path} is not JSON, or cannot be read: {what}")):
-        raw = json.loads(path.read_text())
+        raw = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(raw, dict):
         raise ModelNotFound(f"{path} is not JSON of a configuration: it holds a {type(raw).__name__}")
     model_type = str(raw.get("model_type", "unknown"))

@@ -123,7 +123,7 @@ class PacketSocket:
         """Whether the peer's process stands still, as far as this one can see."""
         pid, _ = credentials(self.socket)
         try:
-            status = Path(f"/proc/{pid}/stat").read_text() if pid else ""
+            status = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace") if pid else ""
         except OSError:
             return False
         return status.rpartition(")")[2].split()[:1] == ["T"]

@@ -42,7 +42,7 @@ def convert(directory: Path, path: Path, weights: str) -> None:
         raise ConfigError(
             "llama.cpp takes the model by way of the gguf package: pip install 'fastdecode[bench]'"
         ) from error
-    config = json.loads((directory / "config.json").read_text())
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     if config.get("model_type") != "llama":
         raise ConfigError(f"only Llama models are converted for llama.cpp, not {config.get('model_type')}")
     tensors: dict[str, np.ndarray] = {}

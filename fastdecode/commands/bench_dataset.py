@@ -65,7 +65,7 @@ def read_dataset(args: argparse.Namespace, tokenizer: str) -> tuple[list[BenchRe
 def vocab_size(model: str) -> int:
     """Raises ConfigError."""
     try:
-        config = json.loads((Path(model) / "config.json").read_text())
+        config = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))
         return int((config.get("text_config") or config)["vocab_size"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{model} has no config.json that tells vocab_size: {error!r}") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -56,10 +57,10 @@ def run(args: argparse.Namespace) -> int:
 def _generate(args: argparse.Namespace) -> int:
     """0 if every prompt was served, 1 if one was not.  Raises FastDecodeError."""
     prompts = _read_prompts(args)
+    stop = args.stop and [_as_utf8(text) for text in args.stop]
+    flags = {name: getattr(args, name) for name in _SAMPLING_FLAGS}
     try:
-        params = fastdecode.SamplingParams(
-            **{name: getattr(args, name) for name in _SAMPLING_FLAGS}, stop=args.stop, ignore_eos=args.ignore_eos
-        )
+        params = fastdecode.SamplingParams(**flags, stop=stop, ignore_eos=args.ignore_eos)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     with fastdecode.LLM(args.model, **engine_options(args)) as llm:
@@ -80,7 +81,7 @@ def _generate(args: argparse.Namespace) -> int:
 
 def _read_prompts(args: argparse.Namespace) -> list[str | dict[str, object]]:
     if args.prompts is not None:
-        return list(args.prompts)
+        return [_as_utf8(prompt) for prompt in args.prompts]
     path = Path(args.prompts_file)
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -95,6 +96,12 @@ def _read_prompts(args: argparse.Namespace) -> list[str | dict[str, object]]:
         except (ValueError, TypeError) as error:
             raise ConfigError(f"{path}, line {number} is no JSON object: {error}") from error
     return prompts
+
+
+def _as_utf8(argument: str) -> str:
+    """Where the locale knows ASCII alone, other bytes of a command line come as halves of surrogate pairs."""
+    is_undecoded = any("\udc80" <= character <= "\udcff" for character in argument)
+    return os.fsencode(argument).decode(errors="replace") if is_undecoded else argument
 
 
 def _print(output: RequestOutput, *, as_json: bool) -> None:

@@ -195,4 +195,4 @@ def _write_json(
     if args.json == "-":
         print(text)
     else:
-        Path(args.json).write_text(text + "\n")
+        Path(args.json).write_text(text + "\n", encoding="utf-8")
