@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from fastdecode.r_workers.directory import SocketDirectory, remove_leftovers
+from transport.mpi_start import find_launcher, is_deaf_without_pmix
 
 ROOT = Path(__file__).parents[1]
 
@@ -91,3 +92,48 @@ def test_a_forked_child_removes_and_locks_nothing(place: Path) -> None:
     for descriptor in (end, wait, ready, tell):
         os.close(descriptor)
     assert os.waitpid(child, 0)[1] == 0
+
+
+@pytest.mark.parametrize(
+    "environment, told",
+    [
+        ({}, "no mpirun, mpiexec or srun has started this process"),
+        ({"OMPI_MCA_btl": "self", "SLURM_JOB_ID": "7", "SLURM_NTASKS": "4"}, "no mpirun"),  # settings; an sbatch script
+        ({"PMI_RANK": "1", "PMI_SIZE": "3"}, "MPICH, Intel MPI or their kin has started 3 processes, and mpi4py was"),
+        ({"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2"}, "srun has started 2 processes"),
+    ],
+    ids=["alone", "only settings", "another MPI's", "srun"],
+)
+def test_mpi_is_not_started_where_it_cannot_serve(environment: dict[str, str], told: str) -> None:
+    code = (
+        "import sys, transport\n"
+        "try: transport.import_mpi()\n"
+        "except transport.AddressError as error: print(error, 'mpi4py.MPI' in sys.modules)\n"
+    )
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("OMPI_", "PMI", "SLURM_"))}
+    out = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=clean | environment, capture_output=True, text=True, timeout=100
+    )
+    assert told in out.stdout and out.stdout.endswith("False\n"), out.stdout + out.stderr
+
+
+@pytest.mark.parametrize(
+    "environment, launcher",
+    [
+        ({"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "3", "PMIX_RANK": "0"}, ("Open MPI's mpirun", 3, True)),
+        ({"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2", "PMIX_RANK": "1"}, ("srun", 2, True)),
+        ({"SLURM_STEP_ID": "0", "OMPI_COMM_WORLD_RANK": "1", "PMIX_RANK": "1"}, ("Open MPI's mpirun", None, True)),
+        ({"PMIX_RANK": "0"}, ("a launcher that speaks PMIx", None, True)),
+        ({"MV2_COMM_WORLD_RANK": "0", "MV2_COMM_WORLD_SIZE": "2"}, ("MVAPICH's mpirun", 2, False)),
+    ],
+)
+def test_launchers_are_known_by_what_they_set(environment: dict[str, str], launcher: tuple[object, ...]) -> None:
+    assert find_launcher(environment) == launcher
+
+
+@pytest.mark.parametrize(
+    "version, is_deaf",
+    [("Open MPI v5.0.11, package", True), ("Open MPI v4.1.6", False), ("MPICH Version: 4.2", False), ("", False)],
+)
+def test_which_mpi_wants_pmix(version: str, is_deaf: bool) -> None:
+    assert is_deaf_without_pmix(version) == is_deaf

@@ -157,19 +157,22 @@ def test_roles_by_rank_file(mpirun: list[str], demo_model: Path, expected: str, 
     assert (first, second) == ("R", "S") and r_core.isdecimal() and s_core.isdecimal() and r_core != s_core
 
 
-def test_a_script_with_the_last_rank(mpirun: list[str], demo_model: Path, expected: str) -> None:
+@pytest.mark.parametrize("end", ["return 3", "sys.exit(3)"])
+def test_a_script_with_the_last_rank(end: str, mpirun: list[str], demo_model: Path, expected: str) -> None:
+    """Which does not close its LLM, and holds it for ever."""
     script = (
         "import json, sys, fastdecode\n"
         "def main():\n"
-        f"    with fastdecode.LLM({str(demo_model)!r}, transport='mpi') as llm:\n"
-        "        params = fastdecode.SamplingParams(temperature=0, max_tokens=12)\n"
-        "        (output,) = llm.generate('def f(x):', params, use_tqdm=False)\n"
+        "    global llm\n"
+        f"    llm = fastdecode.LLM({str(demo_model)!r}, transport='mpi')\n"
+        "    params = fastdecode.SamplingParams(temperature=0, max_tokens=12)\n"
+        "    (output,) = llm.generate('def f(x):', params, use_tqdm=False)\n"
         "    print(json.dumps(output.outputs[0].token_ids))\n"
-        "    return 3\n"
+        f"    {end}\n"
         "sys.exit(fastdecode.mpi_main(main, s_worker_rank=2, kv_cache_bytes=10**8))"
     )
     out = _run([*mpirun, "-n", "3", sys.executable, "-c", script])
-    assert out.returncode == 3, out.stderr
+    assert out.returncode == 3 and "error" not in out.stderr, out.stderr
     assert json.loads(out.stdout) == json.loads(expected)["outputs"][0]["token_ids"]
 
 
@@ -208,7 +211,7 @@ def test_roles_that_do_not_fit_end_all_ranks(
         (["rworker", "--bind", "mpi://3"], "mpirun says which rank this is"),
         (["rworker", "--bind", "mpi://", "--insecure-network"], "--insecure-network is not for --bind mpi://"),
         (["rworker", "--bind", "mpi://", "--cores", "4000"], "--cores: this process may use"),
-        (["rworker", "--bind", "mpi://"], "no rank runs the S-worker: rank 0"),
+        (["rworker", "--bind", "mpi://"], "no mpirun, mpiexec or srun has started this process"),
         ([*GENERATE, "--s-worker-rank", "0"], "--s-worker-rank is for --transport mpi"),
     ],
 )

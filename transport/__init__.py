@@ -39,7 +39,7 @@ from transport.messages import (
     Step,
     Welcome,
 )
-from transport.mpi import import_mpi
+from transport.mpi_start import import_mpi
 from transport.paths import MAX_PATH_BYTES
 from transport.refusals import Refusals
 from transport.registry import BACKENDS, connect, listen

@@ -28,6 +28,7 @@ import numpy as np
 from transport.channel import Arrival
 from transport.codec import LIMITS, Buffer
 from transport.errors import AddressError, ChannelClosed, PeerTimeout, ProtocolError
+from transport.mpi_start import import_mpi
 
 logger = logging.getLogger(__name__)
 
@@ -249,17 +250,6 @@ def listen(address: str) -> MPIPort:
     if address not in ("mpi://", own):
         raise AddressError(f"{address!r}: this rank listens on {own}")
     return MPIPort()
-
-
-def import_mpi() -> Any:
-    """mpi4py's MPI module.  Importing it initialises MPI, so only who asks for ``mpi://`` does it."""
-    try:
-        from mpi4py import MPI
-    except (ImportError, RuntimeError) as error:
-        raise AddressError(
-            f"mpi:// needs mpi4py and an MPI library ({error}); install them with: pip install 'fastdecode[mpi]'"
-        ) from error
-    return MPI
 
 
 def _wait(ready: Callable[[], Any], timeout_s: float, complaint: str) -> Any:

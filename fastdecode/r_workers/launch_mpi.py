@@ -1,6 +1,6 @@
 """One mpirun, many ranks: one is the S-worker, every other rank an R-worker; `mpi_roles` says who is what.
 
-S-worker    table of roles ─► main() ──────────────────────► dismiss the others ─► exit code
+S-worker    table of roles ─► main() ─► end its LLMs ──────► dismiss the others ─► exit code
 R-workers   table of roles ─► serve an R-worker … until dismissed ───────────────► exit code 0
 all ranks   roles that do not fit: rank 0 tells ─────────────────────────────────► exit code 2
 any rank    an exception: the message, then MPI_Abort, which ends all of them
@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from cpu_attention import KERNELS, RWorker, default_kv_cache_bytes, format_bytes, num_usable_cores, serve
+from fastdecode.ending import Ending, open_endings
 from fastdecode.errors import ConfigError
 from fastdecode.r_workers.mpi_roles import Roles, exchange_claims
 from transport import AddressError, Goodbye, TransportError, connect, import_mpi, keep_freed_memory, listen
@@ -61,7 +62,8 @@ def mpi_main(
 
     Returns the exit code: what `main` returns, 0 of an R-worker, 2 if the roles do not fit, which rank 0 tells.
     A rank that fails ends the whole job with a non-zero code: MPI has no recovery.  The other way round, when
-    the S-worker ends, well or not, the R-workers are dismissed.  Raises ConfigError without MPI.
+    the S-worker ends, well or not, an LLM that `main` has not closed is, and the R-workers are dismissed.  Raises
+    ConfigError without MPI.
 
     s_worker_rank: the same on every rank; None: 0, or the one rank not started by ``fastdecode rworker``.
     kv_cache_bytes, num_threads: of an R-worker on this rank; None: a share of what its host has.
@@ -110,17 +112,17 @@ def _run_s_worker(comm: Any, roles: Roles, main: Callable[[], int]) -> int:
     global _roles
     lines = [*roles.table(), "if a rank ends, mpirun ends the whole job: MPI has no recovery"]
     print("\n".join(lines), file=sys.stderr, flush=True)  # at once: R-workers may have a log of their own
-    _roles = roles
+    _roles, others = roles, open_endings()
     try:
         code = main()
     except Exception:
         raise  # told by who calls, and all are ended
     except BaseException:
-        _dismiss(comm, roles)
+        _end(comm, roles, others)
         raise
     finally:
         _roles = None
-    _dismiss(comm, roles)
+    _end(comm, roles, others)
     return code
 
 
@@ -152,6 +154,13 @@ def _world() -> Any:
         raise ConfigError(str(error)) from error
 
 
+def _end(comm: Any, roles: Roles, others: set[Ending]) -> None:
+    """others: what was there before `main`, and stays."""
+    for ending in open_endings() - others:
+        ending.close()
+    _dismiss(comm, roles)
+
+
 def _dismiss(comm: Any, roles: Roles) -> None:
     """Every R-worker; who does not end is named, and made to, because MPI would wait for it for ever."""
     staying = set(roles.r_worker_ranks)
@@ -159,6 +168,9 @@ def _dismiss(comm: Any, roles: Roles) -> None:
         try:
             with connect(f"mpi://{rank}") as channel:
                 channel.send(Goodbye(dismiss=True), timeout_s=_DISMISS_TIMEOUT_S)
+        except AddressError as error:  # this side's fault: a channel that `main` opened itself
+            print(f"error: rank {rank} cannot be dismissed, and the job is ended: {error}", file=sys.stderr, flush=True)
+            comm.Abort(1)
         except TransportError as error:
             logger.warning("rank %d takes no goodbye: %s", rank, error)
     deadline = time.monotonic() + _DISMISS_TIMEOUT_S
