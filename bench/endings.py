@@ -48,22 +48,22 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     ctypes.CDLL(None).prctl(_SUBREAPER, 1, 0, 0, 0)
-    results: dict[str, dict[str, int]] = {}
     place = tempfile.tempdir = tempfile.mkdtemp(prefix="endings-")
-    for first, kind in enumerate(args.kinds):
-        left: Counter[str] = Counter()
-        for number in range(first, first + args.each):
-            transport = args.transports[number % len(args.transports)]
+    left: dict[str, Counter[str]] = {kind: Counter() for kind in args.kinds}
+    for number in range(1, args.each + 1):
+        for which, kind in enumerate(args.kinds):
+            transport = args.transports[(number - 1 + which) % len(args.transports)]
             found = _ending(kind, transport, Path(place))
+            left[kind].update(found)
             if any(found.values()):
                 print(f"{kind}, {transport}: {found}", file=sys.stderr, flush=True)
-            left.update(found)
-        results[kind] = {"endings": args.each} | dict(left)
-        print(f"{kind:28} {args.each} endings, left: {sum(left.values())}", flush=True)
+        if args.out:  # after every round, so that a run that is broken off has its results, too
+            told = {kind: {"endings": number, "left": left[kind]} for kind in args.kinds}
+            args.out.write_text(json.dumps({"transports": args.transports, "kinds": told}, indent=1) + "\n")
     shutil.rmtree(place)
-    if args.out:
-        args.out.write_text(json.dumps({"transports": args.transports, "left": results}, indent=1) + "\n")
-    raise SystemExit(any(count for result in results.values() for name, count in result.items() if name != "endings"))
+    for kind, counts in left.items():
+        print(f"{kind:28} {args.each} endings, left: {counts.total()}", flush=True)
+    raise SystemExit(any(counts.total() for counts in left.values()))
 
 
 def _ending(kind: str, transport: str, place: Path) -> dict[str, int]:

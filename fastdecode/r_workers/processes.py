@@ -42,7 +42,7 @@ class Processes:
         self._transport, self._num_workers = transport, num_workers
         self._num_threads, self._kv_cache_bytes = num_threads, kv_cache_bytes
         self._key_file, self._keys = key_file, keys
-        self._directory = SocketDirectory()
+        self._directory = None if transport == "tcp" else SocketDirectory()
         self._running: dict[int, subprocess.Popen[bytes]] = {}  # by index
         self._num_ever = 0
         self._is_closed = False
@@ -67,7 +67,8 @@ class Processes:
             for process in processes:  # of an interrupt
                 if process.poll() is None:
                     process.kill()
-            self._directory.close()
+            if self._directory:
+                self._directory.close()
 
     def let_go(self) -> None:
         """In a forked child, where these are nobody's children."""
@@ -108,7 +109,7 @@ class Processes:
     def _spawn(self, index: int) -> None:
         cores = cores_of(index, self._num_workers, self._num_threads)
         self._num_ever += 1
-        here = "127.0.0.1:0" if self._transport == "tcp" else f"{self._directory.path}/{self._num_ever - 1}"
+        here = f"{self._directory.path}/{self._num_ever - 1}" if self._directory else "127.0.0.1:0"
         # -P: what lies in the directory that this was started in is not ours, whatever it is called.
         command = [
             sys.executable,
