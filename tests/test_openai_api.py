@@ -93,8 +93,10 @@ OF_BOTH: dict[str, Any] = {
     "safety_identifier": "s", "prompt_cache_key": "k", "prompt_cache_retention": "24h", "service_tier": "auto",
     "store": False, "metadata": {"a": None}, "stream_options": None, "guided_json": None, "cache_salt": "x",
     "return_tokens_as_token_ids": False, "thinking_token_budget": -1, "structured_outputs": None,
+    "logits_processors": [], "lora": [], "timings_per_token": False, "repeat_penalty": 1.0, "dry_multiplier": 0,
+    "dynatemp_range": 0.0, "xtc_probability": 0,
 }  # fmt: skip
-OF_COMPLETIONS = {"suffix": "", "add_special_tokens": True, "logprobs": False}
+OF_COMPLETIONS = {"suffix": "", "prompt_embeds": [], "add_special_tokens": True, "logprobs": False}
 OF_CHAT = {
     "top_logprobs": 0, "logprobs": False, "tools": [], "tool_choice": "auto", "parallel_tool_calls": False,
     "functions": [], "function_call": "none", "audio": None, "prediction": None, "web_search_options": None,
@@ -121,6 +123,7 @@ def test_values_that_ask_for_nothing_change_nothing(url: str, minimal: Any, fiel
         ("response_format", {"type": "json_object"}), ("guided_json", {}), ("truncate_prompt_tokens", 5),
         ("no such", 1), ("return_token_ids", 1),
         ("spaces_between_special_tokens", False), ("use_beam_search", True), ("\ud800", 1), ("typical_p", 0.5),
+        ("logits_processors", ["x"]), ("repeat_penalty", 1.1), ("dry_multiplier", 0.8), ("xtc_probability", 0.5),
     ],
 )  # fmt: skip
 def test_values_that_mean_something_are_refused_by_name(name: str, value: Any) -> None:

@@ -10,14 +10,19 @@ from typing import Any
 _BOTH: dict[str, tuple[Any, ...]] = {
     "best_of": (1,),  # or what n is
     "documents": ([],),
+    "dry_multiplier": (0.0,),
+    "dynatemp_range": (0.0,),
     "early_stopping": (False,),
     "echo": (False,),
     "extra_body": ({},),
     "grammar": ("",),
     "kv_transfer_params": ({},),
     "length_penalty": (1.0,),
+    "logits_processors": ([],),
+    "lora": ([],),
     "mirostat": (0,),
     "detokenize": (True,),
+    "repeat_penalty": (1.0,),
     "repetition_detection": ({},),
     "response_format": ({"type": "text"},),
     "return_prompt_text": (False,),
@@ -29,16 +34,19 @@ _BOTH: dict[str, tuple[Any, ...]] = {
     "stream_interval": (1,),
     "structured_outputs": ({},),
     "thinking_token_budget": (-1,),
+    "timings_per_token": (False,),
     "truncate_prompt_tokens": (),
     "truncation_side": ("left", "right"),  # of what is not truncated
     "typical_p": (1.0,),
     "use_beam_search": (False,),
     "vllm_xargs": ({},),
     "watermarking": (False,),
+    "xtc_probability": (0.0,),
 }
 NEUTRAL_FOR_COMPLETIONS = _BOTH | {
     "add_special_tokens": (True,),
     "logprobs": (False,),
+    "prompt_embeds": ([],),
     "suffix": ("",),
 }
 NEUTRAL_FOR_CHAT = _BOTH | {
