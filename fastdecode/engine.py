@@ -10,7 +10,8 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -74,6 +75,7 @@ class Engine:
         self._failed: list[RequestOutput] = []  # requests that ended with an error, and are not handed out yet
         self._on_step = on_step
         self._first_step: float | None = None  # when it began
+        self._is_torn = False  # something was begun, and not ended: see `_whole`
         self._put_down()
 
     @property
@@ -150,19 +152,25 @@ class Engine:
         priority: lower goes first, and takes the place of higher if there is none left.  on_delta: told, within a step,
         of every token that it brought.
         """
-        live = self._intake.take(request_id, prompt_token_ids, params, prompt, priority, on_delta)
-        self._scheduler.add(*(continuation.sequence for continuation in live.continuations))
-        for continuation in live.continuations:
-            self._by_sequence[continuation.sequence.seq_id] = live, continuation
-        self._live[request_id] = live
+        with self._whole():
+            live = self._intake.take(request_id, prompt_token_ids, params, prompt, priority, on_delta)
+            self._scheduler.add(*(continuation.sequence for continuation in live.continuations))
+            for continuation in live.continuations:
+                self._by_sequence[continuation.sequence.seq_id] = live, continuation
+            self._live[request_id] = live
 
     def step(self) -> list[RequestOutput]:
         """One token for every running sequence; returns the requests that are finished now.
 
         A lost R-worker costs its sequences' KV: they are computed again on the others, from prompt and output, and go
         on with the same tokens.  While none is left and one may come back, a step is a short wait for it.  Raises
-        RWorkerError when none is left or comes back, and from then on always.
+        RWorkerError when none is left or comes back, and from then on always.  Broken off by anything else (Ctrl-C, out
+        of memory), it ends all requests without an output, and the engine goes on.
         """
+        with self._whole():
+            return self._step()
+
+    def _step(self) -> list[RequestOutput]:
         self._recover(None)
         with self._timeline.span("schedule"):
             step = self._scheduler.schedule() if self._rpool.alive else None
@@ -187,17 +195,27 @@ class Engine:
 
         Raises RWorkerError like `step`.
         """
-        try:
-            self._rpool.settle(timeout_s)
-        except RWorkerError as error:
-            self._recovery.note(error)
-        self._recover(None)
+        with self._whole():
+            try:
+                self._rpool.settle(timeout_s)
+            except RWorkerError as error:
+                self._recovery.note(error)
+            self._recover(None)
 
     def abort(self, request_ids: Iterable[str]) -> None:
         """Forgets requests, waiting or running, and frees their KV.  Unknown ids are ignored.
 
         An R-worker that is lost while it is told so is reported by the next `step`.
         """
+        with self._whole():
+            self._abort(request_ids)
+
+    def abort_all(self) -> None:
+        """Whatever there is: also what somebody who was interrupted could not abort."""
+        with self._whole():
+            self._abort(list(self._live))
+
+    def _abort(self, request_ids: Iterable[str]) -> None:
         sequences = []
         for request_id in request_ids:
             live = self._live.pop(request_id, None)
@@ -215,9 +233,38 @@ class Engine:
                 self._pipeline.release(released)
         except RWorkerError as error:
             self._recovery.note(error, pairs(released))
-        except BaseException:
-            self._settle(pairs(released))
+
+    @contextmanager
+    def _whole(self) -> Iterator[None]:
+        """Around whatever changes several things that have to agree with one another.
+
+        An exception can come between any two of them (Ctrl-C).  So that something was begun is written first, and
+        unless it is ended all sequences are forgotten, here and on the R-workers, whose word for it is a barrier.
+        Interrupted in that, too, whoever calls next does it before anything else.
+        """
+        self._mend()
+        self._is_torn = True
+        try:
+            yield
+        except (RequestError, RWorkerError):  # which leave nothing half done
+            self._is_torn = False
             raise
+        except GeneratorExit:  # interrupted in the `with` itself: nobody is in it, and whoever calls next mends
+            raise
+        except BaseException:
+            self._mend()
+            raise
+        self._is_torn = False
+
+    def _mend(self) -> None:
+        if not self._is_torn:
+            return
+        self._live, self._by_sequence, self._failed = {}, {}, []
+        num_blocks = self._rpool.num_blocks
+        self._scheduler.begin_anew(num_blocks, set(range(len(num_blocks))).difference(self._rpool.alive))
+        self._recovery.rest()
+        self._put_down()
+        self._is_torn = False
 
     def _put_down(self) -> None:
         """For other threads, after whatever may have changed it: this one goes on with what it is made of."""
@@ -229,24 +276,9 @@ class Engine:
             totals=self.totals.copy(),
         )
 
-    def _settle(self, sequences: Iterable[tuple[int, int]]) -> None:
-        """After an interrupt: see `Pipeline.settle`."""
-        sequences = list(sequences)
-        try:
-            if not self._recovery.is_final:
-                self._pipeline.settle(sequences)
-        except RWorkerError as error:
-            self._recovery.note(error, sequences)
-
     def _recover(self, step: Step | None) -> None:
         """After losses, in the middle of `step` or before the next one.  Raises RWorkerError if no R-worker is left."""
-        try:
-            homeless = self._recovery.run(step)
-        except RWorkerError:
-            raise
-        except BaseException:
-            self.abort(list(self._live))
-            raise
+        homeless = self._recovery.run(step)
         self._put_down()
         for sequence, error in homeless:
             self._refuse(sequence, error)
@@ -262,7 +294,7 @@ class Engine:
         if live is None:
             return  # another of its continuations came before
         self._failed.append(failed_output(live, error))
-        self.abort([live.request.request_id])
+        self._abort([live.request.request_id])
 
     def _take_failed(self) -> list[RequestOutput]:
         taken, self._failed = self._failed, []
@@ -274,15 +306,6 @@ class Engine:
             return self._pipeline.run(step, self._sample)
         except RWorkerError as error:
             self._recovery.note(error)
-        except BaseException:
-            # Interrupted in the middle (Ctrl-C, out of memory): what R-workers hold of these sequences is not
-            # what the scheduler thinks, so they end here; the engine itself can go on.
-            self.abort(list(self._live))
-            self._settle(
-                {(segment.r_worker, segment.seq_id) for batch in step.micro_batches for segment in batch.segments}
-                | {(worker, seq_id) for worker, seq_ids in step.preempted.items() for seq_id in seq_ids}
-            )
-            raise
         self._recover(step)
         return None
 

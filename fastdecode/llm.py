@@ -7,8 +7,10 @@ with LLM("path/to/model", num_r_workers=2, transport="shm") as llm:
 
 from __future__ import annotations
 
+import inspect
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -37,7 +39,7 @@ class LLM:
         Raises ConfigError (options), ModelError (the model directory), RWorkerError (a worker).
         """
         self.config = config = EngineConfig.from_options({"model": model, **options})
-        self._in_use = False
+        self._last_run: Callable[[], _Run | None] = lambda: None  # if somebody still has it
         self._opened = opened = open_engine(config)
         self._engine, self._tokenizer, self._default_params = opened.engine, opened.tokenizer, opened.default_params
         self.facts, self.max_model_len, self.kv_places = opened.facts, opened.max_model_len, opened.kv_places
@@ -166,15 +168,20 @@ class LLM:
     ) -> list[tuple[Prompt, SamplingParams]]:
         return pair(prompts, self._default_params if params is None else params)
 
-    def _run(
-        self, requests: Iterable[tuple[Prompt, SamplingParams]], timeout_s: float | None = None
-    ) -> Iterator[tuple[int, RequestOutput]]:
+    def _run(self, requests: Iterable[tuple[Prompt, SamplingParams]], timeout_s: float | None = None) -> _Run:
         """(place in `requests`, output) as they finish."""
         if self._closed:
             raise ConfigError("this LLM is closed")
-        if self._in_use:
+        # The interpreter's own word for it cannot be wrong, wherever an interrupt came.
+        last = self._last_run()
+        if last is not None and inspect.getgeneratorstate(last) in (inspect.GEN_RUNNING, inspect.GEN_SUSPENDED):
             raise ConfigError("this LLM is generating already; finish or close that iteration first")
-        self._in_use = True
+        run = self._serve(requests, timeout_s)
+        self._last_run = weakref.ref(run)
+        return run
+
+    def _serve(self, requests: Iterable[tuple[Prompt, SamplingParams]], timeout_s: float | None) -> _Run:
+        self._engine.abort_all()  # what was interrupted, and again before it could end what it had begun
         taken: dict[str, _Taken] = {}
         try:
             places = enumerate(requests)
@@ -196,8 +203,7 @@ class LLM:
             if taken or waiting:
                 raise ConfigError("this LLM was closed while it was generating")
         finally:
-            self._in_use = False
-            self._engine.abort(taken)
+            self._engine.abort_all()
 
     def _expired(self, taken: dict[str, _Taken], timeout_s: float | None) -> Iterator[tuple[int, RequestOutput]]:
         """Ends what has taken too long; the oldest come first in `taken`."""
@@ -209,6 +215,9 @@ class LLM:
             self._engine.abort([request_id])
             error = RequestError("timeout", f"not finished within {timeout_s:g} s")
             yield oldest.place, refused_output(request_id, None, [], error, oldest.num_samples)
+
+
+_Run = Generator[tuple[int, RequestOutput], None, None]
 
 
 @dataclass(frozen=True)

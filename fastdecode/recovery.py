@@ -55,12 +55,21 @@ class Recovery:
         self._noted.append(error)
         self._unsettled.update(unsettled)
 
+    def rest(self) -> None:
+        """After an interrupt, wherever it was, and when all sequences have ended: whatever R-workers may still know of
+        is released, and they come to rest.  If one is lost meanwhile, the next `run` goes on with it.
+        """
+        self._is_restless = True  # first: interrupted again, the next `run` begins anew
+        self._unsettled.update(self._rpool.held)
+        if not self._final:
+            self._settle({})
+
     def run(self, step: Step | None) -> list[tuple[Sequence, RWorkerError]]:
         """Deals with what was noted, in the middle of `step` or before the next one, and lets in who has come back.
 
         Returns sequences that fit on no R-worker any more, and on account of which loss.  Raises RWorkerError if none
         is left or comes back, and from then on always.  Interrupted, it is begun anew by the next call; all sequences
-        have to have ended by then.
+        have to have ended by then, and `rest` be called.
         """
         while self._final or self._noted or self._is_restless:
             if self._final:
@@ -68,7 +77,7 @@ class Recovery:
             self._is_restless = True
             kept: Mapping[int, Mapping[int, int]] = {}
             if self._noted:
-                self._last_loss = error = self._noted.popleft()
+                self._last_loss = error = self._noted[0]
                 self._is_checked = False
                 if not self._rpool.drop(error.r_worker):
                     self._final = error
@@ -78,20 +87,26 @@ class Recovery:
                 loss = self._scheduler.lose(error.r_worker, step)
                 self._unsettled.update(pairs(loss.released), pairs(step.preempted if step else {}))
                 kept = loss.kept
-            try:
-                self._pipeline.settle(sorted(self._unsettled))
-                self._pipeline.rewind(kept)
-            except RWorkerError as another:
-                self.note(another)
-            else:
-                self._is_restless = False
-                self._unsettled.clear()
+                self._noted.popleft()  # interrupted before, it is dealt with again
+            if self._settle(kept):
                 self._rpool.totals.num_recoveries += 1
         self._join()
         if self._is_checked or self._last_loss is None:
             return []
         self._is_checked = True
         return [(sequence, self._last_loss) for sequence in self._scheduler.homeless()]
+
+    def _settle(self, kept: Mapping[int, Mapping[int, int]]) -> bool:
+        """Whether all came to rest; who did not is lost, and noted."""
+        try:
+            self._pipeline.settle(sorted(self._unsettled))
+            self._pipeline.rewind(kept)
+        except RWorkerError as error:
+            self.note(error)
+            return False
+        self._unsettled.clear()
+        self._is_restless = False
+        return True
 
     def _join(self) -> None:
         """R-workers that have come back, or are new, get sequences from the next step on.  Raises RWorkerError."""

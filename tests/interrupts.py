@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
@@ -15,38 +16,52 @@ class Interrupted(KeyboardInterrupt):
     """Ours, and not that of somebody who wants the tests to end."""
 
 
-def run_until(number: int, action: Callable[[], object], *files: str, by: str = "opcode") -> bool:
-    """Runs `action`; the `number`-th instruction (or ``line``, from 0) of what lies under `files` raises `Interrupted`.
+class Interruption:
+    """At the `number`-th instruction (``opcode``, or ``line``), from 0, of what lies under `files`."""
 
-    Whether that came to pass.  What the action itself makes of it is its own affair.
-    """
-    places = tuple(str(ROOT / file) for file in files)
-    count, is_here = 0, dict[CodeType, bool]()
+    def __init__(self, number: int, files: tuple[str, ...], by: str) -> None:
+        self._number, self._by = number, by
+        self._places = tuple(str(ROOT / file) for file in files)
+        self._is_here: dict[CodeType, bool] = {}
+        self.count = 0  # until now
 
-    def inside(frame: FrameType, event: str, argument: Any) -> Any:
-        nonlocal count
-        if event == by:
-            count += 1
-            if count == number + 1:
-                sys.settrace(None)
-                raise Interrupted
-        return inside
+    @property
+    def came(self) -> bool:
+        return self.count > self._number
 
-    def called(frame: FrameType, event: str, argument: Any) -> Any:
+    def called(self, frame: FrameType, event: str, argument: Any) -> Any:
         code = frame.f_code
-        if code not in is_here:
-            is_here[code] = code.co_filename.startswith(places)
-        if not is_here[code]:
+        if code not in self._is_here:
+            self._is_here[code] = code.co_filename.startswith(self._places)
+        if not self._is_here[code] or self.came:
             return None
-        frame.f_trace_opcodes, frame.f_trace_lines = by == "opcode", by == "line"
-        return inside
+        frame.f_trace_opcodes, frame.f_trace_lines = self._by == "opcode", self._by == "line"
+        return self._inside
 
-    before = sys.gettrace()
-    sys.settrace(called)
+    def _inside(self, frame: FrameType, event: str, argument: Any) -> Any:
+        if event == self._by:
+            self.count += 1
+            if self.count == self._number + 1:
+                raise Interrupted
+        return self._inside
+
+
+@contextmanager
+def interrupted(number: int, *files: str, by: str = "opcode") -> Iterator[Interruption]:
+    """Of this thread, in what is called within."""
+    interruption, before = Interruption(number, files, by), sys.gettrace()
+    sys.settrace(interruption.called)
     try:
-        action()
-    except Interrupted:
-        pass
+        yield interruption
     finally:
         sys.settrace(before)
-    return count > number
+
+
+def run_until(number: int, action: Callable[[], object], *files: str, by: str = "opcode") -> bool:
+    """Runs `action` until it is `interrupted`; whether it was."""
+    with interrupted(number, *files, by=by) as interruption:
+        try:
+            action()
+        except Interrupted:
+            pass
+    return interruption.came

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from interrupts import run_until
 
-from tests.interrupts import run_until
 from transport import Attend, Attended, Channel, Listener, Message, Ping, Pong, connect, listen, make_keys, mpi
 from transport.errors import BrokenOff, PeerTimeout
 

@@ -97,7 +97,7 @@ def test_one_that_comes_back(llama: Case, places: list[Place]) -> None:
             assert llm._engine._rpool.alive == (0, 2)
             places[1].open()
             places[1].num_admitted = 0
-            wait_for(lambda: llm._engine._rpool._rejoin._joined.qsize())  # type: ignore[union-attr]
+            wait_for(lambda: llm._engine._rpool._rejoin.look())  # type: ignore[union-attr]
             run(llm, llama)
             assert llm._engine._rpool.alive == (0, 1, 2) and places[1].num_admitted > 0
             llm._engine._scheduler.check_integrity()
@@ -126,7 +126,7 @@ def test_a_new_one(llama: Case, places: list[Place]) -> None:
         places[2].open()
         llm.add_r_worker(places[2].address)
         llm.add_r_worker(f"ipc:///tmp/fastdecode-nobody-{time.time_ns()}")
-        wait_for(lambda: llm._engine._rpool._rejoin._joined.qsize())  # type: ignore[union-attr]
+        wait_for(lambda: llm._engine._rpool._rejoin.look())  # type: ignore[union-attr]
         run(llm, llama)
         assert llm._engine._rpool.alive == (0, 1) and places[2].num_admitted > 0
         places[0].close()  # the one of the beginning may go now
@@ -146,7 +146,7 @@ def test_one_that_hangs(llama: Case, places: list[Place]) -> None:
         assert time.monotonic() - started < 10 and llm._engine._rpool.alive == (0,)
         places[1].before_attend = lambda: None
         goes_on.set()
-        wait_for(lambda: llm._engine._rpool._rejoin._joined.qsize())  # type: ignore[union-attr]
+        wait_for(lambda: llm._engine._rpool._rejoin.look())  # type: ignore[union-attr]
         run(llm, llama)
         assert llm._engine._rpool.alive == (0, 1)
         # And again, at the first thing that it is asked in its new life: it is known by the earlier one.
@@ -155,7 +155,7 @@ def test_one_that_hangs(llama: Case, places: list[Place]) -> None:
         goes_on.clear()
         places[1].open()
         places[1].before_attend = lambda: goes_on.wait() and None
-        wait_for(lambda: llm._engine._rpool._rejoin._joined.qsize())  # type: ignore[union-attr]
+        wait_for(lambda: llm._engine._rpool._rejoin.look())  # type: ignore[union-attr]
         started = time.monotonic()
         run(llm, llama)
         assert time.monotonic() - started < 10 and llm._engine._rpool.alive == (0,)
@@ -188,10 +188,13 @@ def test_pauses_grow(monkeypatch: pytest.MonkeyPatch) -> None:
     try:
         for times in (3, 4):
             rejoin.seek(7, again)
-            wait_for(lambda times=times: len(attempts) == times and rejoin._joined.qsize())  # type: ignore[misc]
+            wait_for(lambda times=times: len(attempts) == times and rejoin.look())  # type: ignore[misc]
             if times == 3:
-                [joined] = rejoin.take()
-                assert joined.worker == 7 and joined.welcome.num_blocks and not rejoin.take()
+                [joined] = rejoin.look()
+                assert joined.worker == 7 and joined.welcome.num_blocks and rejoin.look() == [joined]
+                rejoin.taken(joined)
+                rejoin.taken(joined)
+                assert not rejoin.look()
                 joined.handle.channel.close()
                 lost = time.monotonic()
         pauses = [attempts[0] - started, attempts[1] - attempts[0], attempts[2] - attempts[1], attempts[3] - lost]
@@ -232,7 +235,7 @@ def test_whatever_goes_wrong_it_is_looked_for_again(error: Exception, monkeypatc
     rejoin = Rejoin(HELLO)
     try:
         rejoin.seek(3, again)
-        [joined] = rejoin.take(30.0)
+        [joined] = rejoin.look(30.0)
         assert joined.worker == 3 and next(attempts) == 3
         with pytest.raises(ChannelClosed):
             channels[0].recv(timeout_s=1)

@@ -13,10 +13,10 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from queue import Empty, SimpleQueue
 from typing import TypeVar
 
 from fastdecode.errors import RWorkerError
@@ -44,7 +44,7 @@ class RWorkerHandle:
     is_vital: bool = False  # nothing goes on without it: MPI has no recovery
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Joined:
     """An R-worker with a session open and nothing in it."""
 
@@ -56,43 +56,53 @@ class Joined:
 class Rejoin:
     def __init__(self, hello: Hello) -> None:
         self._hello = hello
-        self._joined: SimpleQueue[Joined] = SimpleQueue()
+        self._joined: deque[Joined] = deque()
+        self._has_joined = threading.Event()
         self._threads: list[threading.Thread] = []
-        self._lock = threading.Lock()  # for the list: new R-workers may be asked for in any thread
+        self._sought: dict[int, threading.Thread] = {}  # by worker
+        self._lock = threading.Lock()  # for the threads: new R-workers may be asked for in any thread
         self._is_closing = threading.Event()
         self._pauses: dict[int, float] = {}  # by worker, the one before its next attempt
         self._since: dict[int, float] = {}  # by worker, when it joined
 
     def seek(self, worker: int, again: Callable[[], RWorkerHandle]) -> None:
-        """Goes on until it is there; `take` tells."""
+        """Goes on until it is there; `look` tells.  One that is sought already is not sought twice."""
         if time.monotonic() - self._since.get(worker, 0.0) > _STEADY_S:
             self._pauses.pop(worker, None)
         thread = threading.Thread(target=self._seek, args=(worker, again), name=f"rejoin-{worker}", daemon=True)
         with self._lock:
-            self._threads = [other for other in self._threads if other.is_alive()] + [thread]
-            thread.start()
+            before = self._sought.get(worker)
+            if before is None or not before.is_alive():
+                self._sought[worker] = thread
+                self._threads = [other for other in self._threads if other.is_alive()] + [thread]
+                thread.start()
 
-    def take(self, wait_s: float = 0.0) -> list[Joined]:
-        """Those that are there now; each is told once, and belongs to the caller from then on.
+    def look(self, wait_s: float = 0.0) -> list[Joined]:
+        """Those that are there now; told again until `taken`, so that none is lost between the two.
 
         wait_s: for the first one, if there is none.
         """
-        joined: list[Joined] = []
-        while True:
-            try:
-                joined.append(self._joined.get(wait_s > 0 and not joined, wait_s))
-            except Empty:
-                return joined
+        if wait_s > 0 and not self._joined:
+            self._has_joined.wait(wait_s)
+        return list(self._joined)
+
+    def taken(self, joined: Joined) -> None:
+        """It belongs to the caller, who has put it where it is to be."""
+        if joined in self._joined:
+            self._joined.remove(joined)
+        self._has_joined.clear()
+        if self._joined:
+            self._has_joined.set()
 
     def close(self) -> None:
         """Ends all attempts, and whatever has joined and was not taken."""
         self._is_closing.set()
         deadline = time.monotonic() + _CLOSE_S
         with self._lock:
-            threads = list(self._threads)
+            threads = [thread for thread in self._threads if thread.ident is not None]
         for thread in threads:
             thread.join(max(0.0, deadline - time.monotonic()))
-        for joined in self.take():
+        for joined in self.look():
             joined.handle.channel.close()
 
     def _seek(self, worker: int, again: Callable[[], RWorkerHandle]) -> None:
@@ -111,7 +121,9 @@ class Rejoin:
                 self._since[worker] = time.monotonic()
                 name, took_s = joined.handle.name, time.monotonic() - lost
                 logger.warning("%s joins, after %.1f s; new sequences go there", name, took_s)
-                self._joined.put(joined)
+                del self._sought[worker]
+                self._joined.append(joined)
+                self._has_joined.set()
                 return
 
     def _attempt(self, worker: int, again: Callable[[], RWorkerHandle]) -> Joined | None:

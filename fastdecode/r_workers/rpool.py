@@ -83,6 +83,8 @@ class RPool:
         self._numbers = itertools.count(len(self._workers))  # of those to come
         self._rejoin: Rejoin | None = None  # from `open` on
         self._awaited: set[int] = set()  # lost, or new, and looked for
+        self._num_blocks: dict[int, int] = {}  # of each that has been welcome
+        self._held: dict[int, set[int]] = {}  # R-worker -> sequences it may know; written before it is told
         self.totals = PoolTotals({worker: WorkerTotals() for worker in self._workers})
 
     @property
@@ -100,6 +102,16 @@ class RPool:
         workers, alive = self._workers, self._alive
         return [handle.name for worker, handle in workers.items() if worker not in alive]
 
+    @property
+    def num_blocks(self) -> list[int]:
+        """That each has for KV, or had when it was lost.  [num_r_workers]"""
+        return [self._num_blocks.get(worker, 0) for worker in range(1 + max(self._workers))]
+
+    @property
+    def held(self) -> list[tuple[int, int]]:
+        """(R-worker, sequence) of all that may be known there."""
+        return [(worker, seq_id) for worker in self._alive for seq_id in self._held.get(worker, ())]
+
     def is_vital(self, worker: int) -> bool:
         """Whether all stands still without it, so that it has as long as can be: a rank of MPI, or the last one."""
         return self._workers[worker].is_vital or self._alive == [worker]
@@ -111,12 +123,13 @@ class RPool:
         """
         lost = self._workers[worker]
         if worker in self._alive:
-            self._alive = [other for other in self._alive if other != worker]
-            self.totals.num_lost += 1
             lost.channel.close()
             if self._rejoin and lost.again and not lost.is_vital:
                 self._awaited.add(worker)
                 self._rejoin.seek(worker, lost.again)
+            # At the end: interrupted before, all of it is done again.
+            self._alive = [other for other in self._alive if other != worker]
+            self.totals.num_lost += 1
         return not lost.is_vital and bool(self._alive or self._awaited)
 
     def invite(self, find: Callable[[int], RWorkerHandle]) -> None:
@@ -128,13 +141,17 @@ class RPool:
 
     def take_joined(self, wait_s: float = 0.0) -> list[Joined]:
         """Those that came back, or new, since the last call: alive from now on, and empty.  Waits for a first one."""
-        joined = self._rejoin.take(wait_s) if self._rejoin else []
+        joined = self._rejoin.look(wait_s) if self._rejoin else []
         for new in joined:
-            self._awaited.discard(new.worker)
+            assert self._rejoin, "somebody has come by it"
+            self._held[new.worker] = set()
+            self._num_blocks[new.worker] = new.welcome.num_blocks
             self._workers = self._workers | {new.worker: new.handle}
             self._patience.setdefault(new.worker, Patience(self.timeout_s))  # whoever comes back is known
-            self._alive = sorted({*self._alive, new.worker})
             self.totals.workers.setdefault(new.worker, WorkerTotals())
+            self._alive = sorted({*self._alive, new.worker})
+            self._awaited.discard(new.worker)
+            self._rejoin.taken(new)  # interrupted before, it comes once more
             self.totals.num_joined += 1
         return joined
 
@@ -146,6 +163,7 @@ class RPool:
         for i in self._alive:
             reply = self._guard(i, partial(self._workers[i].channel.recv, timeout_s=timeout_s), first_contact=True)
             welcomes.append(self._expect(i, reply, Welcome))
+            self._num_blocks[i] = welcomes[-1].num_blocks
         self._rejoin = Rejoin(hello)
         return welcomes
 
@@ -154,6 +172,7 @@ class RPool:
         for worker in self._alive:
             own = [admission for admission in admissions if admission.r_worker == worker]
             if own:
+                self._held.setdefault(worker, set()).update(admission.seq_id for admission in own)
                 self._send(
                     worker,
                     Admit(
@@ -167,6 +186,7 @@ class RPool:
         for worker, seq_ids in released.items():
             if worker in self._alive:
                 self._send(worker, Release(np.array(seq_ids, np.int64)))
+                self._held.setdefault(worker, set()).difference_update(seq_ids)
 
     def rewind(self, kept: Mapping[int, Mapping[int, int]]) -> None:
         """R-worker -> sequence -> how many tokens of it stay, after a step was broken off."""

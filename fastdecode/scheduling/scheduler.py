@@ -83,17 +83,22 @@ class Scheduler:
     def __init__(self, config: SchedulerConfig, predictor: Predictor | None = None) -> None:
         self._config = config
         self._prospects = Prospects(predictor or Learned(), config.length_quantile)
+        self._num_steps = 0
+        self._load_step = 0  # the steps in which what runs grows
+        self._begin(config.capacity_blocks)
+
+    def _begin(self, capacity_blocks: tuple[int, ...]) -> None:
+        """With no sequences at all."""
+        config = self._config
         self._waiting = WaitingQueue(config.order, config.order_window, self._prospects.job_length)
         self._running: dict[int, Sequence] = {}  # by seq_id, in order of admission
-        self._credits = KVCredits(config.kv_policy, config.capacity_blocks, config.block_tokens)
+        self._credits = KVCredits(config.kv_policy, capacity_blocks, config.block_tokens)
         self._load = LoadControl(
             self._credits,
             start_policy=config.start_policy,
             start_interval=config.start_interval,
             max_kv_load=config.max_kv_load,
         )
-        self._num_steps = 0
-        self._load_step = 0  # the steps in which what runs grows
         self._num_places = config.num_seats
 
     @property
@@ -251,6 +256,16 @@ class Scheduler:
         self._credits.lose(worker)
         self._load.measure_memory()
         return loss
+
+    def begin_anew(self, capacity_blocks: Iterable[int], lost: Iterable[int]) -> None:
+        """All sequences are forgotten, whatever this was in the middle of.
+
+        capacity_blocks: [num_r_workers], of the lost ones what they had.
+        """
+        self._begin(tuple(capacity_blocks))
+        for worker in lost:
+            self._credits.lose(worker)
+        self._load.measure_memory()
 
     def homeless(self) -> list[Sequence]:
         """Those waiting that fit on no R-worker."""
