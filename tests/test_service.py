@@ -214,6 +214,27 @@ def test_drain(llama: Case) -> None:
     asyncio.run(run())
 
 
+def test_a_prompt_that_is_read_for_ever_is_told_at_the_end(demo_model: Path) -> None:
+    """As by a chat template that loops: the end waits for it no longer than it is to."""
+    ends, reads = threading.Event(), threading.Event()
+
+    def loop(tokenizer: Any) -> None:
+        reads.set()
+        ends.wait()
+
+    async def run() -> None:
+        async with serving(demo_model) as service:
+            reading = asyncio.create_task(service.with_tokenizer(loop))
+            await asyncio.to_thread(reads.wait)
+            await service.drain(0.0)
+            assert not service.reads_no_more(0.1)
+            ends.set()
+            await reading
+            assert service.reads_no_more(60)
+
+    asyncio.run(run())
+
+
 def test_death_is_told_to_all(llama: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """While it serves, and while nothing runs: the heartbeat finds it."""
 

@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+_LAST_PROMPTS_S = 2.0
 _CLOSE_S = 15.0  # for the engine's thread and R-workers to end, once nobody waits for them
 
 
@@ -80,7 +81,11 @@ async def _run(config: EngineConfig, options: ServerOptions) -> int:
     if health.state == "dead":
         _say(f"error: {health.reason}")
     await _in_time(asyncio.to_thread(opened.close), _CLOSE_S)
-    return 1 if health.state == "dead" else 0
+    code = 1 if health.state == "dead" else 0
+    if not service.reads_no_more(_LAST_PROMPTS_S):  # the interpreter would wait for them
+        _say("error: a prompt is still being read, by a chat template that does not end perhaps; it is left")
+        _leave(code)
+    return code
 
 
 def _each(listeners: Iterable[Callable[[T], None]]) -> Callable[[T], None]:

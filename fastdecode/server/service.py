@@ -193,6 +193,13 @@ class Service:
         self._tokenizers.shutdown(wait=False, cancel_futures=True)
         return is_empty
 
+    def reads_no_more(self, timeout_s: float) -> bool:
+        """After `drain`: no thread is busy with a prompt, or none is within `timeout_s`; a chat template may loop."""
+        waiting = threading.Thread(target=self._tokenizers.shutdown, name="last prompts", daemon=True)
+        waiting.start()
+        waiting.join(timeout_s)
+        return not waiting.is_alive()
+
     def _check_open(self) -> None:
         if self._death:
             raise self._death
