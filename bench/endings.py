@@ -23,6 +23,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -177,13 +178,26 @@ def _fork_child(llm: LLM, tell: int) -> int:
 
 def _own(place: Path) -> list[int]:
     me = psutil.Process()
-    workers = [child for child in me.children() if "cpu_attention" in " ".join(child.cmdline())]
+    workers = [child for child in _children() if _is_r_worker(child)]
     threads = [thread.name for thread in threading.enumerate() if not isinstance(thread, TMonitor)]
     return [len(workers), len(threads), me.num_fds(), len(list(place.iterdir()))]
 
 
+def _is_r_worker(process: psutil.Process) -> bool:
+    try:
+        return "cpu_attention" in process.cmdline()
+    except psutil.Error:  # it has ended
+        return False
+
+
 def _children() -> list[psutil.Process]:
-    return [p for p in psutil.Process().children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE]
+    """That run."""
+    running = []
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):
+            if process.status() != psutil.STATUS_ZOMBIE:
+                running.append(process)
+    return running
 
 
 def _sockets(pid: int) -> int:
