@@ -534,6 +534,40 @@ def test_a_signal_ends_it_cleanly(harm: signal.Signals, demo_model: Path, tmp_pa
     assert 0 < len(results(out)) < 2000
 
 
+TWICE = """
+import signal, sys
+from fastdecode.cli import main
+from fastdecode.commands.run_batch import _Progress
+from fastdecode.scheduling.load_control import LoadControl
+start, how_to_go_on, calls = LoadControl.start, _Progress.how_to_go_on, []
+
+def interrupted_start(*arguments):
+    calls.append(1)
+    if len(calls) == 20:
+        signal.raise_signal(signal.SIGINT)
+    return start(*arguments)
+
+def interrupted_end(progress):
+    signal.raise_signal(signal.SIGINT)
+    return how_to_go_on(progress)
+
+LoadControl.start, _Progress.how_to_go_on = interrupted_start, interrupted_end
+sys.exit(main())
+"""
+
+
+def test_interrupted_while_a_line_starts_and_again_at_the_end(demo_model: Path, tmp_path: Path) -> None:
+    """Ctrl-C between two structures that have to agree, and another one before it is told how to go on."""
+    source = write(tmp_path / "in.jsonl", [request(f"r{i}", "x", max_tokens=20) for i in range(50)])
+    out = tmp_path / "out.jsonl"
+    arguments = command(demo_model, source, out)
+    begin = arguments.index("run-batch")
+    run = subprocess.run([sys.executable, "-c", TWICE, *arguments[begin:]], cwd=ROOT, capture_output=True, text=True)
+    told = run.stderr.strip().splitlines()[-1]
+    num_done = len(results(out)) if out.exists() else 0
+    assert run.returncode == 130 and told.startswith(f"interrupted; {num_done} of 50 lines are done"), run.stderr
+
+
 @pytest.mark.parametrize("num_lines, num_kills", [(160, 2), pytest.param(300, 5, marks=pytest.mark.slow)])
 def test_killed_again_and_again(num_lines: int, num_kills: int, demo_model: Path, tmp_path: Path) -> None:
     """SIGKILL at random moments: after the last resume every line is there once, as in a run that was left alone."""

@@ -155,6 +155,7 @@ def _serve(
         print(f"error: cannot write {args.output_file}: {error}\n{progress.how_to_go_on()}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
+        _ignore_more()
         progress.close()
         # Where a rank has died mpirun ends this one; it says which it was, if it still says anything.
         why = " (a rank may have ended; MPI has no recovery)" if args.transport == "mpi" else ""
@@ -171,6 +172,12 @@ def _code_of(stop: KeyboardInterrupt) -> int:
     return 143 if isinstance(stop, _Terminated) else 130
 
 
+def _ignore_more() -> None:
+    """What is left to do takes no time, and a second Ctrl-C is not to keep anybody from reading how to go on."""
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, signal.SIG_IGN)
+
+
 @contextmanager
 def _stoppable() -> Iterator[None]:
     """SIGTERM meanwhile unwinds like Ctrl-C."""
@@ -178,11 +185,13 @@ def _stoppable() -> Iterator[None]:
     def stop(signum: int, frame: FrameType | None) -> None:
         raise _Terminated
 
-    before = signal.signal(signal.SIGTERM, stop)
+    before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGTERM, stop)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
 
 
 class _Progress:
