@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -76,6 +77,13 @@ def run_on_s_worker(args: argparse.Namespace, action: Callable[[], int]) -> int:
     trace.  Raises ConfigError: no MPI, say.
     """
 
+    try:
+        tempfile.gettempdir()
+    except OSError as error:
+        raise ConfigError(
+            "no temporary directory can be written, and torch needs one: set TMPDIR to a directory that this user can "
+            f"write ({error})"
+        ) from error
     # torch's threads are one for each core, also in a container that may use a few; read when torch is loaded.
     if (num_cores := num_usable_cores()) < len(available_cores()):
         os.environ.setdefault("OMP_NUM_THREADS", str(num_cores))
