@@ -80,7 +80,7 @@ time.sleep(2)
 urllib.request.urlopen(url, timeout=10)
 P
     local asked=$?
-    kill -TERM $server; wait $server || return 1
+    kill -TERM "$(pgrep -P $server)"; wait $server || return 1  # the child of the function's shell
     [ $asked = 0 ] && grep -q "new connections wait" "$WORK/out" && [ "$(wc -l <"$WORK/out")" -lt 60 ]
 }
 
