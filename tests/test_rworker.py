@@ -406,7 +406,9 @@ def ask(channel: Channel, message: Message) -> Message:
 
 def test_serving_survives_garbage(served: Served) -> None:
     assert isinstance(ask(served.channel, HELLO), Welcome)
-    for garbage in ([], [b""], [b"FDEC"], [b"\xff" * 64, b"x"], [bytes(10_000)]):
+    for broken_off in ([b""], [b"FDEC", b""]):  # of a sender that was interrupted: passed over, see `BrokenOff`
+        served.channel._link.send_frames(broken_off, 5)
+    for garbage in ([], [b"FDEC"], [b"\xff" * 64, b"x"], [bytes(10_000)]):
         served.channel._link.send_frames(garbage, 5)
         refusal = served.channel._codec.decode(served.channel._link.recv_frames(5)).message
         assert isinstance(refusal, Failure) and refusal.kind == "ProtocolError"
