@@ -21,19 +21,23 @@ class Ending:
     def __init__(self, owner: object, action: Callable[[], object]) -> None:
         """action: must not hold the owner, which would never be garbage."""
         self._finalizer = weakref.finalize(owner, _end, action)
+        self._is_begun = False
         _open.add(self)
         let_go_in_children(self)
 
     @property
     def is_closed(self) -> bool:
-        return not self._finalizer.alive
+        """Or is about to be."""
+        return self._is_begun or not self._finalizer.alive
 
     def close(self) -> None:
-        """Can be called twice."""
-        closing = self._finalizer.detach()
+        """Can be called twice; interrupted, the next call goes on, or the interpreter's end."""
+        closing = self._finalizer.peek()
         if closing:
+            self._is_begun = True
             _, _, (action,), _ = closing
             action()
+            self._finalizer.detach()
 
     def let_go(self) -> None:
         self._finalizer.detach()

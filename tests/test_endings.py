@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from fastdecode.ending import Ending, open_endings
 from fastdecode.r_workers.directory import SocketDirectory, remove_leftovers
 from transport.mpi_start import find_launcher, is_deaf_without_pmix
 
@@ -30,6 +31,30 @@ def test_nothing_is_left_however_it_ends(kinds: list[str], transports: list[str]
     out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
     assert out.returncode == 0, out.stdout + out.stderr[-2000:]
     assert out.stdout.count("left: 0") == len(kinds)
+
+
+def test_an_end_that_is_interrupted_is_gone_on_with() -> None:
+    """What an owner has begun is closed from then on, and ended once."""
+
+    class Owner:
+        pass
+
+    owner, ended = Owner(), []
+
+    def end() -> None:
+        ended.append(len(ended))
+        if len(ended) == 1:
+            raise KeyboardInterrupt
+
+    ending = Ending(owner, end)
+    assert not ending.is_closed and ending in open_endings()
+    with pytest.raises(KeyboardInterrupt):
+        ending.close()
+    assert ending.is_closed
+    ending.close()
+    ending.close()
+    del owner
+    assert ended == [0, 1] and ending.is_closed and ending not in open_endings()
 
 
 @pytest.fixture
