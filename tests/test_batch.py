@@ -30,6 +30,7 @@ from fastdecode.batch.result import BatchResult
 from fastdecode.batch.runner import run_batch
 from fastdecode.batch.source import kept
 from fastdecode.batch.survey import MAX_LINE_BYTES, lines, survey
+from fastdecode.cli import main
 from fastdecode.errors import ConfigError
 from fastdecode.model_names import default_names, is_called
 from fastdecode.openai_api import read_line
@@ -425,18 +426,22 @@ def test_errors_of_lines_name_their_place(tmp_path: Path, llm: LLM) -> None:
     assert errors["long"]["code"] == "context_length_exceeded" and errors["long"]["n_ctx"] == llm.max_model_len
 
 
-def test_a_chat_template_of_the_run(demo_model: Path, tmp_path: Path) -> None:
+def test_a_chat_template_of_the_run(demo_model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Which decides what is in the output; and a model without one says so."""
     source = write(tmp_path / "in.jsonl", [request("a", [{"role": "user", "content": "import"}], "chat/completions")])
     out, template = tmp_path / "out.jsonl", tmp_path / "template.jinja"
-    done = cli(demo_model, source, out)
-    assert done.returncode == 1 and "no chat template" in results(out)["a"]["error"]["message"]
+
+    def run(*flags: str) -> int:
+        """In this process."""
+        return main(command(demo_model, source, out, *flags)[3:])
+
+    assert run() == 1 and "no chat template" in results(out)["a"]["error"]["message"]
     template.write_text(TEMPLATE)
-    done = cli(demo_model, source, out, "--resume", "--chat-template", str(template))
-    assert done.returncode == 2 and "chat_template_sha256 was None" in done.stderr
+    assert run("--resume", "--chat-template", str(template)) == 2
+    assert "chat_template_sha256 was None" in capfd.readouterr().err
     out.unlink()
-    assert cli(demo_model, source, out, "--chat-template", str(template)).returncode == 0
-    assert cli(demo_model, source, out, "--chat-template", str(tmp_path / "nowhere")).returncode == 2
+    assert run("--chat-template", str(template)) == 0
+    assert run("--chat-template", str(tmp_path / "nowhere")) == 2
 
 
 def test_a_directory_has_one_name(demo_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

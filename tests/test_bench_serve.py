@@ -63,6 +63,7 @@ def fake() -> Iterator[FakeServer]:
                 state.num_most = max(state.num_most, state.num_now)
             fails = state.fails if number >= state.fails_from else ""
             if fails == "status":
+                self.leave()
                 text = b'{"error": {"message": "too many"}}'
                 self.send_response(429)
                 self.send_header("content-length", str(len(text)))
@@ -70,6 +71,9 @@ def fake() -> Iterator[FakeServer]:
                 self.wfile.write(text)
             else:
                 self.stream(body, began, fails)
+
+        def leave(self) -> None:
+            """Before the client can know: its next request may be here before this one is done with."""
             with lock:
                 state.num_now -= 1
 
@@ -90,6 +94,7 @@ def fake() -> Iterator[FakeServer]:
                 choice = {"delta": {"content": text}} if is_chat else {"text": text}
                 self.say({"choices": [{**choice, "finish_reason": None}]})
                 if fails and index == 1:
+                    self.leave()
                     if fails == "stream":
                         self.say({"error": {"message": "worker_lost"}})
                     return
@@ -100,6 +105,7 @@ def fake() -> Iterator[FakeServer]:
                 state.whole_s.append(time.perf_counter() - began)
             if state.tells_usage:
                 self.say({"choices": [], "usage": {"prompt_tokens": 9, "completion_tokens": body["max_tokens"]}})
+            self.leave()
             self.wfile.write(b"data: [DONE]\n\n")
 
         def say(self, event: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ import json
 import re
 import threading
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -237,7 +237,7 @@ def test_nobody_reads_what_the_engine_is_changing(llama: Case) -> None:
     engine = OfOneThread(opened.engine)
 
     async def run() -> None:
-        service = Service(dataclasses.replace(opened, engine=engine), max_queue=100)
+        service = Service(dataclasses.replace(opened, engine=engine, cleanup=ExitStack()), max_queue=100)
         service.start()
         for each in (metrics, history, activity):
             each.begin(service)

@@ -254,6 +254,12 @@ def test_one_that_takes_long_to_give_its_memory_back(monkeypatch: pytest.MonkeyP
         def kill(self) -> None:
             pass
 
+        def terminate(self) -> None:
+            pass
+
+        def poll(self) -> None:
+            pass
+
         def wait(self, timeout: float) -> int:
             raise subprocess.TimeoutExpired("it", timeout)
 
