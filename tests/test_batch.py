@@ -581,7 +581,9 @@ def test_killed_again_and_again(num_lines: int, num_kills: int, demo_model: Path
     assert cli(demo_model, source, whole).returncode == 0
     generator = np.random.default_rng(int(os.environ.get("FASTDECODE_SEED", "0")))
     kills = batch_kills.kill_and_resume(demo_model, source, out, generator, num_lines, num_kills)
-    assert all(kill["was_running"] and kill["lines_after"] > kill["lines_before"] for kill in kills), kills
+    for number, kill in enumerate(kills):  # every fifth comes at the start, before there is anything new
+        got = kill["lines_after"] - kill["lines_before"]
+        assert kill["was_running"] and (got > 0 or (number % 5 == 4 and got == 0)), kills
     assert texts(out) == texts(whole) and len(texts(out)) == num_lines
 
 
