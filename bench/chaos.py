@@ -121,14 +121,14 @@ class _Listener(logging.Handler):
         if record.levelno < logging.WARNING or not isinstance(record.args, tuple):
             return
         now = time.monotonic()
-        if record.name == "fastdecode.recovery":
+        if record.name == "fastdecode.engine.recovery":
             worker = record.args[0].r_worker  # type: ignore[union-attr]
             blows = [blow for blow in self._run.blows if blow.worker == worker]
             if blows and blows[-1].noticed is None and now - blows[-1].at < _EXPLAINS_S:
                 blows[-1].noticed = now
             else:
                 self._run.unprovoked.append(record.getMessage())
-        elif record.name == "fastdecode.r_workers.rejoin":
+        elif record.name == "fastdecode.holders.rejoin":
             for blow in self._run.blows:
                 if f"R-worker {blow.worker} " in str(record.args[0]) and blow.noticed and blow.back is None:
                     blow.back = now

@@ -31,7 +31,7 @@ import psutil
 from tqdm import TMonitor
 
 from fastdecode import LLM, SamplingParams
-from fastdecode.r_workers.directory import remove_leftovers
+from fastdecode.holders.directory import remove_leftovers
 
 MODEL = Path(__file__).parents[1] / "scripts" / "demo_model"
 LIVES_ON = ("close", "with", "garbage", "garbage in a cycle", "garbage in a thread", "R-worker killed, then close")

@@ -27,12 +27,12 @@ import fastdecode  # before torch, see there
 from bench.schedules import emulated_facts
 from cpu_attention import KVLayout, LayerShape, cpu_name
 from fastdecode import SamplingParams
-from fastdecode.engine import Engine
-from fastdecode.r_workers.launch import start_r_workers
-from fastdecode.r_workers.rpool import RPool
-from fastdecode.runtime import open_session
+from fastdecode.engine.engine import Engine
+from fastdecode.engine.runtime import open_session
+from fastdecode.holders.launch import start_r_workers
+from fastdecode.holders.rpool import RPool
+from fastdecode.observe.timeline import S_DEVICE, Timeline
 from fastdecode.scheduling.scheduler import Scheduler, SchedulerConfig
-from fastdecode.timeline import S_DEVICE, Timeline
 from gpu_sworker import EmulatedSWorker
 
 BLOCK_TOKENS = 64

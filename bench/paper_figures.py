@@ -16,13 +16,13 @@ from pathlib import Path
 
 import numpy as np
 
-from fastdecode.plots import plot_steps
+from fastdecode.modelling.simulation.cost import PROFILES
+from fastdecode.modelling.simulation.latency import effective_throughput, inter_token_gaps
+from fastdecode.modelling.simulation.simulator import Simulation, simulate
+from fastdecode.modelling.simulation.workload import Arrivals, Job, make_jobs
+from fastdecode.observe.plots import plot_steps
 from fastdecode.scheduling.predictor import MaxTokens
 from fastdecode.scheduling.scheduler import Scheduler, SchedulerConfig
-from fastdecode.simulation.cost import PROFILES
-from fastdecode.simulation.latency import effective_throughput, inter_token_gaps
-from fastdecode.simulation.simulator import Simulation, simulate
-from fastdecode.simulation.workload import Arrivals, Job, make_jobs
 
 SEQUENCES = 1024  # B
 

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from bench.end_to_end import make_model
 from cpu_attention import available_cores, cpu_name
 from fastdecode import LLM, EngineConfig, SamplingParams, __version__, calibrate_model
-from fastdecode.step_log import read_step_log
+from fastdecode.observe.step_log import read_step_log
 
 WINDOW = 32  # steps whose median is compared
 

@@ -59,7 +59,7 @@ def serve(args: argparse.Namespace, model: str, blow: signal.Signals | None, aft
     """One batch; `blow` to one worker after so many seconds."""
     prompts, params = requests(args)
     noticed, struck, steps = _Noticed(), [], []
-    logging.getLogger("fastdecode.recovery").addHandler(noticed)
+    logging.getLogger("fastdecode.engine.recovery").addHandler(noticed)
     before = {child.pid for child in psutil.Process().children(recursive=True)}
     try:
         with LLM(
@@ -89,7 +89,7 @@ def serve(args: argparse.Namespace, model: str, blow: signal.Signals | None, aft
             if blow == signal.SIGSTOP:
                 workers[-1].kill()
     finally:
-        logging.getLogger("fastdecode.recovery").removeHandler(noticed)
+        logging.getLogger("fastdecode.engine.recovery").removeHandler(noticed)
     tokens = [output.outputs[0].token_ids for output in outputs]
     if not blow:
         return {"tokens": tokens, "seconds": steps[-1][0] - steps[0][0]}

@@ -28,13 +28,13 @@ import numpy as np
 from bench.end_to_end import make_model
 from cpu_attention import KVLayout, LayerShape, available_cores, cpu_name
 from fastdecode import LLM, SamplingParams, __version__
-from fastdecode.engine import Engine
-from fastdecode.plots import plot_steps
-from fastdecode.r_workers.launch import start_r_workers
-from fastdecode.r_workers.rpool import RPool
-from fastdecode.runtime import open_session
+from fastdecode.engine.engine import Engine
+from fastdecode.engine.runtime import open_session
+from fastdecode.holders.launch import start_r_workers
+from fastdecode.holders.rpool import RPool
+from fastdecode.observe.plots import plot_steps
+from fastdecode.observe.step_log import StepRecord, read_step_log
 from fastdecode.scheduling.scheduler import Scheduler, SchedulerConfig
-from fastdecode.step_log import StepRecord, read_step_log
 from gpu_sworker import AttentionSpec, EmulatedSWorker, ModelFacts
 
 BLOCK_TOKENS = 16

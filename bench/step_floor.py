@@ -35,7 +35,7 @@ from bench.end_to_end import make_model
 from cpu_attention import RWorker, available_cores, cpu_name, pin_thread
 from cpu_attention.roofs import Roofs
 from fastdecode import LLM, SamplingParams
-from fastdecode.step_log import read_step_log
+from fastdecode.observe.step_log import read_step_log
 from gpu_sworker import SWorker
 from gpu_sworker.linear import PackedLinear
 from transport import Admit, Attend, Attended, Hello, LayerSpec, Step

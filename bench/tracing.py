@@ -22,7 +22,7 @@ import numpy as np
 from bench.end_to_end import make_model
 from cpu_attention import cpu_name
 from fastdecode import LLM, SamplingParams
-from fastdecode.step_log import read_step_log
+from fastdecode.observe.step_log import read_step_log
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from fastdecode import __version__
-from fastdecode.config_file import parse_arguments
+from fastdecode.api.config_file import parse_arguments
 from fastdecode.errors import ConfigError
 
 COMMANDS = {

@@ -17,16 +17,16 @@ from typing import Any, Self
 
 from tqdm import tqdm
 
-from fastdecode.config import EngineConfig
-from fastdecode.conversation import Conversation
+from fastdecode.api.conversation import Conversation
+from fastdecode.api.outputs import RequestOutput
+from fastdecode.api.sampling_params import SamplingParams
+from fastdecode.engine.config import EngineConfig
+from fastdecode.engine.opening import open_engine
+from fastdecode.engine.results import refused_output
 from fastdecode.errors import ConfigError, RequestError
-from fastdecode.open_engine import open_engine
-from fastdecode.outputs import RequestOutput
-from fastdecode.prompts import Prompt, ReadPrompt, pair, read_prompt
-from fastdecode.r_workers.launch import find_r_worker, read_key_file
-from fastdecode.results import refused_output
-from fastdecode.sampling_params import SamplingParams
-from fastdecode.text import Tokenizer
+from fastdecode.holders.launch import find_r_worker, read_key_file
+from fastdecode.text.prompts import Prompt, ReadPrompt, pair, read_prompt
+from fastdecode.text.tokenizer import Tokenizer
 from transport import AddressError
 
 
@@ -34,7 +34,7 @@ class LLM:
     """A model with its KV cache on R-workers.  Close it, or use it as a context manager."""
 
     def __init__(self, model: str | Path, **options: Any) -> None:
-        """`options`: see `fastdecode.config.EngineConfig`.
+        """`options`: see `fastdecode.engine.config.EngineConfig`.
 
         Raises ConfigError (options), ModelError (the model directory), RWorkerError (a worker).
         """

@@ -21,8 +21,8 @@ from unittest import mock
 import httpx
 
 from cpu_attention.kvstore import KVStore
-from fastdecode.config import EngineConfig
-from fastdecode.open_engine import open_engine
+from fastdecode.engine.config import EngineConfig
+from fastdecode.engine.opening import open_engine
 from fastdecode.server.app import create_app
 from fastdecode.server.connection import HTTPServer, bind
 from fastdecode.server.life import Life

@@ -25,6 +25,7 @@ import pytest
 
 from bench import batch_kills
 from fastdecode import LLM, SamplingParams
+from fastdecode.api.model_names import default_names, is_called
 from fastdecode.batch.journal import Journal
 from fastdecode.batch.result import BatchResult
 from fastdecode.batch.runner import run_batch
@@ -32,7 +33,6 @@ from fastdecode.batch.source import kept
 from fastdecode.batch.survey import MAX_LINE_BYTES, lines, survey
 from fastdecode.cli import main
 from fastdecode.errors import ConfigError
-from fastdecode.model_names import default_names, is_called
 from fastdecode.openai_api import read_line
 
 ROOT = Path(__file__).parents[1]

@@ -22,6 +22,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from fastdecode.api.outputs import CompletionOutput, RequestOutput
+from fastdecode.api.sampling_params import SamplingParams
 from fastdecode.batch import identity
 from fastdecode.batch.identity import as_begun, decided_by, identify, versions
 from fastdecode.batch.journal import Journal
@@ -30,8 +32,6 @@ from fastdecode.batch.runner import run_batch, settled_by
 from fastdecode.batch.survey import lines, survey
 from fastdecode.cli import main
 from fastdecode.errors import ConfigError
-from fastdecode.outputs import CompletionOutput, RequestOutput
-from fastdecode.sampling_params import SamplingParams
 
 AUTO = {"device": "auto", "dtype": "auto", "kv_cache_dtype": "auto", "linear_kernel": "auto", "max_model_len": None}
 

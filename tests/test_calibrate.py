@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from fastdecode import LLM, SamplingParams
-from fastdecode.calibration import Calibration, read_calibration, write_calibration
 from fastdecode.cli import main
 from fastdecode.errors import ConfigError
-from fastdecode.perf_model import PerfModel
-from fastdecode.step_log import read_step_log
+from fastdecode.modelling.calibration import Calibration, read_calibration, write_calibration
+from fastdecode.modelling.perf_model import PerfModel
+from fastdecode.observe.step_log import read_step_log
 
 MODEL = PerfModel((1, 8), (1e-3, 2e-3), 1e-8, 4, 5e-5)
 

@@ -44,7 +44,7 @@ def ports() -> Iterator[list[int]]:
 @pytest.mark.parametrize("harm", HARMS)
 def test_a_bad_link(harm: str, llama: Case, ports: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """At six moments of a batch, both ways; the worker comes back each time, or was never lost."""
-    monkeypatch.setattr("fastdecode.r_workers.rejoin._LONGEST_PAUSE_S", 0.1)
+    monkeypatch.setattr("fastdecode.holders.rejoin._LONGEST_PAUSE_S", 0.1)
     link = BadLink("127.0.0.1", ports[0], seed=len(harm))
     addresses = [link.address, f"tcp://127.0.0.1:{ports[1]}"]
     try:

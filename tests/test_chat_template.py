@@ -11,11 +11,11 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 from fastdecode import LLM, SamplingParams
-from fastdecode.chat_template import render
-from fastdecode.conversation import Conversation
+from fastdecode.api.conversation import Conversation
 from fastdecode.errors import ConfigError, RequestError
-from fastdecode.prompts import read_prompt
-from fastdecode.text import Tokenizer
+from fastdecode.text.chat_template import render
+from fastdecode.text.prompts import read_prompt
+from fastdecode.text.tokenizer import Tokenizer
 
 # The shapes of templates that are published: any role, those that are known, and those that complain.
 ANY_ROLE = (

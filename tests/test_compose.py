@@ -5,8 +5,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastdecode.plan import Segment
 from fastdecode.scheduling.compose import micro_batches
+from fastdecode.scheduling.plan import Segment
 
 decode_lists = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3000)), max_size=40)
 prompt_lists = st.lists(st.tuples(st.integers(0, 3), st.integers(1, 400)), max_size=8)

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import yaml
 
+from fastdecode.api.config_file import add_config_flags, parse_arguments
 from fastdecode.cli import main
 from fastdecode.commands import generate, run_batch
-from fastdecode.config_file import add_config_flags, parse_arguments
 from fastdecode.errors import ConfigError
 
 

@@ -17,14 +17,14 @@ from fastapi import FastAPI
 from test_metrics import step
 
 from fastdecode import SamplingParams
-from fastdecode.config import EngineConfig
-from fastdecode.open_engine import open_engine
-from fastdecode.outputs import RequestOutput
+from fastdecode.api.outputs import RequestOutput
+from fastdecode.engine.config import EngineConfig
+from fastdecode.engine.opening import open_engine
+from fastdecode.observe.totals import PoolTotals, Standing
 from fastdecode.server import dashboard
 from fastdecode.server.dashboard import dashboard_router
 from fastdecode.server.history import KEPT_S, History
 from fastdecode.server.service import Health, Service
-from fastdecode.totals import PoolTotals, Standing
 
 PAGE = Path(dashboard.__file__).with_name("dashboard.html").read_text()
 

@@ -15,10 +15,10 @@ from serving import live_server, with_chat_template
 from test_batch import run, write
 
 from fastdecode import LLM, SamplingParams
+from fastdecode.api.outputs import RequestOutput
 from fastdecode.errors import RequestError
 from fastdecode.openai_api import make_echo, read_request
-from fastdecode.outputs import RequestOutput
-from fastdecode.text import Tokenizer
+from fastdecode.text.tokenizer import Tokenizer
 from tokenizer_kinds import KINDS, SLOW, make_tokenizer
 
 TEXT = "def f(x):\n    return"

@@ -11,11 +11,11 @@ import pytest
 from conftest import Case
 
 from fastdecode import LLM, SamplingParams
-from fastdecode.calibration import Calibration, write_calibration
 from fastdecode.errors import ConfigError, ModelError
-from fastdecode.perf_model import PerfModel
-from fastdecode.simulation.devices import DEVICES, gpu_model
-from fastdecode.step_log import read_step_log
+from fastdecode.modelling.calibration import Calibration, write_calibration
+from fastdecode.modelling.perf_model import PerfModel
+from fastdecode.modelling.simulation.devices import DEVICES, gpu_model
+from fastdecode.observe.step_log import read_step_log
 from gpu_sworker import EmulatedSWorker, FlatBatch, SWorker, describe_model
 
 PARAMS = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)

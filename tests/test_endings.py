@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from fastdecode.ending import Ending, open_endings
-from fastdecode.r_workers.directory import SocketDirectory, remove_leftovers
+from fastdecode.holders.directory import SocketDirectory, remove_leftovers
 from transport.mpi_start import find_launcher, is_deaf_without_pmix
 
 ROOT = Path(__file__).parents[1]

@@ -13,9 +13,9 @@ from conftest import Case, quiet
 from interrupts import Interrupted, interrupted, run_until
 
 from fastdecode import LLM, SamplingParams
-from fastdecode.engine import Engine
+from fastdecode.engine.engine import Engine
+from fastdecode.engine.pipeline import Pipeline
 from fastdecode.errors import ConfigError
-from fastdecode.pipeline import Pipeline
 from fastdecode.scheduling.load_control import LoadControl
 
 GREEDY = SamplingParams(temperature=0, max_tokens=5)
@@ -131,7 +131,7 @@ def test_every_line_that_adds_a_request(llm: LLM, llama: Case) -> None:
     while came:
         engine.add_request(engine.next_request_id(), llama.prompts[1], GREEDY)
         add = partial(engine.add_request, engine.next_request_id(), llama.prompts[2], GREEDY)
-        came = run_until(number, add, "fastdecode/engine.py", "fastdecode/scheduling", by="line")
+        came = run_until(number, add, "fastdecode/engine/engine.py", "fastdecode/scheduling", by="line")
         assert len(engine._by_sequence) == engine.num_waiting == len(engine._live)
         engine.abort_all()
         assert not engine.has_work

@@ -15,7 +15,7 @@ from conftest import NEW_TOKENS, Case
 
 from cpu_attention import LISTENING
 from fastdecode import LLM, SamplingParams
-from fastdecode.step_log import read_step_log
+from fastdecode.observe.step_log import read_step_log
 from gpu_sworker import SWorker, Transfer
 from models import FAMILIES
 

@@ -76,7 +76,7 @@ def test_worker_lost_in_the_middle(
             outputs = llm.generate(prompts, params, use_tqdm=False)
             assert_same_tokens(llama.directory, prompts, params, outputs, expected)
             assert not moment or time.monotonic() - moment[0] < 120
-        [lost] = [record for record in caplog.records if record.name == "fastdecode.recovery"]
+        [lost] = [record for record in caplog.records if record.name == "fastdecode.engine.recovery"]
         assert f"process {victims[0].pid}," in lost.message
         assert lost.created - moment[0] - (time.time() - time.monotonic()) < 5 * crowding()
         assert not psutil.pid_exists(victims[0].pid)  # its memory is needed
@@ -197,7 +197,7 @@ def r_workers(monkeypatch: pytest.MonkeyPatch) -> list[RWorker]:
             super().__init__(**options)  # type: ignore[arg-type]
             workers.append(self)
 
-    monkeypatch.setattr("fastdecode.r_workers.launch.RWorker", Noted)
+    monkeypatch.setattr("fastdecode.holders.launch.RWorker", Noted)
     return workers
 
 

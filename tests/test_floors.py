@@ -26,10 +26,25 @@ PURE = sorted(
     str(path.relative_to(ROOT / "fastdecode"))
     for path in (
         *(ROOT / "fastdecode" / "scheduling").glob("*.py"),
-        *(ROOT / "fastdecode" / "simulation").glob("*.py"),
-        *(ROOT / "fastdecode" / f"{name}.py" for name in ("errors", "outputs", "perf_model", "plan", "request")),
-        ROOT / "fastdecode" / "sampling_params.py",
+        *(ROOT / "fastdecode" / "modelling" / "simulation").glob("*.py"),
+        ROOT / "fastdecode" / "modelling" / "perf_model.py",
+        *(ROOT / "fastdecode" / "api" / f"{name}.py" for name in ("outputs", "sampling_params", "token_rules")),
+        ROOT / "fastdecode" / "errors.py",
     )
+)
+# The rooms of fastdecode, from the ground up: each imports from those before it alone.
+STOREYS = (
+    ("errors", "ending"),
+    ("api",),  # what users say and get
+    ("scheduling", "text"),
+    ("observe",),
+    ("modelling", "holders"),
+    ("engine",),
+    ("llm", "benchmark", "openai_api"),  # the doors, from here on
+    ("batch", "server"),
+    ("commands",),
+    ("cli",),
+    ("__main__",),
 )
 # The two places that import by name, so that `import fastdecode` and `--help` stay cheap; see their docstrings.
 IMPORT_BY_NAME = {"fastdecode/__init__.py", "fastdecode/cli.py"}
@@ -65,6 +80,19 @@ def test_floors(path: Path) -> None:
             assert not rest, f"{module}: another room is entered through its door, `{first}`"
             if room == "cpu_attention":
                 assert path.name in LOOKS_DOWN, f"{path.name} must not know the transport"
+
+
+def test_storeys() -> None:
+    storey = {name: number for number, names in enumerate(STOREYS) for name in names}
+    for path in FILES:
+        room, *rest = path.relative_to(ROOT).with_suffix("").parts
+        if room != "fastdecode" or rest == ["__init__"]:
+            continue
+        assert rest[0] in storey, f"{rest[0]} is on no storey"
+        for module, _, _ in imports(path):
+            first, *names = module.split(".")
+            if first == "fastdecode" and names and names[0] != rest[0]:
+                assert storey[names[0]] < storey[rest[0]], f"{'/'.join(rest)} imports {module}, which is not below it"
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))

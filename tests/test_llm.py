@@ -14,9 +14,9 @@ from conftest import Case, quiet
 from tqdm import tqdm
 
 from fastdecode import LLM, RequestOutput, SamplingParams
-from fastdecode.engine import Engine
+from fastdecode.engine.engine import Engine
 from fastdecode.errors import ConfigError
-from fastdecode.prompts import ReadPrompt, read_prompt
+from fastdecode.text.prompts import ReadPrompt, read_prompt
 from gpu_sworker import generate_reference
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12)

@@ -12,7 +12,7 @@ from conftest import Case, quiet
 
 from fastdecode import LLM, SamplingParams
 from fastdecode.errors import ConfigError, ModelError, RWorkerUnreachable
-from fastdecode.step_log import read_step_log
+from fastdecode.observe.step_log import read_step_log
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12)
 

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 
 from fastdecode import LLM, SamplingParams, cli, tokenizer_loading
 from fastdecode.errors import ConfigError
-from fastdecode.text import Tokenizer
+from fastdecode.text.tokenizer import Tokenizer
 from gpu_sworker import (
     ModelNotFound,
     SWorker,

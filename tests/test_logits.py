@@ -20,8 +20,8 @@ from fastdecode import LLM, SamplingParams
 from fastdecode.batch.journal import Journal
 from fastdecode.batch.runner import run_batch
 from fastdecode.batch.survey import survey
-from fastdecode.request import Request, Sequence
-from fastdecode.row_faults import RowFaults
+from fastdecode.engine.row_faults import RowFaults
+from fastdecode.scheduling.request import Request, Sequence
 from gpu_sworker import RowFault
 from models import VOCAB, make_model
 
@@ -183,14 +183,14 @@ def test_served(fragile: Path) -> None:
 
 def test_the_log_names_one_request_a_second(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
-    monkeypatch.setattr("fastdecode.row_faults.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("fastdecode.engine.row_faults.time.monotonic", lambda: now[0])
     faults = RowFaults("float16")
 
     def sequence(name: str) -> Sequence:
         request = Request(name, (1,), GREEDY, 8, frozenset(), frozenset())
         return Sequence(0, request, 0, 0, output_token_ids=[4, 5])
 
-    with caplog.at_level(logging.ERROR, logger="fastdecode.row_faults"):
+    with caplog.at_level(logging.ERROR, logger="fastdecode.engine.row_faults"):
         for name in ("a", "b", "c"):
             told = faults.explain(RowFault.NOT_FINITE, sequence(name), 17)
             assert told.code == "invalid_logits" and "try another dtype, bfloat16 or float32" in str(told)

@@ -22,11 +22,13 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families
 
 from fastdecode import LLM, SamplingParams
-from fastdecode.config import EngineConfig
-from fastdecode.engine import Engine
+from fastdecode.api.outputs import CompletionOutput, RequestOutput
+from fastdecode.engine.config import EngineConfig
+from fastdecode.engine.engine import Engine
+from fastdecode.engine.opening import open_engine
 from fastdecode.errors import RequestError
-from fastdecode.open_engine import open_engine
-from fastdecode.outputs import CompletionOutput, RequestOutput
+from fastdecode.observe.step_log import StepRecord
+from fastdecode.observe.totals import PoolTotals, Standing
 from fastdecode.server.activity import Activity
 from fastdecode.server.counts import Histogram
 from fastdecode.server.dashboard import dashboard_router
@@ -34,8 +36,6 @@ from fastdecode.server.history import History
 from fastdecode.server.metrics import Metrics, metrics_router
 from fastdecode.server.service import Health, Service
 from fastdecode.server.stream import deltas_of
-from fastdecode.step_log import StepRecord
-from fastdecode.totals import PoolTotals, Standing
 from transport import PeerLost
 
 ROOT = Path(__file__).parents[1]

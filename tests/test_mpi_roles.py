@@ -14,7 +14,7 @@ import pytest
 
 from cpu_attention import NumaNode
 from fastdecode.errors import ConfigError
-from fastdecode.r_workers.mpi_roles import Claim, Roles
+from fastdecode.holders.mpi_roles import Claim, Roles
 
 ROOT = Path(__file__).parents[1]
 PROGRAM = [sys.executable, "-m", "fastdecode"]

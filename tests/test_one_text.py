@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastdecode.text import Tokenizer
+from fastdecode.text.tokenizer import Tokenizer
 from tokenizer_kinds import CORPUS, KINDS, SLOW, make_tokenizer
 
 ALL = [*KINDS, SLOW]

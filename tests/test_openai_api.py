@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from fastdecode.conversation import Conversation, read_messages
+from fastdecode.api.conversation import Conversation, read_messages
+from fastdecode.api.outputs import CompletionOutput, Logprob, OutputError, RequestOutput
+from fastdecode.api.sampling_params import SamplingParams
 from fastdecode.errors import RequestError
 from fastdecode.openai_api import completion_body, error_body, read_line, read_request, status_of
-from fastdecode.outputs import CompletionOutput, Logprob, OutputError, RequestOutput
-from fastdecode.sampling_params import SamplingParams
 
 DEFAULTS = SamplingParams(temperature=0.7, top_k=20)
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"

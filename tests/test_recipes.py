@@ -16,9 +16,9 @@ import pytest
 import yaml
 
 from cpu_attention import add_process_arguments, parse_bytes
+from fastdecode.api.config_file import parse_arguments
 from fastdecode.cli import COMMANDS
 from fastdecode.commands import serve
-from fastdecode.config_file import parse_arguments
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 CLOSE_S = 15  # what a server takes after it has drained, at most

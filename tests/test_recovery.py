@@ -106,7 +106,7 @@ def r_workers(monkeypatch: pytest.MonkeyPatch) -> list[RWorker]:
             super().__init__(**options)
             workers.append(self)
 
-    monkeypatch.setattr("fastdecode.r_workers.launch.RWorker", Noted)
+    monkeypatch.setattr("fastdecode.holders.launch.RWorker", Noted)
     return workers
 
 
@@ -198,7 +198,7 @@ def test_what_fits_nowhere_any_more_says_so(llama: Case, monkeypatch: pytest.Mon
             made.append(1)
             super().__init__(**options | {"kv_cache_bytes": 768 * (320 if len(made) == 1 else 64)})
 
-    monkeypatch.setattr("fastdecode.r_workers.launch.RWorker", Unequal)
+    monkeypatch.setattr("fastdecode.holders.launch.RWorker", Unequal)
     with LLM(llama.directory, num_r_workers=2, skip_tokenizer_init=True, block_tokens=16) as llm:
         make_faulty(llm, 0, 30, gone)
         outputs = quiet(llm, llama.prompts, GREEDY)

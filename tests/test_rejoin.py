@@ -15,10 +15,10 @@ from conftest import Case, quiet
 from cpu_attention import RWorker, serve
 from fastdecode import LLM, SamplingParams
 from fastdecode.errors import ConfigError, RWorkerUnreachable
-from fastdecode.r_workers.patience import Patience
-from fastdecode.r_workers.processes import Processes
-from fastdecode.r_workers.rejoin import Rejoin, RWorkerHandle
-from fastdecode.request import Request, Sequence
+from fastdecode.holders.patience import Patience
+from fastdecode.holders.processes import Processes
+from fastdecode.holders.rejoin import Rejoin, RWorkerHandle
+from fastdecode.scheduling.request import Request, Sequence
 from fastdecode.scheduling.scheduler import Scheduler, SchedulerConfig
 from transport import Admit, Attend, ChannelClosed, Hello, LayerSpec, Listener, Message, connect, listen
 
@@ -174,7 +174,7 @@ def test_closing_while_one_is_looked_for(llama: Case, places: list[Place]) -> No
 
 def test_pauses_grow(monkeypatch: pytest.MonkeyPatch) -> None:
     """One that is lost again and again is not asked more often; and what joined and is not wanted is closed."""
-    monkeypatch.setattr("fastdecode.r_workers.rejoin._FIRST_PAUSE_S", 0.05)
+    monkeypatch.setattr("fastdecode.holders.rejoin._FIRST_PAUSE_S", 0.05)
     place, attempts = Place(), []
     place.open()
 
@@ -216,7 +216,7 @@ def test_pauses_grow(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_whatever_goes_wrong_it_is_looked_for_again(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     """When it is started, and when it is spoken to; and what was opened in vain is closed."""
-    monkeypatch.setattr("fastdecode.r_workers.rejoin._FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr("fastdecode.holders.rejoin._FIRST_PAUSE_S", 0.01)
     place, attempts, channels = Place(), count(), []
     place.open()
 

@@ -13,7 +13,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from fastdecode import LLM, SamplingParams
 from fastdecode.errors import ConfigError
-from fastdecode.step_log import read_step_log
+from fastdecode.observe.step_log import read_step_log
 from gpu_sworker import generate_reference
 from gpu_sworker.attention import Forward
 from gpu_sworker.rope import make_rope_per_sequence, reach

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from fastdecode.plan import Admission, MicroBatch, Segment
-from fastdecode.r_workers.rejoin import RWorkerHandle
-from fastdecode.r_workers.rpool import RPool
+from fastdecode.holders.rejoin import RWorkerHandle
+from fastdecode.holders.rpool import RPool
+from fastdecode.scheduling.plan import Admission, MicroBatch, Segment
 from transport import Admit, Message, Step
 
 

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from fastdecode import LLM, RequestOutput, SamplingParams
+from fastdecode.api.outputs import Delta
 from fastdecode.openai_api import ChunkWriter, completion_body
-from fastdecode.outputs import Delta
-from fastdecode.text import Tokenizer
+from fastdecode.text.tokenizer import Tokenizer
 from models import SCRIPT_POSITIONS, make_scripted
 from tokenizer_kinds import make_tokenizer
 

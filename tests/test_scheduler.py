@@ -9,13 +9,13 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from fastdecode.api.sampling_params import SamplingParams
 from fastdecode.errors import RequestError
-from fastdecode.plan import Segment, Step
-from fastdecode.request import Request, Sequence
-from fastdecode.sampling_params import SamplingParams
 from fastdecode.scheduling.kv_credits import KV_POLICIES
 from fastdecode.scheduling.load_control import START_POLICIES
+from fastdecode.scheduling.plan import Segment, Step
 from fastdecode.scheduling.predictor import Learned, MaxTokens, NoisyOracle, Oracle, Predictor
+from fastdecode.scheduling.request import Request, Sequence
 from fastdecode.scheduling.scheduler import Scheduler, SchedulerConfig
 from fastdecode.scheduling.waiting import ORDERS, WaitingQueue
 

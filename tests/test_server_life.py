@@ -21,10 +21,10 @@ import psutil
 import pytest
 from serving import ROOT, ServerProcess, free_port
 
-from fastdecode.open_engine import OpenEngine
+from fastdecode.engine.opening import OpenEngine
+from fastdecode.observe.step_log import StepRecord
 from fastdecode.server.activity import Activity
 from fastdecode.server.run import _load
-from fastdecode.step_log import StepRecord
 
 LONG = {"prompt": "def f(x):", "max_tokens": 700, "ignore_eos": True, "temperature": 1.0, "seed": 4}
 

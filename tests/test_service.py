@@ -15,9 +15,9 @@ import pytest
 from conftest import Case
 
 from fastdecode import LLM, SamplingParams
-from fastdecode.config import EngineConfig
+from fastdecode.engine.config import EngineConfig
+from fastdecode.engine.opening import open_engine
 from fastdecode.errors import RequestError, RWorkerError
-from fastdecode.open_engine import open_engine
 from fastdecode.server.service import Service
 from fastdecode.server.stream import Stream, deltas_of
 from transport import PeerLost, TransportError

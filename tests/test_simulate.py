@@ -13,12 +13,12 @@ from test_load import mixed_jobs
 
 from bench.paper_figures import FIGURES, load_stabilising, splitfuse
 from fastdecode.cli import main
+from fastdecode.modelling.simulation.cost import WholeCost, flat_cost
+from fastdecode.modelling.simulation.latency import keeps_rate, summary
+from fastdecode.modelling.simulation.simulator import Served, Simulation, simulate
+from fastdecode.modelling.simulation.workload import Arrivals, Job, make_jobs
 from fastdecode.scheduling.predictor import Learned, MaxTokens, NoisyOracle, Oracle, Predictor
 from fastdecode.scheduling.scheduler import Scheduler, SchedulerConfig
-from fastdecode.simulation.cost import WholeCost, flat_cost
-from fastdecode.simulation.latency import keeps_rate, summary
-from fastdecode.simulation.simulator import Served, Simulation, simulate
-from fastdecode.simulation.workload import Arrivals, Job, make_jobs
 
 FLAT = flat_cost(0.01, 1e-9)
 

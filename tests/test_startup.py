@@ -53,7 +53,7 @@ def test_kernels_compile_in_bounded_time(kv_dtype: str, tmp_path: Path) -> None:
 FROM_ELSEWHERE = """
 import sys
 sys.path[:0] = sys.argv[1:]
-from fastdecode.r_workers.processes import Processes
+from fastdecode.holders.processes import Processes
 from transport import Ping, Pong
 processes = Processes(transport="ipc", num_workers=1, num_threads=1, kv_cache_bytes=1 << 20)
 try:

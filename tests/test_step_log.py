@@ -9,7 +9,7 @@ import pytest
 from test_metrics import step
 
 from fastdecode.errors import ConfigError
-from fastdecode.step_log import StepLog, read_step_log
+from fastdecode.observe.step_log import StepLog, read_step_log
 
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:

@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import ByT5Tokenizer
 
-from fastdecode.detokenize import StopStrings
-from fastdecode.detokenize.stop_strings import StopMatch, StopScan
-from fastdecode.detokenize.streams import SpaceCleaner
+from fastdecode.text.detokenize import StopStrings
+from fastdecode.text.detokenize.stop_strings import StopMatch, StopScan
+from fastdecode.text.detokenize.streams import SpaceCleaner
 
 LETTERS = st.text("ab\u20ac", max_size=12)
 CLEAN_UP = ByT5Tokenizer(extra_ids=0).clean_up_tokenization

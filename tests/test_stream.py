@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from fastdecode import RequestOutput, SamplingParams
+from fastdecode.api.outputs import Delta
 from fastdecode.errors import RequestError
 from fastdecode.openai_api import ReadRequest
-from fastdecode.outputs import Delta
 from fastdecode.server.answers import StreamedAnswer
 from fastdecode.server.stream import Stream, deltas_of
 

@@ -12,7 +12,7 @@ from conftest import Case
 from fastdecode.benchmark.sweep import Sweep, read_records, run_process, run_sweep
 from fastdecode.cli import main
 from fastdecode.errors import ConfigError
-from fastdecode.plots import plot_rates
+from fastdecode.observe.plots import plot_rates
 
 
 def sweep(**grid: list[Any]) -> Sweep:

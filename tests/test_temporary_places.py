@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from fastdecode.errors import ConfigError
-from fastdecode.r_workers import directory
-from fastdecode.r_workers.directory import SocketDirectory
-from fastdecode.r_workers.launch import start_r_workers
+from fastdecode.holders import directory
+from fastdecode.holders.directory import SocketDirectory
+from fastdecode.holders.launch import start_r_workers
 from transport import MAX_PATH_BYTES, Ping, Pong
 
 

@@ -9,9 +9,9 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from fastdecode.detokenize import StopStrings
 from fastdecode.errors import ConfigError
-from fastdecode.text import Tokenizer
+from fastdecode.text.detokenize import StopStrings
+from fastdecode.text.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="module")

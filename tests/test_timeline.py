@@ -12,10 +12,10 @@ from conftest import Case
 
 from fastdecode import LLM, SamplingParams
 from fastdecode.errors import ConfigError
-from fastdecode.plan import MicroBatch, Segment
-from fastdecode.r_workers.rejoin import RWorkerHandle
-from fastdecode.r_workers.rpool import RPool
-from fastdecode.timeline import S_DEVICE, S_WORKER, NoTimeline, Timeline
+from fastdecode.holders.rejoin import RWorkerHandle
+from fastdecode.holders.rpool import RPool
+from fastdecode.observe.timeline import S_DEVICE, S_WORKER, NoTimeline, Timeline
+from fastdecode.scheduling.plan import MicroBatch, Segment
 from transport import Attend, Attended, Channel
 
 

@@ -9,12 +9,12 @@ from tokenizers import AddedToken, decoders, models
 from tokenizers import Tokenizer as Backend
 from transformers import PreTrainedTokenizerFast
 
-from fastdecode.detokenize import TokenPiece
+from fastdecode.api.outputs import Logprob
+from fastdecode.api.sampling_params import SamplingParams
+from fastdecode.engine.results import _named
 from fastdecode.openai_api.responses import chat_logprobs, text_logprobs
-from fastdecode.outputs import Logprob
-from fastdecode.results import _named
-from fastdecode.sampling_params import SamplingParams
-from fastdecode.text import Tokenizer
+from fastdecode.text.detokenize import TokenPiece
+from fastdecode.text.tokenizer import Tokenizer
 from gpu_sworker import TokenLogprob
 
 SPACE = "\u2581"

@@ -17,10 +17,10 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from fastdecode import LLM, SamplingParams
+from fastdecode.api.token_rules import TokenRules
 from fastdecode.errors import RequestError
 from fastdecode.openai_api import read_line, read_request
-from fastdecode.text import Tokenizer
-from fastdecode.token_rules import TokenRules
+from fastdecode.text.tokenizer import Tokenizer
 from gpu_sworker import Penalties, RowFault
 from gpu_sworker.sampler import sample
 

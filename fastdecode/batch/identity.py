@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import fastdecode
-from fastdecode.config import LINEAR_KERNELS
+from fastdecode.engine.config import LINEAR_KERNELS
 from fastdecode.errors import ModelError
 
 _PACKAGES = ("torch", "transformers", "tokenizers", "numba")  # whose versions move numbers, or words

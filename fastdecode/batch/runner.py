@@ -8,18 +8,18 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
+from fastdecode.api.model_names import is_called
+from fastdecode.api.outputs import OutputError, RequestOutput
+from fastdecode.api.sampling_params import SamplingParams
 from fastdecode.batch.identity import kind_of
 from fastdecode.batch.journal import Journal
 from fastdecode.batch.result import BatchResult
 from fastdecode.batch.survey import Digest, Line, Survey, hash_id, lines
 from fastdecode.errors import ConfigError, RequestError
 from fastdecode.llm import LLM
-from fastdecode.model_names import is_called
 from fastdecode.openai_api import ReadRequest, completion_body, error_body, make_echo, read_line, status_of
-from fastdecode.outputs import OutputError, RequestOutput
-from fastdecode.prompts import Prompt
-from fastdecode.sampling_params import SamplingParams
-from fastdecode.text import Tokenizer
+from fastdecode.text.prompts import Prompt
+from fastdecode.text.tokenizer import Tokenizer
 from gpu_sworker import derive_seed
 
 logger = logging.getLogger(__name__)

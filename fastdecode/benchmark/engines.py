@@ -19,7 +19,7 @@ import fastdecode
 from cpu_attention import available_cores
 from fastdecode.benchmark.llamacpp import batched_bench, convert
 from fastdecode.benchmark.workload import BenchRequest
-from fastdecode.config import EngineConfig
+from fastdecode.engine.config import EngineConfig
 from fastdecode.errors import ConfigError
 
 BACKENDS = ("fastdecode", "hf", "vllm", "llamacpp")

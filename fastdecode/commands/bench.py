@@ -25,8 +25,8 @@ from fastdecode.commands.bench_dataset import add_dataset_flags, positive, read_
 from fastdecode.commands.bench_serve import add_serve_arguments, run_serve
 from fastdecode.commands.engine_flags import add_engine_flags, engine_options, run_on_s_worker
 from fastdecode.errors import ConfigError, FastDecodeError
-from fastdecode.plots import plot_rates, plot_steps
-from fastdecode.step_log import read_step_log
+from fastdecode.observe.plots import plot_rates, plot_steps
+from fastdecode.observe.step_log import read_step_log
 from transport import FLOAT_DTYPES
 
 

@@ -6,11 +6,11 @@ import argparse
 import sys
 
 import fastdecode
-from fastdecode.calibration import Calibration, write_calibration
 from fastdecode.commands.engine_flags import add_engine_flags, engine_options, run_on_s_worker
-from fastdecode.config import EngineConfig
+from fastdecode.engine.config import EngineConfig
 from fastdecode.errors import ConfigError
-from fastdecode.perf_model import sls_peak
+from fastdecode.modelling.calibration import Calibration, write_calibration
+from fastdecode.modelling.perf_model import sls_peak
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import fastdecode
 from cpu_attention import KV_DTYPES, available_cores, num_usable_cores
-from fastdecode.config import DTYPE_NAMES, LENGTH_PREDICTORS, LINEAR_KERNELS, TRANSPORTS, EngineConfig
+from fastdecode.engine.config import DTYPE_NAMES, LENGTH_PREDICTORS, LINEAR_KERNELS, TRANSPORTS, EngineConfig
 from fastdecode.errors import ConfigError, FastDecodeError
 from fastdecode.scheduling.kv_credits import KV_POLICIES
 from fastdecode.scheduling.load_control import START_POLICIES

@@ -10,10 +10,10 @@ import time
 from pathlib import Path
 
 import fastdecode
+from fastdecode.api.config_file import add_config_flags
+from fastdecode.api.outputs import RequestOutput
 from fastdecode.commands.engine_flags import add_engine_flags, engine_options, run_on_s_worker
-from fastdecode.config_file import add_config_flags
 from fastdecode.errors import ConfigError
-from fastdecode.outputs import RequestOutput
 
 _SAMPLING_FLAGS = ("n", "temperature", "top_p", "top_k", "min_p", "seed", "max_tokens")
 

@@ -16,16 +16,16 @@ from typing import Any
 from tqdm import tqdm
 
 import fastdecode
+from fastdecode.api.config_file import add_config_flags
+from fastdecode.api.model_names import default_names
 from fastdecode.batch.identity import as_begun, decided_by, identify, versions, weight_files
 from fastdecode.batch.journal import Journal, OutputLost, check_kind
 from fastdecode.batch.result import BatchResult
 from fastdecode.batch.source import kept
 from fastdecode.batch.survey import Survey, survey
 from fastdecode.commands.engine_flags import add_engine_flags, engine_options, read_template, run_on_s_worker
-from fastdecode.config import EngineConfig
-from fastdecode.config_file import add_config_flags
+from fastdecode.engine.config import EngineConfig
 from fastdecode.errors import FastDecodeError, RWorkerError
-from fastdecode.model_names import default_names
 
 _MAX_NUM_WAITING = 1024  # unless the flag says otherwise: memory is not to grow with the file
 _LARGE_BYTES = 1 << 30  # of weights, that take a while to look at

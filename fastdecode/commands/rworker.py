@@ -17,7 +17,7 @@ from cpu_attention import (
     start_logging,
 )
 from fastdecode.errors import ConfigError
-from fastdecode.r_workers.launch_mpi import mpi_r_worker
+from fastdecode.holders.launch_mpi import mpi_r_worker
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

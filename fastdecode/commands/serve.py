@@ -14,10 +14,10 @@ from pathlib import Path
 
 import fastdecode
 from cpu_attention import parse_bytes, raise_file_limit
+from fastdecode.api.config_file import add_config_flags
+from fastdecode.api.model_names import default_names
 from fastdecode.commands.engine_flags import add_engine_flags, engine_options, read_template, run_on_s_worker
-from fastdecode.config_file import add_config_flags
 from fastdecode.errors import ConfigError
-from fastdecode.model_names import default_names
 from fastdecode.server.options import ServerOptions
 from transport import limited_handler
 

@@ -12,18 +12,18 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from fastdecode.calibration import read_calibration
 from fastdecode.errors import ConfigError, FastDecodeError
-from fastdecode.plots import check_plotting, plot_steps
+from fastdecode.modelling.calibration import read_calibration
+from fastdecode.modelling.simulation.cost import PROFILES, Cost, SplitCost
+from fastdecode.modelling.simulation.latency import summary
+from fastdecode.modelling.simulation.simulator import Simulation, simulate
+from fastdecode.modelling.simulation.workload import make_jobs, parse_arrivals
+from fastdecode.observe.plots import check_plotting, plot_steps
 from fastdecode.scheduling.kv_credits import KV_POLICIES
 from fastdecode.scheduling.load_control import START_POLICIES
 from fastdecode.scheduling.predictor import PUBLISHED_ACCURACY, Learned, MaxTokens, NoisyOracle, Oracle, Predictor
 from fastdecode.scheduling.scheduler import Scheduler, SchedulerConfig
 from fastdecode.scheduling.waiting import ORDERS
-from fastdecode.simulation.cost import PROFILES, Cost, SplitCost
-from fastdecode.simulation.latency import summary
-from fastdecode.simulation.simulator import Simulation, simulate
-from fastdecode.simulation.workload import make_jobs, parse_arrivals
 
 PREDICTORS = ("max-tokens", "oracle", "noisy", "learned")
 

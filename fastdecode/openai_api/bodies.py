@@ -10,9 +10,9 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import msgspec
 
+from fastdecode.api.sampling_params import MAX_BAD_WORDS, MAX_LOGPROBS, MAX_SAMPLES, MAX_STOPS
 from fastdecode.errors import RequestError
 from fastdecode.openai_api.neutral import NEUTRAL_FOR_CHAT, NEUTRAL_FOR_COMPLETIONS, asks_for_nothing
-from fastdecode.sampling_params import MAX_BAD_WORDS, MAX_LOGPROBS, MAX_SAMPLES, MAX_STOPS
 
 MAX_PRIORITY = 2**31 - 1
 NO_LIMIT = -1  # as max_tokens: many clients write it

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from typing import Any
 
+from fastdecode.api.outputs import Delta, Logprob
 from fastdecode.openai_api.echo import Echo
 from fastdecode.openai_api.responses import Shown, chat_logprobs, text_logprobs, usage
-from fastdecode.outputs import Delta, Logprob
 
 
 @dataclass(frozen=True)

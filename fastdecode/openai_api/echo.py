@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fastdecode.prompts import Prompt
-from fastdecode.text import Tokenizer
+from fastdecode.text.prompts import Prompt
+from fastdecode.text.tokenizer import Tokenizer
 
 _UNDECODABLE = "\ufffd"
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fastdecode.outputs import OutputError
+from fastdecode.api.outputs import OutputError
 
 
 @dataclass(frozen=True)

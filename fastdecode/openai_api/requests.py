@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from fastdecode.conversation import Conversation, read_messages
+from fastdecode.api.conversation import Conversation, read_messages
+from fastdecode.api.sampling_params import SamplingParams
 from fastdecode.errors import RequestError
 from fastdecode.openai_api.bodies import MAX_PRIORITY, NO_LIMIT, ChatBody, CompletionBody, TemplateBody, read_body
-from fastdecode.prompts import Prompt
-from fastdecode.sampling_params import SamplingParams
+from fastdecode.text.prompts import Prompt
 
 CHAT_URL, COMPLETIONS_URL = "/v1/chat/completions", "/v1/completions"
 URLS = (CHAT_URL, COMPLETIONS_URL)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from fastdecode.detokenize import bytes_name
+from fastdecode.api.outputs import CompletionOutput, Logprob, PromptLogprobs, RequestOutput
 from fastdecode.openai_api.echo import Echo
-from fastdecode.outputs import CompletionOutput, Logprob, PromptLogprobs, RequestOutput
+from fastdecode.text.detokenize import bytes_name
 
 _LEAST_LOGPROB = -9999.0  # of a token that cannot be: JSON has no -inf; vLLM's number
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 
-from fastdecode.plan import MicroBatch, Segment
+from fastdecode.scheduling.plan import MicroBatch, Segment
 
 _LEAST_PIECE = 16  # tokens; a prompt is not cut in two for less
 

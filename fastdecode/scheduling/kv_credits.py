@@ -18,8 +18,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from fastdecode.request import Sequence as RunningSequence
 from fastdecode.scheduling.load import Demand, Projection
+from fastdecode.scheduling.request import Sequence as RunningSequence
 
 _LOOK_AHEAD = 32  # steps
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fastdecode.request import Sequence
 from fastdecode.scheduling.load import Demand
 from fastdecode.scheduling.predictor import Prediction, Predictor
+from fastdecode.scheduling.request import Sequence
 
 
 @dataclass(frozen=True)

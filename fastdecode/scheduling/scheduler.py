@@ -16,13 +16,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from fastdecode.errors import RequestError
-from fastdecode.plan import Admission, Segment, Step
-from fastdecode.request import Sequence
 from fastdecode.scheduling.compose import micro_batches
 from fastdecode.scheduling.kv_credits import KVCredits
 from fastdecode.scheduling.load_control import LoadControl
+from fastdecode.scheduling.plan import Admission, Segment, Step
 from fastdecode.scheduling.predictor import Learned, Predictor
 from fastdecode.scheduling.prospects import Prospect, Prospects
+from fastdecode.scheduling.request import Sequence
 from fastdecode.scheduling.waiting import WaitingQueue
 
 _MOST_FILLINGS = 4  # of all seats, that wait
@@ -30,7 +30,7 @@ _MOST_FILLINGS = 4  # of all seats, that wait
 
 @dataclass(frozen=True, kw_only=True)
 class SchedulerConfig:
-    """See `fastdecode.config.EngineConfig` for what users choose."""
+    """See `fastdecode.engine.config.EngineConfig` for what users choose."""
 
     max_num_seqs: int
     max_num_batched_tokens: int

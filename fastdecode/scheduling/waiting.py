@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import chain, islice
 
-from fastdecode.request import Sequence
+from fastdecode.scheduling.request import Sequence
 
 ORDERS = ("fcfs", "sjf", "ljf")
 

@@ -6,8 +6,8 @@ import asyncio
 import logging
 from typing import NamedTuple
 
+from fastdecode.observe.step_log import StepRecord
 from fastdecode.server.service import Service
-from fastdecode.step_log import StepRecord
 
 logger = logging.getLogger(__name__)
 

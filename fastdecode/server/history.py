@@ -13,9 +13,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from fastdecode.outputs import RequestOutput
+from fastdecode.api.outputs import RequestOutput
+from fastdecode.observe.step_log import StepRecord
 from fastdecode.server.service import Service
-from fastdecode.step_log import StepRecord
 
 KEPT_S, LEAST_S = 900, 10
 

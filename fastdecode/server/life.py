@@ -9,8 +9,8 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
+from fastdecode.api.model_names import is_called
 from fastdecode.errors import RequestError, RWorkerError
-from fastdecode.model_names import is_called
 from fastdecode.server.service import Health, Service
 
 

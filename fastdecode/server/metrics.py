@@ -18,11 +18,11 @@ from prometheus_client.core import Metric
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, choose_encoder, generate_latest
 from prometheus_client.registry import Collector
 
-from fastdecode.outputs import RequestMetrics, RequestOutput
+from fastdecode.api.outputs import RequestMetrics, RequestOutput
+from fastdecode.observe.step_log import StepRecord
+from fastdecode.observe.totals import PoolTotals, Standing
 from fastdecode.server.counts import Families, Histogram
 from fastdecode.server.service import Service
-from fastdecode.step_log import StepRecord
-from fastdecode.totals import PoolTotals, Standing
 
 # vLLM's buckets, so that quantiles of both can be compared.
 _FIRST_TOKEN_S = (

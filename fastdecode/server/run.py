@@ -16,9 +16,9 @@ import threading
 from collections.abc import Callable, Iterable
 from typing import NoReturn, TypeVar
 
-from fastdecode.config import EngineConfig
+from fastdecode.engine.config import EngineConfig
+from fastdecode.engine.opening import OpenEngine, open_engine
 from fastdecode.errors import FastDecodeError
-from fastdecode.open_engine import OpenEngine, open_engine
 from fastdecode.server.activity import Activity
 from fastdecode.server.app import create_app
 from fastdecode.server.connection import HTTPServer, bind

@@ -22,14 +22,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Literal, TypeVar
 
+from fastdecode.api.outputs import Delta, RequestOutput
+from fastdecode.api.sampling_params import SamplingParams
+from fastdecode.engine.opening import OpenEngine
 from fastdecode.errors import FastDecodeError, RequestError, RWorkerError
-from fastdecode.open_engine import OpenEngine
-from fastdecode.outputs import Delta, RequestOutput
-from fastdecode.prompts import Prompt, ReadPrompt, read_prompt
-from fastdecode.sampling_params import SamplingParams
+from fastdecode.observe.totals import Standing
 from fastdecode.server.stream import Event, Stream
-from fastdecode.text import Tokenizer
-from fastdecode.totals import Standing
+from fastdecode.text.prompts import Prompt, ReadPrompt, read_prompt
+from fastdecode.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 
+from fastdecode.api.outputs import Delta, RequestOutput
 from fastdecode.errors import FastDecodeError, RequestError
-from fastdecode.outputs import Delta, RequestOutput
 
 Event = Delta | RequestOutput | FastDecodeError
 

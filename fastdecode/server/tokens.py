@@ -11,13 +11,13 @@ from fastdecode.errors import RequestError
 from fastdecode.openai_api import ChatBody
 from fastdecode.openai_api.bodies import TemplateBody, read_body
 from fastdecode.openai_api.requests import read_conversation
-from fastdecode.prompts import Prompt, read_prompt
 from fastdecode.server.errors import JSONBody
 from fastdecode.server.life import Life
 from fastdecode.server.openapi import takes
 from fastdecode.server.options import ServerOptions
 from fastdecode.server.routes import read_json
-from fastdecode.text import Tokenizer
+from fastdecode.text.prompts import Prompt, read_prompt
+from fastdecode.text.tokenizer import Tokenizer
 
 
 class TokenizeBody(TemplateBody):

@@ -1,0 +1,134 @@
+"""How much KV there is, how long a sequence may be, what a step may read: arithmetic, and errors that show it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from cpu_attention import KVLayout, LayerShape, available_memory_bytes, format_bytes
+from fastdecode.engine.config import EngineConfig
+from fastdecode.errors import ConfigError
+from fastdecode.modelling.calibration import read_calibration
+from fastdecode.scheduling.predictor import Learned, MaxTokens
+from fastdecode.scheduling.scheduler import Scheduler, SchedulerConfig
+from gpu_sworker import ModelFacts
+from transport import Welcome
+
+logger = logging.getLogger(__name__)
+
+_SCORES_BYTES = 256 << 20  # of float32 logits that score tokens of prompts, in a step
+_LEAST_SCORED_ROWS = 64
+_KV_SHARE = 0.4  # of the free memory, for R-workers started here without a budget; the S-Part may need the rest
+
+
+def kv_layout(config: EngineConfig, facts: ModelFacts) -> KVLayout:
+    dtype = facts.dtype if config.kv_cache_dtype == "auto" else config.kv_cache_dtype
+    return KVLayout(tuple(LayerShape(s.num_kv_heads, s.head_dim) for s in facts.layers), dtype, config.block_tokens)
+
+
+def local_kv_bytes(config: EngineConfig, facts: ModelFacts, layout: KVLayout) -> int:
+    """The budget of each R-worker that is started on this machine.  Raises ConfigError if it is not there."""
+    free = available_memory_bytes()
+    if config.kv_cache_memory is None:
+        # Never more than could be used.
+        longest = config.max_model_len or facts.max_positions or (1 << 30)
+        usable = config.max_num_seqs * layout.num_blocks(longest) * layout.block_bytes
+        return min(int(_KV_SHARE * free) // config.num_r_workers, usable)
+    if config.kv_cache_memory * config.num_r_workers > free:
+        raise ConfigError(
+            f"kv_cache_memory {format_bytes(config.kv_cache_memory)} x {config.num_r_workers} R-workers is more than "
+            f"the {format_bytes(free)} of memory that are free"
+        )
+    return config.kv_cache_memory
+
+
+def max_model_len(config: EngineConfig, facts: ModelFacts, layout: KVLayout, welcomes: Sequence[Welcome]) -> int:
+    """The longest sequence that the model knows positions for and that one R-worker can hold.
+
+    Its last token is sampled and never stored, so it may be one longer than the KV.  Raises ConfigError.
+    """
+    largest = max(welcome.num_blocks * welcome.block_tokens for welcome in welcomes)
+    asked, known = config.max_model_len, facts.max_positions
+    if asked is not None and known is not None and asked > known:
+        raise ConfigError(
+            f"max_model_len is {asked}, but the model has positions for {known} tokens only: {facts.positions_reason}"
+        )
+    if asked is not None and asked > largest + 1:
+        needed = layout.num_blocks(asked - 1) * layout.block_bytes
+        raise ConfigError(
+            f"the KV budget is too small for one sequence of max_model_len = {asked} tokens: {asked - 1} tokens of KV "
+            f"x {layout.token_bytes} bytes, in blocks of {layout.block_tokens} = {format_bytes(needed)} ({needed} "
+            f"bytes), but the largest R-worker holds {largest} tokens ({largest * layout.token_bytes} bytes); raise "
+            "kv_cache_memory or lower max_model_len"
+        )
+    limit = min(filter(None, (asked, known, largest + 1)))
+    if asked is None and known is not None and limit < known:
+        logger.warning(
+            "max_model_len is %d: the KV budget of one R-worker ends there, the model goes to %d", limit, known
+        )
+    return limit
+
+
+def make_scheduler(config: EngineConfig, facts: ModelFacts, capacity_blocks: Sequence[int]) -> Scheduler:
+    """The scheduler of an engine.  capacity_blocks: [num_r_workers].  Raises ConfigError."""
+    return Scheduler(
+        SchedulerConfig(
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            num_micro_batches=config.micro_batches or (1 if facts.device == "cpu" else 2),
+            block_tokens=config.block_tokens,
+            capacity_blocks=tuple(capacity_blocks),
+            max_num_waiting=config.max_num_waiting,
+            kv_policy=config.kv_policy,
+            start_policy=config.start_policy,
+            start_interval=config.start_interval,
+            max_kv_load=max_kv_load(config, facts, len(capacity_blocks)),
+            length_quantile=config.length_quantile,
+            order=config.order,
+            order_window=config.order_window,
+            restart_tokens=facts.restart_tokens,
+            max_scored_rows=max(_SCORES_BYTES // (4 * facts.vocab_size), _LEAST_SCORED_ROWS),
+        ),
+        Learned() if config.length_predictor == "learned" else MaxTokens(),
+    )
+
+
+def max_kv_load(config: EngineConfig, facts: ModelFacts, num_r_workers: int) -> int | None:
+    """W_lim: what the user sets, or what the R-workers read in the time a step may take.  Raises ConfigError."""
+    if config.max_step_s is None or config.calibration is None:
+        return config.max_kv_load
+    calibration = read_calibration(config.calibration)
+    model = calibration.perf_model
+    if model.num_layers != len(facts.layers):
+        raise ConfigError(
+            f"{config.calibration} was taken of a model of {model.num_layers} layers ({calibration.model}); this one "
+            f"has {len(facts.layers)}"
+        )
+    load = model.largest_load(config.max_step_s, num_r_workers)
+    if load < 1:
+        raise ConfigError(
+            f"max_step_s = {config.max_step_s} is too short: by {config.calibration} the R-workers need "
+            f"{model.num_layers * model.r_fixed_seconds:.4f} s for a step that reads nothing"
+        )
+    return min(load, config.max_kv_load or load)
+
+
+def describe_places(
+    names: Sequence[str], welcomes: Sequence[Welcome], layout: KVLayout, asked_bytes: int | None, max_model_len: int
+) -> list[str]:
+    """A line per R-worker: where its KV is and how much.  Warns of one that gives less than was asked for."""
+    lines = []
+    blocks_each = layout.num_blocks(max_model_len - 1)  # the last token is sampled and never stored
+    for name, welcome in zip(names, welcomes, strict=True):
+        num_bytes = welcome.num_blocks * welcome.block_bytes
+        if asked_bytes is not None and num_bytes + welcome.block_bytes <= asked_bytes:
+            logger.warning(
+                "%s was started with less KV than kv_cache_memory = %s: it gives %s",
+                name, format_bytes(asked_bytes), format_bytes(num_bytes),
+            )  # fmt: skip
+        lines.append(
+            f"{name} on {welcome.host}, process {welcome.pid}: {format_bytes(num_bytes)} of {layout.dtype} KV = "
+            f"{welcome.num_blocks * welcome.block_tokens} tokens = {welcome.num_blocks // blocks_each} sequences of "
+            f"{max_model_len} tokens, {welcome.num_threads} threads"
+        )
+    return lines

@@ -1,0 +1,132 @@
+"""After an R-worker was lost: those that are left come to rest, and hold what the scheduler thinks they do.
+
+    lost R-worker        its sequences wait again, and are computed from prompt and output on the others, or on it when
+                         it is back
+    the others           prompts of the broken step start again; whoever decodes goes back to before the step
+
+The order is: note a loss, drop the worker, let the scheduler decide who starts again, release those (each by itself,
+because nobody knows how far a worker had heard of them), a barrier, then rewind the rest.  A loss in the middle of that
+begins it anew.  Then whoever has come back, or is new, joins; if nobody is left that is waited for, a while at a time,
+so that requests can be added and aborted meanwhile.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections import deque
+from collections.abc import Iterable, Mapping
+
+from fastdecode.engine.pipeline import Pipeline
+from fastdecode.errors import RWorkerError
+from fastdecode.holders.rpool import RPool
+from fastdecode.scheduling.plan import Step
+from fastdecode.scheduling.request import Sequence
+from fastdecode.scheduling.scheduler import Scheduler
+
+logger = logging.getLogger(__name__)
+
+_LOOK_S = 0.2  # a step's wait while there is no R-worker: so late, at most, a request is aborted meanwhile
+_STEADY_S = 60.0  # being without any R-worker again sooner than that counts as the same trouble,
+_MOST_RETURNS = 3  # which somebody who comes back may end so many times: a request may be what kills them
+
+
+class Recovery:
+    def __init__(self, rpool: RPool, pipeline: Pipeline, scheduler: Scheduler) -> None:
+        self._rpool, self._pipeline, self._scheduler = rpool, pipeline, scheduler
+        self._last_loss: RWorkerError | None = None
+        self._alone_since: float | None = None  # without any R-worker
+        self._together_since = -math.inf
+        self._times_alone = 0  # in the same trouble
+        self._is_checked = True  # that whoever waits fits somewhere
+        self._noted: deque[RWorkerError] = deque()
+        self._unsettled: set[tuple[int, int]] = set()  # (R-worker, sequence) that may or may not know of their end
+        self._is_restless = False  # one was begun and has not ended
+        self._final: RWorkerError | None = None
+
+    @property
+    def is_final(self) -> bool:
+        """No R-worker is left and none comes back, or none can go on without those that are lost."""
+        return self._final is not None
+
+    def note(self, error: RWorkerError, unsettled: Iterable[tuple[int, int]] = ()) -> None:
+        """A loss, to be dealt with by the next `run`, and what could not be told on account of it."""
+        self._noted.append(error)
+        self._unsettled.update(unsettled)
+
+    def rest(self) -> None:
+        """After an interrupt, wherever it was, and when all sequences have ended: whatever R-workers may still know of
+        is released, and they come to rest.  If one is lost meanwhile, the next `run` goes on with it.
+        """
+        self._is_restless = True  # first: interrupted again, the next `run` begins anew
+        self._unsettled.update(self._rpool.held)
+        if not self._final:
+            self._settle({})
+
+    def run(self, step: Step | None) -> list[tuple[Sequence, RWorkerError]]:
+        """Deals with what was noted, in the middle of `step` or before the next one, and lets in who has come back.
+
+        Returns sequences that fit on no R-worker any more, and on account of which loss.  Raises RWorkerError if none
+        is left or comes back, and from then on always.  Interrupted, it is begun anew by the next call; all sequences
+        have to have ended by then, and `rest` be called.
+        """
+        while self._final or self._noted or self._is_restless:
+            if self._final:
+                raise self._final
+            self._is_restless = True
+            kept: Mapping[int, Mapping[int, int]] = {}
+            if self._noted:
+                self._last_loss = error = self._noted[0]
+                self._is_checked = False
+                if not self._rpool.drop(error.r_worker):
+                    self._final = error
+                    continue
+                where = "on the others" if self._rpool.alive else "when one is back"
+                logger.warning("%s.  What it held is computed again %s", error, where)
+                loss = self._scheduler.lose(error.r_worker, step)
+                self._unsettled.update(pairs(loss.released), pairs(step.preempted if step else {}))
+                kept = loss.kept
+                self._noted.popleft()  # interrupted before, it is dealt with again
+            if self._settle(kept):
+                self._rpool.totals.num_recoveries += 1
+        self._join()
+        if self._is_checked or self._last_loss is None:
+            return []
+        self._is_checked = True
+        return [(sequence, self._last_loss) for sequence in self._scheduler.homeless()]
+
+    def _settle(self, kept: Mapping[int, Mapping[int, int]]) -> bool:
+        """Whether all came to rest; who did not is lost, and noted."""
+        try:
+            self._pipeline.settle(sorted(self._unsettled))
+            self._pipeline.rewind(kept)
+        except RWorkerError as error:
+            self.note(error)
+            return False
+        self._unsettled.clear()
+        self._is_restless = False
+        return True
+
+    def _join(self) -> None:
+        """R-workers that have come back, or are new, get sequences from the next step on.  Raises RWorkerError."""
+        for joined in self._rpool.take_joined(0.0 if self._rpool.alive else _LOOK_S):
+            self._scheduler.gain(joined.worker, joined.welcome.num_blocks)
+            self._is_checked = False
+        now = time.monotonic()
+        if self._rpool.alive:
+            if self._alone_since is not None:
+                self._alone_since, self._together_since = None, now
+            return
+        if self._alone_since is None:
+            self._alone_since = now
+            self._times_alone = 1 + (self._times_alone if now - self._together_since < _STEADY_S else 0)
+        if self._times_alone > _MOST_RETURNS or now - self._alone_since > self._rpool.timeout_s:
+            self._final = self._last_loss
+            assert self._final, "a pool begins with R-workers"
+            raise self._final
+
+
+def pairs(sequences: Mapping[int, Iterable[int]]) -> list[tuple[int, int]]:
+    """(R-worker, sequence) of each."""
+    return [(worker, seq_id) for worker, seq_ids in sequences.items() for seq_id in seq_ids]

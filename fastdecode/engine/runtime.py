@@ -1,0 +1,95 @@
+"""The workers of a configuration, ready: the S-worker with its model, the R-workers with a session open."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+from cpu_attention import KVBudgetExceeded, KVLayout
+from fastdecode.engine.capacity import kv_layout, local_kv_bytes
+from fastdecode.engine.config import EngineConfig
+from fastdecode.errors import ConfigError, ModelError, RWorkerFailed
+from fastdecode.holders.launch import find_r_workers, read_key_file, start_r_workers
+from fastdecode.holders.launch_mpi import mpi_addresses
+from fastdecode.holders.rpool import RPool
+from fastdecode.modelling.emulation import PREFIX, emulated_sworker
+from fastdecode.observe.timeline import NoTimeline, Timeline
+from gpu_sworker import EmulatedSWorker, ModelFacts, SWorker, SWorkerError
+from transport import Hello, LayerSpec, Welcome, keep_freed_memory
+
+_OPEN_TIMEOUT_S = 120.0  # an R-worker compiles its kernels when a session opens
+
+
+@dataclass(frozen=True)
+class Runtime:
+    sworker: SWorker | EmulatedSWorker
+    rpool: RPool
+    layout: KVLayout
+    welcomes: list[Welcome]  # of each R-worker
+    cleanup: ExitStack
+
+    def close(self) -> None:
+        """Ends the R-workers started here and says goodbye to the others."""
+        self.cleanup.close()
+
+
+def open_runtime(config: EngineConfig, timeline: Timeline | None = None) -> Runtime:
+    """Raises ConfigError (options), ModelError (the model directory), RWorkerError (a worker)."""
+    keep_freed_memory()
+    keys = read_key_file(config.key_file)  # before the model, which takes longer to complain
+    with ExitStack() as cleanup:
+        addresses = mpi_addresses() if config.transport == "mpi" else list(config.r_worker_addresses)
+        try:
+            sworker = _load_sworker(config)
+        except SWorkerError as error:
+            raise ModelError(str(error)) from error
+        layout = kv_layout(config, sworker.facts)
+        if addresses:
+            workers = find_r_workers(addresses, keys)
+        else:
+            workers = start_r_workers(
+                transport=config.transport,
+                num_workers=config.num_r_workers,
+                threads_each=config.r_worker_threads,
+                kv_cache_bytes_each=local_kv_bytes(config, sworker.facts, layout),
+                key_file=config.key_file,
+            )
+        cleanup.callback(workers.close)
+        rpool = RPool(workers.handles, config.worker_timeout_s, timeline or NoTimeline())
+        cleanup.callback(rpool.close)
+        welcomes = open_session(
+            rpool,
+            sworker.facts,
+            layout,
+            kv_cache_bytes=config.kv_cache_memory,
+            timeout_s=min(_OPEN_TIMEOUT_S, config.worker_timeout_s) if config.r_worker_addresses else _OPEN_TIMEOUT_S,
+        )
+        return Runtime(sworker, rpool, layout, welcomes, cleanup.pop_all())
+
+
+def _load_sworker(config: EngineConfig) -> SWorker | EmulatedSWorker:
+    """Raises SWorkerError, ConfigError (an emulated device that is not known)."""
+    if config.device.startswith(PREFIX):
+        return emulated_sworker(config.model, config.device.removeprefix(PREFIX))
+    return SWorker(config.model, dtype=config.dtype, device=config.device, linear_kernel=config.linear_kernel)
+
+
+def open_session(
+    rpool: RPool, facts: ModelFacts, layout: KVLayout, *, kv_cache_bytes: int | None, timeout_s: float
+) -> list[Welcome]:
+    """Tells every R-worker what it will attend to.  Raises ConfigError, RWorkerError."""
+    hello = Hello(
+        layers=tuple(
+            LayerSpec(s.num_q_heads, s.num_kv_heads, s.head_dim, s.scale, s.window, s.softcap, s.sinks)
+            for s in facts.layers
+        ),
+        kv_dtype=layout.dtype,
+        block_tokens=layout.block_tokens,
+        kv_cache_bytes=kv_cache_bytes,
+    )
+    try:
+        return rpool.open(hello, timeout_s)
+    except RWorkerFailed as error:
+        if error.kind == KVBudgetExceeded.__name__:
+            raise ConfigError(f"{error}: raise kv_cache_memory") from error
+        raise

@@ -1,0 +1,26 @@
+"""T(B) of named GPUs, for an S-worker that is emulated.  Pure.
+
+From the FastDecode paper's figure 1: TFLOPS of the S-Part over the batch, fp16, digitised.  A block of P weights takes
+T(B) = 2·P·B / TFLOPS(B): at small batches the weights' way out of memory, at large ones the arithmetic.
+"""
+
+from __future__ import annotations
+
+from fastdecode.modelling.perf_model import PerfModel
+
+_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+_S_PART_TFLOPS = {
+    "a10": (0.4, 0.9, 1.7, 3.5, 6.9, 13.7, 28.0, 54.4, 66.3, 90.0, 92.6),
+    "v100": (0.6, 1.1, 2.3, 4.5, 8.8, 18.4, 36.2, 49.5, 69.4, 78.2, 84.3),
+    "h100": (1.1, 2.2, 4.3, 8.5, 16.9, 30.9, 60.8, 115.7, 206.1, 309.4, 262.0),
+}
+DEVICES = tuple(_S_PART_TFLOPS)
+
+
+def gpu_model(device: str, block_parameters: int, num_layers: int) -> PerfModel:
+    """T(B) of one of DEVICES for blocks of so many weights; R of such a model means nothing."""
+    seconds = [
+        2 * block_parameters * batch / (tflops * 1e12)
+        for batch, tflops in zip(_BATCHES, _S_PART_TFLOPS[device], strict=True)
+    ]
+    return PerfModel.measured(_BATCHES, seconds, kv_token_seconds=1.0, num_layers=num_layers)

@@ -1,0 +1,129 @@
+"""The engine's scheduler under a virtual clock: a cost model tells how long each step takes.
+
+    jobs ──arrive──► Scheduler.schedule ─► Step ─► Cost: seconds ─► the clock ─► Scheduler.commit ─► …
+
+The loop is `Engine.step` without workers: the same scheduler, the same steps, in the same order.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from fastdecode.api.sampling_params import SamplingParams
+from fastdecode.errors import RequestError
+from fastdecode.modelling.simulation.cost import Cost
+from fastdecode.modelling.simulation.workload import Arrivals, Job
+from fastdecode.observe.step_log import StepRecord, make_record
+from fastdecode.scheduling.request import Request
+from fastdecode.scheduling.request import Sequence as Running
+from fastdecode.scheduling.scheduler import Scheduler
+
+_END, _OTHER = 1, 2  # token ids
+
+
+@dataclass
+class Served:
+    """What became of a job.  Times are seconds of the virtual clock."""
+
+    job: Job
+    arrived: float
+    started: float | None = None
+    tokens: list[float] = field(default_factory=list)  # when each was there
+    num_preemptions: int = 0
+    refused: str | None = None
+
+
+@dataclass
+class Simulation:
+    served: list[Served]
+    steps: list[StepRecord]
+    seconds: float
+
+
+def simulate(
+    scheduler: Scheduler,
+    jobs: Sequence[Job],
+    arrivals: Arrivals,
+    cost: Cost,
+    num_r_workers: int,
+    on_step: Callable[[StepRecord], None] | None = None,
+) -> Simulation:
+    """Runs all jobs to their ends."""
+    now, steps = 0.0, []
+    waiting, coming = _arrive(jobs, arrivals)
+    served: list[Served] = []
+    live: dict[int, tuple[Running, Served]] = {}
+    while waiting or coming or live:
+        while coming and coming[0].arrived <= now:
+            one = coming.popleft()
+            sequence = _sequence(len(served), one.job)
+            served.append(one)
+            try:
+                scheduler.add(sequence)
+                live[sequence.seq_id] = sequence, one
+            except RequestError as error:
+                one.refused = error.code
+                _next_client(waiting, coming, now)
+        step = scheduler.schedule()
+        if step is None:
+            assert not live, "jobs are live, and nothing is to be done"
+            now = max(now, coming[0].arrived) if coming else now
+            continue
+        seconds = cost.step_seconds(step, num_r_workers)
+        record = make_record(
+            step,
+            begin_s=now,
+            seconds=seconds,
+            num_running=scheduler.num_running,
+            num_waiting=scheduler.num_waiting,
+            kv_tokens=scheduler.kv_tokens,
+        )
+        for admission in step.admissions:
+            one = live[admission.seq_id][1]
+            one.started = now if one.started is None else one.started
+        now += seconds
+        tokens = {}
+        for micro_batch in step.micro_batches:
+            for segment in micro_batch.sampled:
+                sequence, one = live[segment.seq_id]
+                one.tokens.append(now)
+                is_end = one.job.output_tokens == len(one.tokens) < one.job.max_tokens
+                tokens[segment.seq_id] = _END if is_end else _OTHER
+        finished = scheduler.commit(step, tokens)
+        scheduler.remove(finished)
+        for sequence in finished:
+            live.pop(sequence.seq_id)[1].num_preemptions = sequence.num_preemptions
+            _next_client(waiting, coming, now)
+        steps.append(record)
+        if on_step:
+            on_step(record)
+    return Simulation(served, steps, now)
+
+
+def _arrive(jobs: Sequence[Job], arrivals: Arrivals) -> tuple[deque[Job], deque[Served]]:
+    """Those that wait for a client, and those whose time is known."""
+    if arrivals.times is not None:
+        return deque(), deque(Served(job, time) for job, time in zip(jobs, arrivals.times, strict=True))
+    first = jobs[: arrivals.num_clients]
+    return deque(jobs[arrivals.num_clients :]), deque(Served(job, 0.0) for job in first)
+
+
+def _next_client(waiting: deque[Job], coming: deque[Served], now: float) -> None:
+    """A client has its answer and sends the next job."""
+    if waiting:
+        coming.append(Served(waiting.popleft(), now))
+
+
+def _sequence(seq_id: int, job: Job) -> Running:
+    request = Request(
+        request_id=str(seq_id),
+        prompt_token_ids=(_OTHER,) * job.prompt_tokens,
+        params=SamplingParams(max_tokens=job.max_tokens),
+        max_new_tokens=job.max_tokens,
+        stop_token_ids=frozenset(),
+        eos_token_ids=frozenset() if job.is_known else frozenset({_END}),
+        true_output_tokens=job.output_tokens,
+    )
+    return Running(seq_id, request, 0, 0)

@@ -1,0 +1,1 @@
+"""What happened: steps, totals, timelines, and their plots.  Written by the engine, read by everybody else."""

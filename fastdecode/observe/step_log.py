@@ -1,0 +1,105 @@
+"""What every step did, in a line: for plots, and to see a scheduler at work."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TextIO
+
+from fastdecode.errors import ConfigError
+from fastdecode.observe.totals import Lap
+from fastdecode.scheduling.plan import Step
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    number: int
+    begin_s: float  # since the first step
+    seconds: float
+    num_decodes: int
+    num_prompt_tokens: int
+    num_running: int
+    num_waiting: int
+    num_preempted: int  # in this step
+    kv_tokens: tuple[int, ...]  # [num_r_workers] of the live sequences, prompts on their way in counted whole
+    num_sampled: int = 0  # new tokens
+    wait_s: float = 0.0  # the S-worker's thread, for answers; 0 in virtual time
+    attention_s: tuple[float | None, ...] = ()  # [num_r_workers]; None: it does not serve; empty in virtual time
+
+    @property
+    def load(self) -> int:
+        """W, of all R-workers together."""
+        return sum(self.kv_tokens)
+
+
+def make_record(
+    step: Step,
+    *,
+    begin_s: float,
+    seconds: float,
+    num_running: int,
+    num_waiting: int,
+    kv_tokens: tuple[int, ...],
+    lap: Lap | None = None,
+) -> StepRecord:
+    """Of a step as it was scheduled; the numbers are those before it was committed."""
+    segments = [segment for micro_batch in step.micro_batches for segment in micro_batch.segments]
+    return StepRecord(
+        number=step.number,
+        begin_s=begin_s,
+        seconds=seconds,
+        num_decodes=sum(not segment.is_prompt for segment in segments),
+        num_prompt_tokens=sum(segment.num_tokens for segment in segments if segment.is_prompt),
+        num_running=num_running,
+        num_waiting=num_waiting,
+        num_preempted=sum(map(len, step.preempted.values())),
+        kv_tokens=kv_tokens,
+        num_sampled=sum(segment.is_sampled for segment in segments),
+        wait_s=lap.wait_s if lap else 0.0,
+        attention_s=lap.attention_s if lap else (),
+    )
+
+
+class StepLog:
+    """A file with a JSON line per step."""
+
+    def __init__(self, path: str | Path) -> None:
+        """Raises ConfigError if it cannot be written."""
+        try:
+            self._file: TextIO = open(path, "w", encoding="utf-8")  # noqa: SIM115 (closed by close)
+        except OSError as error:
+            raise ConfigError(f"cannot write the step log: {error}") from error
+        self._is_broken = False
+
+    def write(self, record: StepRecord) -> None:
+        """A disk that is full ends the log, with a warning, and not the steps."""
+        if not self._is_broken:
+            with self._warned():
+                self._file.write(json.dumps(asdict(record)) + "\n")
+
+    def close(self) -> None:
+        with self._warned():
+            self._file.close()
+
+    @contextmanager
+    def _warned(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if not self._is_broken:
+                logger.warning("the step log %s ends before the steps do: %s", self._file.name, error)
+            self._is_broken = True
+
+
+def read_step_log(path: str | Path) -> Iterator[StepRecord]:
+    with open(path, encoding="utf-8") as file:
+        for line in file:
+            fields = json.loads(line)
+            lists = {name: tuple(value) for name, value in fields.items() if isinstance(value, list)}
+            yield StepRecord(**fields | lists)
