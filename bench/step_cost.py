@@ -38,12 +38,12 @@ import torch
 from bench.schedules import emulated_facts
 from cpu_attention import cpu_name
 from fastdecode import SamplingParams
-from fastdecode.engine import Engine
-from fastdecode.pipeline import flatten
-from fastdecode.plan import Step
-from fastdecode.r_workers.rejoin import RWorkerHandle
-from fastdecode.r_workers.rpool import RPool
+from fastdecode.engine.engine import Engine
+from fastdecode.engine.pipeline import flatten
+from fastdecode.holders.rejoin import RWorkerHandle
+from fastdecode.holders.rpool import RPool
 from fastdecode.scheduling.load_control import LoadControl
+from fastdecode.scheduling.plan import Step
 from fastdecode.scheduling.prospects import Prospects
 from fastdecode.scheduling.scheduler import Scheduler, SchedulerConfig
 from gpu_sworker import EmulatedSWorker, Sampled, SamplingRows, SWorker
