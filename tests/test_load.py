@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from random import Random
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from load_algorithms import Job, at_once, published, run, steady
 
+from fastdecode.scheduling.kv_credits import KVCredits
 from fastdecode.scheduling.load import Demand, Projection
-from fastdecode.scheduling.load_control import are_alike
+from fastdecode.scheduling.load_control import RECENT, RecentStarts, are_alike
 from fastdecode.scheduling.predictor import Prediction
 
 demands = st.builds(
@@ -20,7 +25,7 @@ demands = st.builds(
 )
 
 
-@given(st.lists(demands, max_size=12), demands.map(lambda d: Demand(20, d.end + 20 - d.start, d.first)))
+@given(st.lists(demands, max_size=40), demands.map(lambda d: Demand(20, d.end + 20 - d.start, d.first)))
 def test_projection_is_exact(live: list[Demand], new: Demand) -> None:
     """Against walking every step; then with half of them removed again."""
     projection = Projection()
@@ -107,3 +112,49 @@ def test_whether_lengths_are_alike(lengths: list[int], alike: bool) -> None:
     assert are_alike([a_prediction(length) for length in lengths]) == alike
     if len(lengths) >= 8:
         assert are_alike([a_prediction(*lengths)] * 20) == alike
+
+
+shapes = st.lists(
+    st.tuples(st.integers(1, 400), st.integers(1, 50)), min_size=1, max_size=12, unique_by=lambda of: of[0]
+)
+
+
+@given(st.lists(shapes, max_size=40), st.integers(0, 3))
+def test_recent_starts_are_counted_as_they_come(shapes: list[list[tuple[int, int]]], more: int) -> None:
+    """After each of them what `are_alike` says of the last ones, however many have been forgotten."""
+    recent, predictions = RecentStarts(), []
+    for shape in shapes + [[(100, 1)]] * (more * RECENT):
+        lengths, counts = zip(*sorted(shape), strict=True)
+        predictions.append(Prediction(lengths, tuple(count / sum(counts) for count in counts)))
+        recent.add(predictions[-1])
+        assert recent.are_alike == are_alike(predictions[-RECENT:])
+
+
+class Placed:
+    """Of a running sequence what credits look at."""
+
+    def __init__(self, r_worker: int, num_tokens: int) -> None:
+        self.r_worker, self.num_tokens = r_worker, num_tokens
+
+
+@given(st.sampled_from([1, 16]), st.lists(st.lists(st.integers(0, 40), max_size=6), max_size=30), st.randoms())
+def test_what_is_held_is_counted_as_it_changes(block_tokens: int, starts: list[list[int]], random: Random) -> None:
+    """By starts, by growth and by ends, as if it were counted anew in every step."""
+    credits = KVCredits("reserve-static", [1000] * 3, block_tokens)
+    running: dict[int, Any] = {}
+    for step, prompts in enumerate(starts):
+        for prompt in prompts:
+            seq_id, worker = len(running) + 1000 * step, random.randrange(3)
+            credits.start(seq_id, worker, Demand(step, step + 9, prompt + 1))
+            running[seq_id] = Placed(worker, prompt + 1)
+        credits.check_held(running.values())
+        grown = [placed for placed in running.values() if random.random() < 0.8]  # others are prompts on their way in
+        for placed in grown:
+            placed.num_tokens += 1
+        credits.grow(*(np.array([getattr(p, name) for p in grown], np.int64) for name in ("r_worker", "num_tokens")))
+        for seq_id in [seq_id for seq_id in running if random.random() < 0.2]:
+            placed = running.pop(seq_id)
+            credits.give_back(placed.r_worker, placed.num_tokens)
+            credits.end(seq_id)
+        credits.check_held(running.values())
+        credits.check_integrity([SimpleNamespace(seq_id=i, r_worker=p.r_worker) for i, p in running.items()])  # type: ignore[misc]

@@ -91,3 +91,27 @@ def test_outputs_that_were_cut() -> None:
     for _ in range(40):
         learned.observe(5, 4, was_cut=True)
     assert learned.predict(5, 4, None).quantile(0.5) == 4 and learned.predict(5, 1000, None).quantile(0.0) == 1000
+
+
+def counted(ended: list[tuple[int, bool]], max_tokens: int) -> Prediction:
+    """Of output lengths, each with whether it was cut, what `Learned` says: looked at one by one."""
+    counts: dict[int, int] = {}
+    for tokens, was_cut in ended:
+        grain = 1 << max(0, tokens.bit_length() - 5)
+        length = max_tokens if was_cut else min(-(-tokens // grain) * grain, max_tokens)
+        counts[length] = counts.get(length, 0) + 1
+    lengths = tuple(sorted(counts))
+    return Prediction(lengths, tuple(counts[length] / len(ended) for length in lengths))
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 3000), st.booleans()), min_size=1, max_size=60),
+    st.lists(st.integers(1, 4000), min_size=1, max_size=3),
+)
+def test_lengths_are_counted_as_they_come(ended: list[tuple[int, bool]], limits: list[int]) -> None:
+    """After each end what counting all of the window anew says, for any limit, however often it is asked."""
+    learned = Learned(window=20, least=1)
+    for i, (tokens, was_cut) in enumerate(ended):
+        learned.observe(7, tokens, was_cut=was_cut)
+        for max_tokens in limits * 2:
+            assert learned.predict(7, max_tokens, None) == counted(ended[max(0, i - 19) : i + 1], max_tokens)

@@ -16,7 +16,9 @@ blocks, fits by reserve-dynamic, too.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+
+import numpy as np
 
 from fastdecode.scheduling.load import Demand, Projection
 from fastdecode.scheduling.request import Sequence as RunningSequence
@@ -64,9 +66,10 @@ class KVCredits:
 
     def lose(self, worker: int) -> None:
         """It holds nothing any more; its sequences have left already."""
-        assert not self._accounts[worker].num_sequences
-        self._lost_last = self._accounts[worker].capacity or self._lost_last
-        self._accounts[worker].capacity = 0
+        account = self._accounts[worker]
+        assert not account.num_sequences
+        self._lost_last = account.capacity or self._lost_last
+        account.capacity = account.held = account.tokens = 0
 
     def gain(self, worker: int, capacity_blocks: int) -> None:
         """One that was lost has come back, or a new one is there; either way it is empty."""
@@ -79,15 +82,32 @@ class KVCredits:
 
     def with_slack(self, demand: Demand) -> Demand:
         """The same in tokens that its blocks may take."""
-        return replace(demand, first=demand.first + self._block_tokens - 1)
+        return Demand(demand.start, demand.end, demand.first + self._block_tokens - 1)
 
     def count(self, running: Iterable[RunningSequence]) -> None:
-        """What is held in the step at hand, prompts on their way in as if they were there."""
-        for account in self._accounts:
-            account.held = account.tokens = 0
-        for sequence in running:
-            assert sequence.r_worker is not None, "a running sequence has a place"
-            self._hold(sequence.r_worker, sequence.num_tokens)
+        """What is held in the step at hand, prompts on their way in as if they were there.
+
+        From nothing: what `start`, `grow` and `give_back` keep up with, `check_held` tells whether they did.
+        """
+        for account, (held, tokens) in zip(self._accounts, self._counted(running), strict=True):
+            account.held, account.tokens = held, tokens
+
+    def grow(self, workers: np.ndarray, num_tokens: np.ndarray) -> None:
+        """Sequences that have got a token each: for the step to come it is theirs to hold.
+
+        workers: [n], where they are; num_tokens: [n], that each has now.
+        """
+        num_workers = len(self._accounts)
+        tokens = np.bincount(workers, minlength=num_workers).tolist()
+        is_in_new_block = num_tokens % self._block_tokens == 1 if self._block_tokens > 1 else num_tokens > 0
+        blocks = np.bincount(workers[is_in_new_block], minlength=num_workers).tolist()
+        for account, more_tokens, more_blocks in zip(self._accounts, tokens, blocks, strict=True):
+            account.tokens += more_tokens
+            account.held += more_blocks
+
+    def check_held(self, running: Iterable[RunningSequence]) -> None:
+        """Asserts that what is held is what `count` finds."""
+        assert [(account.held, account.tokens) for account in self._accounts] == self._counted(running)
 
     def overdrawn(self) -> int | None:
         """An R-worker that would have to hold more in this step than it can."""
@@ -100,7 +120,23 @@ class KVCredits:
 
     def fitting(self, demand: Demand, max_kv_tokens: int) -> list[int]:
         """The R-workers where it fits."""
-        return [worker for worker in range(len(self._accounts)) if self._fits(worker, demand, max_kv_tokens)]
+        now, last, most = self.blocks(demand.first), self.blocks(demand.last), self.blocks(max_kv_tokens)
+        with_slack = self.with_slack(demand)
+
+        def fits(account: _Account) -> bool:
+            if most > account.capacity:
+                return False  # it could outlive every prediction, and must be able to end where it is
+            if account.num_sequences == 0:
+                return True
+            if account.held + now > account.capacity:
+                return False
+            if self._policy == "greedy" or account.reserved + last <= account.capacity:
+                return True
+            if self._policy == "reserve-dynamic":
+                return account.projection.peak(with_slack) <= account.capacity * self._block_tokens
+            return False
+
+        return [worker for worker, account in enumerate(self._accounts) if fits(account)]
 
     def lightest(self, workers: Iterable[int], until_mean: Demand | None) -> int | None:
         """Of these the R-worker with the least KV, now and until the sequence's mean end; None if there are none.
@@ -117,7 +153,8 @@ class KVCredits:
                 return account.tokens + _LOOK_AHEAD * account.num_sequences
             return account.tokens + account.projection.mean(until_mean.start, until_mean.end)
 
-        return min(workers, key=load, default=None)
+        workers = list(workers)
+        return min(workers, key=load) if len(workers) > 1 else next(iter(workers), None)
 
     def start(self, seq_id: int, worker: int, demand: Demand) -> None:
         """In the step at hand."""
@@ -152,20 +189,16 @@ class KVCredits:
         account.reserved += self.blocks(demand.last)
         account.num_sequences += 1
 
+    def _counted(self, running: Iterable[RunningSequence]) -> list[tuple[int, int]]:
+        """Blocks and tokens of each R-worker."""
+        held, tokens = ([0] * len(self._accounts) for _ in range(2))
+        for sequence in running:
+            assert sequence.r_worker is not None, "a running sequence has a place"
+            num_tokens = sequence.num_tokens
+            held[sequence.r_worker] += self.blocks(num_tokens)
+            tokens[sequence.r_worker] += num_tokens
+        return list(zip(held, tokens, strict=True))
+
     def _hold(self, worker: int, num_tokens: int) -> None:
         self._accounts[worker].held += self.blocks(num_tokens)
         self._accounts[worker].tokens += num_tokens
-
-    def _fits(self, worker: int, demand: Demand, max_kv_tokens: int) -> bool:
-        account = self._accounts[worker]
-        if self.blocks(max_kv_tokens) > account.capacity:
-            return False  # it could outlive every prediction, and must be able to end where it is
-        if account.num_sequences == 0:
-            return True
-        if account.held + self.blocks(demand.first) > account.capacity:
-            return False
-        if self._policy == "greedy" or account.reserved + self.blocks(demand.last) <= account.capacity:
-            return True
-        if self._policy == "reserve-dynamic":
-            return account.projection.peak(self.with_slack(demand)) <= account.capacity * self._block_tokens
-        return False

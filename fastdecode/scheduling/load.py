@@ -45,48 +45,108 @@ class Demand:
 
 
 class Projection:
-    """The load that live sequences will make, exactly, if each ends where its demand says."""
+    """The load that live sequences will make, exactly, if each ends where its demand says.
+
+    Where many sequences run, many end in the same step: what it costs to ask or to change something grows with the
+    number of different ends, not of sequences, and is a few sums over arrays.
+    """
 
     def __init__(self) -> None:
-        # Sorted by end; a live sequence's tokens in step t are offset + t.
-        self._ends = np.empty(0, np.int64)
-        self._offsets = np.empty(0, np.int64)
+        # Of every end, rising: how many live sequences end there or later, and the sum of their offsets.  A live
+        # sequence's tokens in step t are offset + t.  Only the first `_num_ends` columns are used.
+        self._table = np.zeros((3, 16), np.int64)
+        self._num_ends = 0
+        self._demands: dict[tuple[int, int], int] = {}  # (end, offset) -> how many there are
 
     def __len__(self) -> int:
-        return len(self._ends)
+        return int(self._counts[0]) if self._num_ends else 0
 
     def add(self, demand: Demand) -> None:
-        index = int(np.searchsorted(self._ends, demand.end, side="right"))
-        self._ends = np.insert(self._ends, index, demand.end)
-        self._offsets = np.insert(self._offsets, index, demand.first - demand.start)
+        index = self._index(demand.end)
+        if index == self._num_ends or self._ends[index] != demand.end:
+            self._open(index, demand.end)
+        offset = demand.first - demand.start
+        self._counts[: index + 1] += 1
+        self._offsets[: index + 1] += offset
+        self._demands[demand.end, offset] = self._demands.get((demand.end, offset), 0) + 1
 
     def remove(self, demand: Demand) -> None:
         """One that was added: it ended, sooner than it might have, or its end is seen differently now."""
-        first, last = np.searchsorted(self._ends, [demand.end, demand.end + 1])
-        [same] = np.nonzero(self._offsets[first:last] == demand.first - demand.start)
-        assert len(same), "this demand is not in the projection"
-        self._ends, self._offsets = (np.delete(array, first + same[0]) for array in (self._ends, self._offsets))
+        index, offset = self._index(demand.end), demand.first - demand.start
+        same = self._demands.pop((demand.end, offset), 0)
+        assert same, "this demand is not in the projection"
+        if same > 1:
+            self._demands[demand.end, offset] = same - 1
+        self._counts[: index + 1] -= 1
+        self._offsets[: index + 1] -= offset
+        if self._counts[index] == self._later(index + 1)[0]:
+            self._close(index)
 
     def at(self, step: int) -> int:
         """The load of a step that is not before any live sequence's start."""
-        live = slice(int(np.searchsorted(self._ends, step)), None)
-        return int(self._offsets[live].sum()) + step * len(self._ends[live])
+        count, offset = self._later(self._index(step))
+        return offset + step * count
 
     def mean(self, begin: int, end: int) -> float:
         """The average load of the steps `begin` to `end`, which are not before any live sequence's start."""
-        first = int(np.searchsorted(self._ends, begin))
-        steps = np.minimum(self._ends[first:], end) - begin + 1
-        return float((steps * (self._offsets[first:] + begin) + steps * (steps - 1) / 2).sum()) / (end - begin + 1)
+        first, last = self._index(begin), self._index(end)
+        count, offset = self._later(last)
+        # The same sequences are live from behind each end up to the next one.
+        ends = self._ends[first:last]
+        begins = np.empty_like(ends)
+        begins[:1], begins[1:] = begin, ends[:-1] + 1
+        steps, sums = ends - begins + 1, ends + begins  # of a stretch its steps' numbers make steps * sums / 2
+        area = int((steps * (2 * self._offsets[first:last] + self._counts[first:last] * sums)).sum())
+        rest = int(ends[-1]) + 1 if len(ends) else begin
+        area += (end - rest + 1) * (2 * offset + count * (end + rest))
+        return area / 2 / (end - begin + 1)
 
     def peak(self, new: Demand) -> int:
         """The largest load of the steps in which `new` would be live, its own included."""
-        ends, offsets = self._ends, self._offsets
-        first, last = np.searchsorted(ends, [new.start, new.end + 1])
-        steps = np.append(ends[first:last], new.end)  # where the load has its maxima
-        alive = np.searchsorted(ends, steps)  # the first that is still live then
-        later = np.append(np.cumsum(offsets[::-1])[::-1], 0)  # sums of the offsets from each on
-        loads = later[alive] + steps * (len(ends) - alive)
-        return int((loads + new.first - new.start + steps).max())
+        first, last = self._index(new.start), self._index(new.end + 1)
+        ends = self._ends[first:last]  # where the load has its maxima
+        largest = self.at(new.end) + new.end
+        if len(ends):
+            loads = ends * (self._counts[first:last] + 1)
+            loads += self._offsets[first:last]
+            largest = max(largest, int(loads.max()))
+        return largest + new.first - new.start
+
+    @property
+    def _ends(self) -> np.ndarray:
+        return self._table[0, : self._num_ends]
+
+    @property
+    def _counts(self) -> np.ndarray:
+        return self._table[1, : self._num_ends]
+
+    @property
+    def _offsets(self) -> np.ndarray:
+        return self._table[2, : self._num_ends]
+
+    def _index(self, step: int) -> int:
+        """The first end that is not before `step`."""
+        return int(self._ends.searchsorted(step))
+
+    def _later(self, index: int) -> tuple[int, int]:
+        """How many end there or later, and their offsets together."""
+        if index == self._num_ends:
+            return 0, 0
+        return int(self._table[1, index]), int(self._table[2, index])
+
+    def _open(self, index: int, end: int) -> None:
+        """A column for an end where nobody ends yet."""
+        count, offset = self._later(index)
+        size = self._num_ends
+        if size == self._table.shape[1]:
+            self._table = np.concatenate((self._table, np.zeros_like(self._table)), axis=1)
+        self._table[:, index + 1 : size + 1] = self._table[:, index:size]
+        self._table[:, index] = end, count, offset
+        self._num_ends += 1
+
+    def _close(self, index: int) -> None:
+        self._table[:, index : self._num_ends - 1] = self._table[:, index + 1 : self._num_ends]
+        self._num_ends -= 1
 
 
 class SteadyStream:

@@ -36,10 +36,11 @@ from fastdecode.scheduling.prospects import Prospect
 # Fillings of the limit, at the sequences' full lengths.  Of N such fillings started at once each takes S steps; in a
 # stream they take half as long, and a ramp of S steps before: N/2 + 1 of them, which is less from two fillings on.
 _PAYS_FROM = 2
-_RECENT, _LEAST_RECENT = 128, 8  # starts that tell whether lengths are alike
+RECENT, _LEAST_RECENT = 128, 8  # starts that tell whether lengths are alike
 # They are if so many of them lie within a tenth of each other.  Three different lengths gain by the stream, four lose a
 # little; normally distributed ones gain up to a relative spread of 0.15, where this share is 0.26.
 _ALIKE_WITHIN, _ALIKE_SHARE = 1.1, 0.32
+_SHARE, _ROUNDING = 1 << 40, 1e-6  # what a whole prediction weighs; of sums of them
 
 START_POLICIES = ("steady", "eager", "at-once")
 
@@ -57,7 +58,7 @@ class LoadControl:
         """max_kv_load: W_lim, KV tokens of all R-workers together; start_interval: F, in steps."""
         assert start_policy in START_POLICIES
         self._credits, self._policy, self._max_kv_load = credits, start_policy, max_kv_load
-        self._total = Projection()
+        self._total = None if max_kv_load is None else Projection()  # nobody else asks for it
         self._start_interval = start_interval
         # Where memory is the limit every R-worker has its own, and keeps its own pace.
         self._by_memory = max_kv_load is None or max_kv_load >= sum(credits.capacity_tokens)
@@ -66,8 +67,7 @@ class LoadControl:
         self.measure_memory()
         self._started: dict[int, _Started] = {}
         self._max_kv_tokens = 0  # of all that have started
-        self._recent: deque[Prediction] = deque(maxlen=_RECENT)  # how long the latest to start will take
-        self._are_alike = True
+        self._recent = RecentStarts()  # how long the latest to start will take
         self._step = 0
         self._much_waits = self._paced = False
         self._batch_open = True
@@ -90,7 +90,7 @@ class LoadControl:
         """waiting_kv_tokens: that all that wait may come to hold; first: who would start first."""
         self._step = step
         self._much_waits = self._fillings_exceed(1 if self._much_waits else _PAYS_FROM, waiting_kv_tokens)
-        self._paced = self._policy == "steady" and self._much_waits and self._are_alike
+        self._paced = self._policy == "steady" and self._much_waits and self._recent.are_alike
         if not self._started:
             self._batch_open = True
             for stream in self._streams:
@@ -122,11 +122,11 @@ class LoadControl:
         cost = self._cost(prospect, worker)
         if cost is not None:
             self._stream(worker).spend(cost)
-        if prospect.mean is not None:
-            self._recent.append(prospect.prediction)
-            self._are_alike = are_alike(self._recent)
+        if prospect.mean is not None and self._policy == "steady":
+            self._recent.add(prospect.prediction)
         self._credits.start(seq_id, worker, prospect.limit)
-        self._total.add(prospect.limit)
+        if self._total is not None:
+            self._total.add(prospect.limit)
         self._started[seq_id] = _Started(worker, prospect.limit, cost, prospect.max_kv_tokens)
         self._max_kv_tokens += prospect.max_kv_tokens
 
@@ -138,8 +138,9 @@ class LoadControl:
         """A sequence has outlived its prediction by so many steps."""
         started = self._started[seq_id]
         longer = replace(started.demand, end=started.demand.end + steps)
-        self._total.remove(started.demand)
-        self._total.add(longer)
+        if self._total is not None:
+            self._total.remove(started.demand)
+            self._total.add(longer)
         self._credits.extend(seq_id, longer)
         self._started[seq_id] = replace(started, demand=longer)
 
@@ -147,7 +148,8 @@ class LoadControl:
         """It has ended, by itself or not; the step at hand was its last, or the one before."""
         started = self._started.pop(seq_id)
         self._max_kv_tokens -= started.max_kv_tokens
-        self._total.remove(started.demand)
+        if self._total is not None:
+            self._total.remove(started.demand)
         self._credits.end(seq_id)
         if started.spent is not None:
             took = self._measured(replace(started.demand, end=max(self._step, started.demand.start)))
@@ -155,11 +157,13 @@ class LoadControl:
             stream.settle(started.spent, stream.cost(took))
 
     def check_integrity(self) -> None:
-        assert len(self._total) == len(self._started)
+        assert self._total is None or len(self._total) == len(self._started)
         assert self._max_kv_tokens == sum(started.max_kv_tokens for started in self._started.values())
 
     def _within_limit(self, prospect: Prospect) -> bool:
-        return self._max_kv_load is None or self._total.peak(prospect.limit) <= self._max_kv_load
+        if self._total is None or self._max_kv_load is None:
+            return True
+        return self._total.peak(prospect.limit) <= self._max_kv_load
 
     def _keeps_pace(self, prospect: Prospect, worker: int) -> bool:
         cost = self._cost(prospect, worker)
@@ -179,13 +183,53 @@ class LoadControl:
         return demand if self._limit == self._max_kv_load else self._credits.with_slack(demand)
 
 
+class RecentStarts:
+    """The last predictions to start, and whether they are alike: counted as they come, asked for once in a step.
+
+    In whole shares, so that nothing is left of what has been taken away again.
+    """
+
+    def __init__(self) -> None:
+        self._predictions: deque[Prediction] = deque()
+        self._shares: dict[int, int] = {}  # length -> its weights together
+        self._known: bool | None = True  # None: to be seen again
+
+    def add(self, prediction: Prediction) -> None:
+        self._predictions.append(prediction)
+        self._count(prediction, 1)
+        if len(self._predictions) > RECENT:
+            self._count(self._predictions.popleft(), -1)
+        self._known = None
+
+    def _count(self, prediction: Prediction, sign: int) -> None:
+        for length, weight in zip(prediction.lengths, prediction.weights, strict=True):
+            self._shares[length] = self._shares.get(length, 0) + sign * round(weight * _SHARE)
+            if not self._shares[length]:
+                del self._shares[length]
+
+    @property
+    def are_alike(self) -> bool:
+        if self._known is None:
+            lengths = np.fromiter(self._shares, np.int64, len(self._shares))
+            weights = np.fromiter(self._shares.values(), np.float64, len(self._shares))
+            self._known = _lie_together(lengths, weights / _SHARE, len(self._predictions))
+        return self._known
+
+
 def are_alike(predictions: Collection[Prediction]) -> bool:
     """Whether lengths that are drawn from these would lie close together.  Too few to tell count as alike."""
-    if len(predictions) < _LEAST_RECENT:
+    if not predictions:
         return True
     lengths = np.concatenate([prediction.lengths for prediction in predictions])
     weights = np.concatenate([prediction.weights for prediction in predictions])
+    return _lie_together(lengths, weights, len(predictions))
+
+
+def _lie_together(lengths: np.ndarray, weights: np.ndarray, num_predictions: int) -> bool:
+    """Of so many predictions.  lengths, weights: [n], in any order."""
+    if num_predictions < _LEAST_RECENT:
+        return True
     order = np.argsort(lengths)
     lengths, mass = lengths[order], np.append(0, np.cumsum(weights[order]))
     within = mass[np.searchsorted(lengths, _ALIKE_WITHIN * lengths, side="right")] - mass[:-1]
-    return bool(within.max() >= _ALIKE_SHARE * len(predictions))
+    return bool(within.max() >= _ALIKE_SHARE * num_predictions - _ROUNDING)

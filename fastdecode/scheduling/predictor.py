@@ -123,8 +123,8 @@ class Learned:
 
     def __init__(self, window: int = 512, least: int = 32) -> None:
         self._window, self._least = window, least
-        self._all: deque[tuple[int, bool]] = deque(maxlen=window)  # output tokens, whether it was cut
-        self._by_class: dict[int, deque[tuple[int, bool]]] = {}
+        self._all = _Ended(window)
+        self._by_class: dict[int, _Ended] = {}
 
     def predict(self, prompt_tokens: int, max_tokens: int, true_tokens: int | None) -> Prediction:
         seen = self._by_class.get(prompt_tokens.bit_length(), self._all)
@@ -132,15 +132,46 @@ class Learned:
             seen = self._all
         if len(seen) < self._least:
             return Prediction((max_tokens,), (1.0,), is_informed=False)
-        counts: dict[int, int] = {}
-        for tokens, was_cut in seen:
-            grain = 1 << max(0, tokens.bit_length() - _GRAIN_BITS)
-            length = max_tokens if was_cut else min(-(-tokens // grain) * grain, max_tokens)
-            counts[length] = counts.get(length, 0) + 1
-        lengths = tuple(sorted(counts))
-        return Prediction(lengths, tuple(counts[length] / len(seen) for length in lengths))
+        return seen.prediction(max_tokens)
 
     def observe(self, prompt_tokens: int, output_tokens: int, *, was_cut: bool = False) -> None:
-        own = self._by_class.setdefault(prompt_tokens.bit_length(), deque(maxlen=self._window))
+        own = self._by_class.setdefault(prompt_tokens.bit_length(), _Ended(self._window))
         for lengths in (own, self._all):
-            lengths.append((output_tokens, was_cut))
+            lengths.add(output_tokens, was_cut)
+
+
+class _Ended:
+    """Output lengths of the last so many, counted as they come: many ask between two that end."""
+
+    def __init__(self, window: int) -> None:
+        self._window = window
+        self._last: deque[tuple[int, bool]] = deque()  # length, whether it was cut
+        self._counts: dict[int, int] = {}  # by length, of those that were not cut
+        self._told: dict[int, Prediction] = {}  # by max_tokens, since the last one ended
+
+    def __len__(self) -> int:
+        return len(self._last)
+
+    def add(self, output_tokens: int, was_cut: bool) -> None:
+        grain = 1 << max(0, output_tokens.bit_length() - _GRAIN_BITS)
+        self._last.append((-(-output_tokens // grain) * grain, was_cut))
+        self._count(*self._last[-1], 1)
+        if len(self._last) > self._window:
+            self._count(*self._last.popleft(), -1)
+        self._told.clear()
+
+    def _count(self, length: int, was_cut: bool, number: int) -> None:
+        if was_cut:
+            return  # they are what the others leave
+        self._counts[length] = self._counts.get(length, 0) + number
+        if not self._counts[length]:
+            del self._counts[length]
+
+    def prediction(self, max_tokens: int) -> Prediction:
+        if max_tokens not in self._told:
+            counts = {length: count for length, count in sorted(self._counts.items()) if length < max_tokens}
+            if num_longest := len(self) - sum(counts.values()):
+                counts[max_tokens] = num_longest
+            weights = tuple(count / len(self) for count in counts.values())
+            self._told[max_tokens] = Prediction(tuple(counts), weights)
+        return self._told[max_tokens]
