@@ -1,27 +1,46 @@
 """The S-Part: everything of the model that has weights, on a GPU (or a CPU).  torch and transformers.
 
-Imports nothing else of this project; knows no requests, and holds no KV but that of prompts on their way in.
+Imports nothing else of this project; knows no requests, and holds K and V on the device, in a store with a budget.
 """
 
 from gpu_sworker.attention import AttentionCall
+from gpu_sworker.device_attention import attend_tokens, attend_tokens_plainly
+from gpu_sworker.device_kv import DeviceKV, DeviceRows
 from gpu_sworker.emulated import EmulatedSWorker, describe_model
-from gpu_sworker.errors import ModelNotFound, SWorkerError, UnsupportedModel, foreign_errors
+from gpu_sworker.errors import (
+    DeviceKVError,
+    DeviceKVFull,
+    DeviceKVMisused,
+    ModelNotFound,
+    SWorkerError,
+    UnsupportedModel,
+    foreign_errors,
+)
 from gpu_sworker.model import DTYPES
+from gpu_sworker.partial_state import PartialState, merge, with_sinks
 from gpu_sworker.prefill import PromptChunk
 from gpu_sworker.probe import AttentionSpec
 from gpu_sworker.reference import generate_reference
 from gpu_sworker.sampler import Penalties, RowFault, Sampled, SamplingRows, TokenLogprob, derive_seed, uniforms
 from gpu_sworker.staging import Transfer
-from gpu_sworker.sworker import FlatBatch, ModelFacts, SWorker
+from gpu_sworker.sworker import PROMPT_KV_SHARE, FlatBatch, KVRoom, ModelFacts, SWorker
 
 __all__ = [
     "DTYPES",
+    "PROMPT_KV_SHARE",
     "AttentionCall",
     "AttentionSpec",
+    "DeviceKV",
+    "DeviceKVError",
+    "DeviceKVFull",
+    "DeviceKVMisused",
+    "DeviceRows",
     "EmulatedSWorker",
     "FlatBatch",
+    "KVRoom",
     "ModelFacts",
     "ModelNotFound",
+    "PartialState",
     "Penalties",
     "PromptChunk",
     "RowFault",
@@ -32,9 +51,13 @@ __all__ = [
     "TokenLogprob",
     "Transfer",
     "UnsupportedModel",
+    "attend_tokens",
+    "attend_tokens_plainly",
     "derive_seed",
     "describe_model",
     "foreign_errors",
     "generate_reference",
+    "merge",
     "uniforms",
+    "with_sinks",
 ]

@@ -110,6 +110,9 @@ class EmulatedSWorker:
     def attend_prompt(self, call: AttentionCall, chunk: PromptChunk) -> torch.Tensor:
         return call.q[chunk.rows]
 
+    def prompt_kv_room(self, num_tokens: int) -> bool:
+        return True
+
     def forget_prompts(self, seq_ids: Iterable[int]) -> None:
         pass
 

@@ -1,8 +1,11 @@
-"""What an S-worker refuses.  Both are the caller's: the text says what is wrong and what would work.
+"""What an S-worker refuses.  All are the caller's: the text says what is wrong and what would work.
 
 SWorkerError
 ├── ModelNotFound       no such directory, or not (whole) a Hugging Face model with safetensors weights
-└── UnsupportedModel    a model whose attention cannot be split off, or a device that is not there
+├── UnsupportedModel    a model whose attention cannot be split off, or a device that is not there
+└── DeviceKVError       what the store of K and V on the S-worker's device does not do; it has changed nothing then
+    ├── DeviceKVFull    its budget has no room for it now, or never
+    └── DeviceKVMisused a sequence that is not there, comes twice, or has fewer tokens or a lower limit than that
 """
 
 from __future__ import annotations
@@ -32,6 +35,18 @@ class UnsupportedModel(SWorkerError):
         super().__init__(f"cannot run a {model_type!r} model: {reason}; {SUPPORTED}")
         self.model_type = model_type
         self.reason = reason
+
+
+class DeviceKVError(SWorkerError):
+    """Root of what a DeviceKV refuses."""
+
+
+class DeviceKVFull(DeviceKVError):
+    pass
+
+
+class DeviceKVMisused(DeviceKVError):
+    pass
 
 
 @contextmanager

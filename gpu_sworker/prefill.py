@@ -3,22 +3,28 @@
 A prompt may come in chunks, over several steps.  Each chunk looks at all that came before it, so the K and V of a
 prompt stay here until its last chunk has passed; the R-workers get them too, chunk by chunk, and nothing comes back.
 
-    chunk    [0, a)          [a, b)                    [b, prompt_tokens)
-    keys     its own         kept [0, a) + its own     kept [0, b) + its own; then they are dropped
+    chunk    [0, a)                       [a, b)                    [b, prompt_tokens)
+    room     for the whole prompt
+    keys     its own                      kept [0, a) + its own     kept [0, b) + its own; then they are released
+
+Room is taken with the first chunk for all of the prompt, so that no prompt stops halfway because others came between.
+A prompt that comes whole needs none.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention.bias import causal_lower_right
 
+from gpu_sworker.device_attention import attend_tokens
+from gpu_sworker.device_kv import DeviceKV, DeviceRows
+from gpu_sworker.errors import DeviceKVMisused
+from gpu_sworker.partial_state import PartialState, with_sinks
 from gpu_sworker.probe import AttentionSpec
-
-_SCORES_AT_ONCE = 1 << 24  # numbers of a [heads, rows, keys] slab in the general path
 
 
 @dataclass(frozen=True)
@@ -45,43 +51,69 @@ class PromptChunk:
 
 
 class PromptKV:
-    """K and V of prompts that are on their way in: per sequence and layer, on the device, in the model's dtype."""
+    """Prompts that are on their way in, as sequences of a store on the device."""
 
-    def __init__(self) -> None:
-        self._kept: dict[int, dict[int, tuple[torch.Tensor, torch.Tensor]]] = {}
+    def __init__(self, store: DeviceKV, layers: Sequence[AttentionSpec]) -> None:
+        self.store, self._layers = store, tuple(layers)
+        self._rows: dict[int, DeviceRows] = {}  # of chunks that are passing the layers
 
     def __len__(self) -> int:
         """Prompts of which something is kept."""
-        return len(self._kept)
+        return len(self.store)
 
-    def extend(
+    def has_room(self, num_tokens: int) -> bool:
+        """Whether the first chunk of a prompt of so many tokens would find room for all of it now."""
+        return self.store.blocks_for(num_tokens) <= self.store.num_free_blocks
+
+    def attend(
         self,
         chunk: PromptChunk,
         layer: int,
+        q: torch.Tensor,  # [chunk.num_tokens, num_q_heads, head_dim]
         k: torch.Tensor,  # [chunk.num_tokens, num_kv_heads, head_dim]
         v: torch.Tensor,  # like k
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """All keys and values of the prompt so far, # [chunk.end, num_kv_heads, head_dim] each."""
+    ) -> torch.Tensor:
+        """Causal attention over the prompt so far, the chunk's own tokens included.  # like q
+
+        Layer 0 comes first, the last one last; a chunk may come again from layer 0 on.
+        Raises DeviceKVFull with a prompt's first chunk, if there is no room for all of it.
+        """
+        spec = self._layers[layer]
+        if layer == 0:
+            self._begin(chunk)
         if chunk.is_whole:
-            return k, v
-        layers = self._kept.setdefault(chunk.seq_id, {})
-        if chunk.start == 0:
-            layers[layer] = (
-                k.new_empty(chunk.prompt_tokens, *k.shape[1:]),
-                v.new_empty(chunk.prompt_tokens, *v.shape[1:]),
-            )
-        keys, values = layers[layer]
-        keys[chunk.start : chunk.end], values[chunk.start : chunk.end] = k, v
-        if chunk.end == chunk.prompt_tokens:
-            del layers[layer]
-            if not layers:
-                del self._kept[chunk.seq_id]
-        return keys[: chunk.end], values[: chunk.end]
+            return prompt_attention(q, k, v, spec)
+        rows = self._rows[chunk.seq_id]
+        self.store.write(layer, rows, k, v)
+        state = self.store.attend(layer, rows, q)
+        if layer == len(self._layers) - 1:
+            del self._rows[chunk.seq_id]
+            if chunk.end == chunk.prompt_tokens:
+                self.store.release([chunk.seq_id])
+        return _finished(state, spec)
 
     def forget(self, seq_ids: Iterable[int]) -> None:
         """Drops prompts that will not be finished; others than those kept are ignored."""
-        for seq_id in seq_ids:
-            self._kept.pop(seq_id, None)
+        for seq_id in set(seq_ids):
+            self._rows.pop(seq_id, None)
+            if seq_id in self.store:
+                self.store.release([seq_id])
+
+    def _begin(self, chunk: PromptChunk) -> None:
+        seq_id = chunk.seq_id
+        if chunk.start == 0:
+            self.forget([seq_id])
+            if chunk.is_whole:
+                return
+            self.store.admit(seq_id, chunk.prompt_tokens, reserve=True)
+        elif seq_id not in self.store or self.store.num_tokens(seq_id) < chunk.start:
+            kept = self.store.num_tokens(seq_id) if seq_id in self.store else 0
+            raise DeviceKVMisused(
+                f"tokens {chunk.start} to {chunk.end} of the prompt of sequence {seq_id} come, of which {kept} are here"
+            )
+        self.store.rewind({seq_id: chunk.start})  # its step was broken off, and is done again
+        self.store.extend({seq_id: chunk.num_tokens})
+        self._rows[seq_id] = self.store.rows([seq_id], [chunk.num_tokens], [chunk.num_tokens])
 
 
 def prompt_attention(
@@ -90,50 +122,26 @@ def prompt_attention(
     v: torch.Tensor,  # like k
     spec: AttentionSpec,
 ) -> torch.Tensor:
-    """Causal attention of the last tokens of a prompt, or of all of them.  # [num_queries, num_q_heads, head_dim]"""
-    windowed = spec.window is not None and spec.window < len(k)
-    if spec.softcap is not None or spec.sinks is not None or windowed:
-        return general_prompt_attention(q, k, v, spec)
-    whole = len(q) == len(k)
+    """Causal attention of the last tokens of a prompt, or of all of them.  # like q"""
+    is_windowed = spec.window is not None and spec.window < len(k)
+    if len(q) < len(k) or is_windowed or spec.softcap is not None or spec.sinks is not None:
+        return _finished(attend_tokens(q, k, v, spec), spec)
     out = F.scaled_dot_product_attention(
         q.transpose(0, 1)[None],
         k.transpose(0, 1)[None],
         v.transpose(0, 1)[None],
-        attn_mask=None if whole else causal_lower_right(len(q), len(k)),
-        is_causal=whole,
+        is_causal=True,
         scale=spec.scale,
         enable_gqa=spec.num_q_heads != spec.num_kv_heads,
     )
     return out[0].transpose(0, 1)
 
 
-def general_prompt_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec) -> torch.Tensor:
-    """The same for every rule (window, soft-cap, sinks), a slab of queries at a time; also the reference."""
-    num_queries, num_q_heads, _ = q.shape
-    start = len(k) - num_queries  # position of the first query
-    first_key = max(0, start + 1 - spec.window) if spec.window is not None else 0  # that any of them sees
-    k, v = k[first_key:], v[first_key:]
-    group = num_q_heads // spec.num_kv_heads
-    # In fp32 whatever the model's dtype: scores in half precision lose what the exponential needs, or overflow.
-    keys = k.float().repeat_interleave(group, dim=1).permute(1, 2, 0)  # [Hq, D, num_keys]
-    values = v.float().repeat_interleave(group, dim=1).transpose(0, 1)  # [Hq, num_keys, D]
-    query_positions = torch.arange(start, start + num_queries, device=q.device)
-    key_positions = torch.arange(first_key, start + num_queries, device=q.device)
-    rows = max(1, _SCORES_AT_ONCE // (num_q_heads * len(k)))
-    out = torch.empty_like(q)
-    for begin in range(0, num_queries, rows):
-        slab = slice(begin, min(begin + rows, num_queries))
-        scores = (q[slab].float().transpose(0, 1) @ keys) * spec.scale  # [Hq, rows, num_keys]
-        if spec.softcap is not None:
-            scores = spec.softcap * torch.tanh(scores / spec.softcap)
-        distance = query_positions[slab, None] - key_positions[None, :]
-        hidden = distance < 0
-        if spec.window is not None:
-            hidden |= distance >= spec.window
-        scores.masked_fill_(hidden, -torch.inf)
-        if spec.sinks is not None:
-            sinks = torch.tensor(spec.sinks, device=q.device)[:, None, None].expand(-1, scores.shape[1], 1)
-            scores = torch.cat([scores, sinks], dim=2)
-        weights = scores.softmax(dim=2)[:, :, : len(k)]
-        out[slab] = (weights @ values).transpose(0, 1)
-    return out
+def _finished(state: PartialState, spec: AttentionSpec) -> torch.Tensor:
+    return state.o if spec.sinks is None else with_sinks(state, _on_device(spec.sinks, state.o.device)).o
+
+
+@lru_cache(maxsize=1024)
+def _on_device(sinks: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    """Copied once, not with every chunk and layer."""
+    return torch.tensor(sinks, device=device)

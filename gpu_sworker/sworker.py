@@ -1,7 +1,8 @@
 """The S-worker: the S-Part of a model on one device, a micro-batch at a time.
 
 All tokens of a micro-batch travel flat, [1, T]; decode tokens and prompts mix freely, because nothing in the
-S-Part looks from one token to another.  It holds no request, and no KV but that of prompts still on their way in.
+S-Part looks from one token to another.  It holds no request, and no KV but that of prompts still on their way in,
+within a budget.
 """
 
 from __future__ import annotations
@@ -17,10 +18,12 @@ from torch.nn.functional import pad
 
 from gpu_sworker.attention import AttentionCall, Forward
 from gpu_sworker.checkpoint import stored_tensors
+from gpu_sworker.device_kv import DeviceKV, token_bytes
 from gpu_sworker.errors import UnsupportedModel, foreign_errors
 from gpu_sworker.linear import pack_linears, padded_rows
+from gpu_sworker.memory import free_bytes
 from gpu_sworker.model import choose_device, choose_dtype, eos_token_ids, load, read_config
-from gpu_sworker.prefill import PromptChunk, PromptKV, prompt_attention
+from gpu_sworker.prefill import PromptChunk, PromptKV
 from gpu_sworker.probe import (
     FLAT_LOGITS_ROWS,
     FLAT_POSITIONS,
@@ -34,6 +37,9 @@ from gpu_sworker.probe import (
 from gpu_sworker.rope import make_rope_per_sequence, reach
 from gpu_sworker.sampler import Sampled, SamplingRows, TokenLogprob, sample, score
 from gpu_sworker.staging import Transfer, make_staging
+
+PROMPT_KV_SHARE = 0.125  # of the free memory of the device, for K and V of prompts on their way in
+_MOST_PROMPT_KV = 64  # of the longest prompts: no more are on their way in at a time
 
 
 @dataclass(frozen=True)
@@ -78,13 +84,31 @@ class ModelFacts:
     linear_kernel: str  # that of `linear.py` in use
 
 
+@dataclass(frozen=True)
+class KVRoom:
+    """Blocks of K and V on the S-worker's device.  A prompt that comes in chunks takes all of its own with the first
+    one and gives them back with the last one; so whoever schedules can count them, too."""
+
+    num_blocks: int
+    num_free_blocks: int
+    block_tokens: int
+
+
 class SWorker:
     def __init__(
-        self, model_directory: str | Path, *, dtype: str = "auto", device: str = "auto", linear_kernel: str = "auto"
+        self,
+        model_directory: str | Path,
+        *,
+        dtype: str = "auto",
+        device: str = "auto",
+        linear_kernel: str = "auto",
+        prompt_kv_bytes: int | None = None,
+        block_tokens: int = 64,
     ) -> None:
-        """Loads and vets a Hugging Face directory.  Raises ModelNotFound, UnsupportedModel.
+        """Loads and vets a Hugging Face directory.  Raises ModelNotFound, UnsupportedModel, DeviceKVFull.
 
-        linear_kernel: see `pack_linears`.
+        linear_kernel: see `pack_linears`; prompt_kv_bytes: most K and V of prompts on their way in, in blocks of
+        `block_tokens`; None: a share of what is free on the device once the model is there.
         """
         directory = Path(model_directory)
         self.device = choose_device(device)
@@ -94,7 +118,6 @@ class SWorker:
         tensors = stored_tensors(directory)
         self.dtype = choose_dtype(dtype, config, self.device, tensors)
         self._model = load(directory, config, self.dtype, self.device, tensors)
-        self._prompt_kv = PromptKV()
         self.generation_config = self._model.generation_config
         with foreign_errors(lambda what: UnsupportedModel(config.model_type, f"its config.json is not valid ({what})")):
             text_config = config.get_text_config(decoder=True)
@@ -119,6 +142,12 @@ class SWorker:
             device=str(self.device),
             linear_kernel=linear_kernel,
         )
+        budget = prompt_kv_bytes
+        if budget is None:
+            most_useful = _MOST_PROMPT_KV * (positions.longest or 1 << 30) * token_bytes(layers, self.dtype)
+            budget = min(int(PROMPT_KV_SHARE * free_bytes(self.device)), most_useful)
+        store = DeviceKV(layers, dtype=self.dtype, device=self.device, budget_bytes=budget, block_tokens=block_tokens)
+        self._prompt_kv = PromptKV(store, layers)
 
     @contextmanager
     def inference(self) -> Iterator[None]:
@@ -145,8 +174,19 @@ class SWorker:
 
     def attend_prompt(self, call: AttentionCall, chunk: PromptChunk) -> torch.Tensor:
         """Attention of a prompt's next tokens among the rows of `call`.  # [num_tokens, num_q_heads, head_dim]"""
-        k, v = self._prompt_kv.extend(chunk, call.layer, call.k[chunk.rows], call.v[chunk.rows])
-        return prompt_attention(call.q[chunk.rows], k, v, self.facts.layers[call.layer])
+        rows = chunk.rows
+        return self._prompt_kv.attend(chunk, call.layer, call.q[rows], call.k[rows], call.v[rows])
+
+    def prompt_kv_room(self, num_tokens: int) -> bool:
+        """Whether a prompt of so many tokens can begin to come in chunks; otherwise R-workers are to attend for it,
+        for as long as it comes.  One that comes whole needs no room."""
+        return self._prompt_kv.has_room(num_tokens)
+
+    @property
+    def prompt_kv(self) -> KVRoom:
+        """What can be kept of prompts that come in chunks."""
+        store = self._prompt_kv.store
+        return KVRoom(store.num_blocks, store.num_free_blocks, store.block_tokens)
 
     def forget_prompts(self, seq_ids: Iterable[int]) -> None:
         """Drops what is kept of prompts whose other chunks will not come."""

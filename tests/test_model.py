@@ -16,7 +16,9 @@ from conftest import Case
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from gpu_sworker import AttentionSpec, FlatBatch, ModelNotFound, SWorker, UnsupportedModel
-from gpu_sworker.prefill import PromptChunk, PromptKV, general_prompt_attention, prompt_attention
+from gpu_sworker.device_kv import DeviceKV, token_bytes
+from gpu_sworker.errors import DeviceKVFull, DeviceKVMisused
+from gpu_sworker.prefill import PromptChunk, PromptKV, prompt_attention
 from models import VOCAB
 
 SMALL = {"hidden_size": 64, "vocab_size": VOCAB, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -248,8 +250,8 @@ def test_suspended_forwards_do_not_mix(llama: Case) -> None:
     ids=str,
 )
 @pytest.mark.parametrize("num_tokens", [1, 2, 37])
-def test_prompt_attention(spec: AttentionSpec, num_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The fast path and the slab-wise one against one softmax over everything, in float64."""
+def test_prompt_attention(spec: AttentionSpec, num_tokens: int) -> None:
+    """Sinks and all, whole and in chunks, against one softmax over everything, in float64."""
     generator = torch.Generator().manual_seed(0)
     q = torch.randn(num_tokens, spec.num_q_heads, 16, generator=generator)
     k, v = (torch.randn(num_tokens, spec.num_kv_heads, 16, generator=generator) for _ in "kv")
@@ -263,33 +265,84 @@ def test_prompt_attention(spec: AttentionSpec, num_tokens: int, monkeypatch: pyt
     expected = torch.einsum(
         "hqk,khd->qhd", scores / (scores.sum(2, keepdim=True) + sinks), v.double().repeat_interleave(group, 1)
     )
-    monkeypatch.setattr("gpu_sworker.prefill._SCORES_AT_ONCE", 300)
-    for attention in (prompt_attention, general_prompt_attention):
-        torch.testing.assert_close(attention(q, k, v, spec).double(), expected, atol=1e-5, rtol=1e-5)
-        for begin in range(0, num_tokens, 7):  # the same in chunks, each of which sees what came before it
-            end = min(begin + 7, num_tokens)
-            chunk = attention(q[begin:end], k[:end], v[:end], spec)
-            torch.testing.assert_close(chunk.double(), expected[begin:end], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(prompt_attention(q, k, v, spec).double(), expected, atol=1e-5, rtol=1e-5)
+    for begin in range(0, num_tokens, 7):  # the same in chunks, each of which sees what came before it
+        end = min(begin + 7, num_tokens)
+        chunk = prompt_attention(q[begin:end], k[:end], v[:end], spec)
+        torch.testing.assert_close(chunk.double(), expected[begin:end], atol=1e-5, rtol=1e-5)
+
+
+PROMPT_SPECS = (
+    AttentionSpec(4, 2, 16, 0.25, None, None, (0.5, -1.0, 0.0, 2.0)),
+    AttentionSpec(2, 2, 8, 0.3, 5, 9.0, None),
+)
+
+
+class Prompts:
+    """Prompts of made-up K and V, of which chunks are attended to and compared with the whole."""
+
+    def __init__(self, num_blocks: int) -> None:
+        budget = num_blocks * 16 * token_bytes(PROMPT_SPECS, torch.float32)
+        store = DeviceKV(
+            PROMPT_SPECS, dtype=torch.float32, device=torch.device("cpu"), budget_bytes=budget, block_tokens=16
+        )
+        self.kept = PromptKV(store, PROMPT_SPECS)
+
+    def attend(self, seq_id: int, start: int, end: int, of: int, layers: tuple[int, ...] = (0, 1)) -> None:
+        for layer in layers:
+            spec, generator = PROMPT_SPECS[layer], torch.Generator().manual_seed(1000 * seq_id + layer)
+            q = torch.randn(of, spec.num_q_heads, spec.head_dim, generator=generator)
+            k, v = (torch.randn(of, spec.num_kv_heads, spec.head_dim, generator=generator) for _ in "kv")
+            chunk, part = PromptChunk(seq_id, 0, end - start, start, of), slice(start, end)
+            o = self.kept.attend(chunk, layer, q[part], k[part], v[part])
+            torch.testing.assert_close(o, prompt_attention(q, k, v, spec)[part], atol=1e-5, rtol=1e-5)
+            self.kept.store.check_integrity()
 
 
 def test_prompts_on_their_way_are_kept_until_their_last_chunk() -> None:
-    kept, k = PromptKV(), torch.arange(10.0)[:, None, None]
+    prompts = Prompts(num_blocks=8)
+    prompts.attend(1, 0, 40, of=40)
+    assert len(prompts.kept) == 0  # whole: nothing to keep
+    prompts.attend(2, 0, 30, of=50)
+    prompts.attend(3, 0, 1, of=64, layers=(0,))
+    prompts.attend(2, 30, 47, of=50, layers=(0,))  # its step is broken off
+    prompts.attend(2, 30, 47, of=50)
+    assert len(prompts.kept) == 2
+    prompts.attend(2, 47, 50, of=50)
+    prompts.kept.forget([3, 4])
+    assert len(prompts.kept) == 0 and prompts.kept.store.num_free_blocks == 8
+    for start in (0, 20):  # begun anew, at another length, and then whole
+        prompts.attend(5, 0, 20, of=70 + start)
+        prompts.attend(5, 20, 60, of=70 + start)
+    prompts.attend(5, 0, 25, of=25)
+    assert len(prompts.kept) == 0
+    with pytest.raises(DeviceKVMisused, match="tokens 20 to 60 of the prompt of sequence 5 come, of which 0 are here"):
+        prompts.attend(5, 20, 60, of=70)
 
-    def extend(seq_id: int, layer: int, start: int, end: int) -> list[float]:
-        chunk = PromptChunk(seq_id, 0, end - start, start, 10)
-        keys, values = kept.extend(chunk, layer, k[start:end], -k[start:end])
-        assert torch.equal(keys, -values)
-        return keys.flatten().tolist()
 
-    assert extend(1, 0, 0, 10) == list(range(10)) and len(kept) == 0  # whole: nothing to keep
-    for layer in (0, 1):
-        assert extend(2, layer, 0, 4) == [0, 1, 2, 3]
-    extend(3, 0, 0, 2)
-    for layer in (0, 1):
-        assert extend(2, layer, 4, 10) == list(range(10))
-    assert len(kept) == 1
-    kept.forget([3, 4])
-    assert len(kept) == 0
+def test_prompts_that_have_begun_to_come_find_room_to_the_end() -> None:
+    prompts = Prompts(num_blocks=8)
+    prompts.attend(1, 0, 1, of=100)
+    assert prompts.kept.has_room(16) and not prompts.kept.has_room(17)
+    with pytest.raises(DeviceKVFull, match="needs 2 blocks; 1 of 8 are free on cpu .* or let R-workers attend"):
+        prompts.attend(2, 0, 1, of=17)
+    prompts.attend(2, 0, 1, of=16)
+    prompts.attend(1, 1, 99, of=100)
+    prompts.attend(1, 99, 100, of=100)
+    prompts.attend(2, 1, 16, of=16)
+    assert len(prompts.kept) == 0
+
+
+def test_a_budget_for_prompts(llama: Case) -> None:
+    sworker = SWorker(llama.directory, prompt_kv_bytes=0)
+    assert sworker.prompt_kv.num_blocks == 0 and not sworker.prompt_kv_room(1)
+    token = token_bytes(sworker.facts.layers, sworker.dtype)
+    sworker = SWorker(llama.directory, prompt_kv_bytes=token * 100, block_tokens=32)
+    assert (sworker.prompt_kv.num_free_blocks, sworker.prompt_kv.block_tokens) == (3, 32)
+    assert sworker.prompt_kv_room(96) and not sworker.prompt_kv_room(97)
+    assert SWorker(llama.directory).prompt_kv_room(512)
+    with pytest.raises(DeviceKVFull, match="are not to be had on cpu .*: lower their budget"):
+        SWorker(llama.directory, prompt_kv_bytes=1 << 60)
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float16, 5e-3), (torch.bfloat16, 4e-2)])
@@ -299,7 +352,7 @@ def test_prompt_attention_in_half_precision(dtype: torch.dtype, tolerance: float
     q, k, v = (torch.randn(30, 2, 64, generator=generator) for _ in range(3))
     q, k = (q + 30).to(dtype), (k + 30).to(dtype)
     spec = AttentionSpec(2, 2, 64, 0.125, 7, None, None)
-    exact = general_prompt_attention(q.double(), k.double(), v.to(dtype).double(), spec)
+    exact = prompt_attention(q.double(), k.double(), v.to(dtype).double(), spec)
     result = prompt_attention(q, k, v.to(dtype), spec)
     assert result.dtype == dtype
     torch.testing.assert_close(result.double(), exact, atol=tolerance, rtol=0)
