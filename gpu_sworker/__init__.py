@@ -16,7 +16,7 @@ from gpu_sworker.errors import (
     UnsupportedModel,
     foreign_errors,
 )
-from gpu_sworker.model import DTYPES
+from gpu_sworker.model import DTYPES, choose_device
 from gpu_sworker.partial_state import PartialState, merge, with_sinks
 from gpu_sworker.prefill import PromptChunk
 from gpu_sworker.probe import AttentionSpec
@@ -53,6 +53,7 @@ __all__ = [
     "UnsupportedModel",
     "attend_tokens",
     "attend_tokens_plainly",
+    "choose_device",
     "derive_seed",
     "describe_model",
     "foreign_errors",

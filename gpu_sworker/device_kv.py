@@ -365,5 +365,5 @@ def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
         return torch.empty(shape, dtype=dtype, device=device)
     except (OSError, torch.OutOfMemoryError) as error:
         raise DeviceKVFull(
-            f"{num_bytes} bytes for a layer's K and V are not to be had on {device} ({error}): lower their budget"
+            f"{num_bytes} bytes for a layer's K and V are not to be had on {device} ({error})"
         ) from error

@@ -55,7 +55,8 @@ class PromptKV:
 
     def __init__(self, store: DeviceKV, layers: Sequence[AttentionSpec]) -> None:
         self.store, self._layers = store, tuple(layers)
-        self._rows: dict[int, DeviceRows] = {}  # of chunks that are passing the layers
+        # Sequence -> a chunk's start -> its rows, while it passes the layers; another one may be a layer behind it.
+        self._rows: dict[int, dict[int, DeviceRows]] = {}
 
     def __len__(self) -> int:
         """Prompts of which something is kept."""
@@ -83,13 +84,13 @@ class PromptKV:
             self._begin(chunk)
         if chunk.is_whole:
             return prompt_attention(q, k, v, spec)
-        rows = self._rows[chunk.seq_id]
+        rows = self._rows[chunk.seq_id][chunk.start]
         self.store.write(layer, rows, k, v)
         state = self.store.attend(layer, rows, q)
         if layer == len(self._layers) - 1:
-            del self._rows[chunk.seq_id]
+            del self._rows[chunk.seq_id][chunk.start]
             if chunk.end == chunk.prompt_tokens:
-                self.store.release([chunk.seq_id])
+                self.forget([chunk.seq_id])
         return _finished(state, spec)
 
     def forget(self, seq_ids: Iterable[int]) -> None:
@@ -111,9 +112,13 @@ class PromptKV:
             raise DeviceKVMisused(
                 f"tokens {chunk.start} to {chunk.end} of the prompt of sequence {seq_id} come, of which {kept} are here"
             )
-        self.store.rewind({seq_id: chunk.start})  # its step was broken off, and is done again
+        passing = self._rows.setdefault(seq_id, {})
+        if self.store.num_tokens(seq_id) > chunk.start:  # its step was broken off, and is done again
+            self.store.rewind({seq_id: chunk.start})
+            for start in [start for start in passing if start >= chunk.start]:
+                del passing[start]
         self.store.extend({seq_id: chunk.num_tokens})
-        self._rows[seq_id] = self.store.rows([seq_id], [chunk.num_tokens], [chunk.num_tokens])
+        passing[chunk.start] = self.store.rows([seq_id], [chunk.num_tokens], [chunk.num_tokens])
 
 
 def prompt_attention(

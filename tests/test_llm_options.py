@@ -43,6 +43,8 @@ def test_missing_tokenizer(llama: Case) -> None:
         ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype must be one of"),
         ({"transport": "carrier-pigeon"}, "transport must be one of inproc, shm, ipc, tcp, mpi"),
         ({"kv_cache_memory": "lots"}, "no amount of memory; write it like 4GiB"),
+        ({"prompt_kv_memory": "lots"}, "prompt_kv_memory: 'lots' is no amount of memory; write it like 4GiB"),
+        ({"prompt_kv_memory": "900TiB"}, "prompt_kv_memory 900.0 TiB is more than the .* of memory that are free"),
         ({"max_model_len": 1}, "max_model_len"),
         ({"kv_cache_memory": "900TiB"}, "more than the .* of memory that are free"),
         ({"r_worker_addresses": ["rdma://1"]}, "known: inproc://"),

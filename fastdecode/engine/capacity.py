@@ -11,7 +11,7 @@ from fastdecode.errors import ConfigError
 from fastdecode.modelling.calibration import read_calibration
 from fastdecode.scheduling.predictor import Learned, MaxTokens
 from fastdecode.scheduling.scheduler import Scheduler, SchedulerConfig
-from gpu_sworker import ModelFacts
+from gpu_sworker import PROMPT_KV_SHARE, ModelFacts, choose_device
 from transport import Welcome
 
 logger = logging.getLogger(__name__)
@@ -40,6 +40,24 @@ def local_kv_bytes(config: EngineConfig, facts: ModelFacts, layout: KVLayout) ->
             f"the {format_bytes(free)} of memory that are free"
         )
     return config.kv_cache_memory
+
+
+def prompt_kv_bytes(config: EngineConfig) -> int | None:
+    """The budget of prompts on their way in, on the S-worker's device; None: it is a GPU, and takes a share of its own.
+
+    Raises ConfigError if it is to be on this machine, and is not there; UnsupportedModel if the device is not.
+    """
+    asked = config.prompt_kv_memory
+    if choose_device(config.device).type != "cpu":
+        return asked
+    free = available_memory_bytes()
+    if asked is None:
+        return int(PROMPT_KV_SHARE * free)
+    if asked > free:
+        raise ConfigError(
+            f"prompt_kv_memory {format_bytes(asked)} is more than the {format_bytes(free)} of memory that are free"
+        )
+    return asked
 
 
 def max_model_len(config: EngineConfig, facts: ModelFacts, layout: KVLayout, welcomes: Sequence[Welcome]) -> int:

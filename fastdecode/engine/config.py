@@ -33,6 +33,8 @@ class EngineConfig:
         (K in int8, V in int4). ``auto``: like dtype.
     kv_cache_memory: bytes of KV per R-worker, like ``"4GiB"``; None: a share of what is free, or what the
         R-worker was started with.
+    prompt_kv_memory: bytes on the S-worker's device, like ``"2GiB"``, for K and V of prompts on their way in, as far
+        as they take more than one step; None: an eighth of what is free there.
     num_r_workers: how many to start on this machine.
     r_worker_threads: attention threads of each; None: this machine's cores, shared among them.
     transport: ``inproc`` (threads of this process), ``ipc`` or ``tcp`` (processes, ZeroMQ), ``mpi`` (ranks).
@@ -78,6 +80,7 @@ class EngineConfig:
     linear_kernel: str = "auto"
     kv_cache_dtype: str = "auto"
     kv_cache_memory: int | None = None
+    prompt_kv_memory: int | None = None
     num_r_workers: int = 1
     r_worker_threads: int | None = None
     transport: str = "inproc"
@@ -120,11 +123,12 @@ class EngineConfig:
                 options[name] = str(options[name])
         addresses = options.get("r_worker_addresses") or ()
         options["r_worker_addresses"] = (addresses,) if isinstance(addresses, str) else tuple(addresses)
-        try:
-            if options.get("kv_cache_memory") is not None:
-                options["kv_cache_memory"] = parse_bytes(options["kv_cache_memory"])
-        except ValueError as error:
-            raise ConfigError(f"kv_cache_memory: {error}") from error
+        for name in ("kv_cache_memory", "prompt_kv_memory"):
+            try:
+                if options.get(name) is not None:
+                    options[name] = parse_bytes(options[name])
+            except ValueError as error:
+                raise ConfigError(f"{name}: {error}") from error
         return cls(**options)
 
     def __post_init__(self) -> None:
@@ -153,6 +157,7 @@ class EngineConfig:
             ("r_worker_threads", 1, 4096),
             ("max_model_len", 2, 1 << 30),
             ("kv_cache_memory", 1, 1 << 62),
+            ("prompt_kv_memory", 0, 1 << 62),
             ("max_kv_load", 1, 1 << 40),
             ("max_num_waiting", 1, 1 << 30),
         ):

@@ -6,7 +6,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 
 from cpu_attention import KVBudgetExceeded, KVLayout
-from fastdecode.engine.capacity import kv_layout, local_kv_bytes
+from fastdecode.engine.capacity import kv_layout, local_kv_bytes, prompt_kv_bytes
 from fastdecode.engine.config import EngineConfig
 from fastdecode.errors import ConfigError, ModelError, RWorkerFailed
 from fastdecode.holders.launch import find_r_workers, read_key_file, start_r_workers
@@ -14,7 +14,7 @@ from fastdecode.holders.launch_mpi import mpi_addresses
 from fastdecode.holders.rpool import RPool
 from fastdecode.modelling.emulation import PREFIX, emulated_sworker
 from fastdecode.observe.timeline import NoTimeline, Timeline
-from gpu_sworker import EmulatedSWorker, ModelFacts, SWorker, SWorkerError
+from gpu_sworker import DeviceKVFull, EmulatedSWorker, ModelFacts, SWorker, SWorkerError
 from transport import Hello, LayerSpec, Welcome, keep_freed_memory
 
 _OPEN_TIMEOUT_S = 120.0  # an R-worker compiles its kernels when a session opens
@@ -68,10 +68,20 @@ def open_runtime(config: EngineConfig, timeline: Timeline | None = None) -> Runt
 
 
 def _load_sworker(config: EngineConfig) -> SWorker | EmulatedSWorker:
-    """Raises SWorkerError, ConfigError (an emulated device that is not known)."""
+    """Raises SWorkerError, ConfigError (an emulated device that is not known, a budget that is not there)."""
     if config.device.startswith(PREFIX):
         return emulated_sworker(config.model, config.device.removeprefix(PREFIX))
-    return SWorker(config.model, dtype=config.dtype, device=config.device, linear_kernel=config.linear_kernel)
+    try:
+        return SWorker(
+            config.model,
+            dtype=config.dtype,
+            device=config.device,
+            linear_kernel=config.linear_kernel,
+            prompt_kv_bytes=prompt_kv_bytes(config),
+            block_tokens=config.block_tokens,
+        )
+    except DeviceKVFull as error:
+        raise ConfigError(f"{error}: set a lower prompt_kv_memory") from error
 
 
 def open_session(
