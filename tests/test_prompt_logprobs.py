@@ -14,7 +14,8 @@ from conftest import Case, quiet
 from test_recovery import SMALL_STEPS, gone, hung, make_faulty, three_workers
 from transformers import AutoModelForCausalLM
 
-from fastdecode import LLM, RequestOutput, SamplingParams, capacity
+from fastdecode import LLM, RequestOutput, SamplingParams
+from fastdecode.engine import capacity
 from fastdecode.scheduling.request import Sequence
 from fastdecode.server.metrics import Metrics
 from gpu_sworker import FlatBatch, SWorker
