@@ -21,7 +21,16 @@ from gpu_sworker.partial_state import PartialState, merge, with_sinks
 from gpu_sworker.prefill import PromptChunk
 from gpu_sworker.probe import AttentionSpec
 from gpu_sworker.reference import generate_reference
-from gpu_sworker.sampler import Penalties, RowFault, Sampled, SamplingRows, TokenLogprob, derive_seed, uniforms
+from gpu_sworker.sampler import (
+    Penalties,
+    RowFault,
+    Sampled,
+    SamplingRows,
+    TokenLogprob,
+    TokenLogprobs,
+    derive_seed,
+    uniforms,
+)
 from gpu_sworker.staging import Transfer
 from gpu_sworker.sworker import PROMPT_KV_SHARE, FlatBatch, KVRoom, ModelFacts, SWorker
 
@@ -49,6 +58,7 @@ __all__ = [
     "Sampled",
     "SamplingRows",
     "TokenLogprob",
+    "TokenLogprobs",
     "Transfer",
     "UnsupportedModel",
     "attend_tokens",

@@ -25,7 +25,7 @@ from gpu_sworker.model import read_config
 from gpu_sworker.prefill import PromptChunk
 from gpu_sworker.probe import AttentionSpec
 from gpu_sworker.rope import reach
-from gpu_sworker.sampler import RowFault, Sampled, SamplingRows, TokenLogprob
+from gpu_sworker.sampler import RowFault, Sampled, SamplingRows, TokenLogprob, TokenLogprobs
 from gpu_sworker.staging import HostStaging
 from gpu_sworker.sworker import FlatBatch, ModelFacts
 
@@ -126,10 +126,10 @@ class EmulatedSWorker:
     def sample(self, logits: torch.Tensor, rows: SamplingRows) -> Sampled:
         token_ids = np.full(len(logits), _TOKEN_ID)
         asked = rows.num_logprobs.tolist()
-        logprobs = [self._even_odds(_TOKEN_ID, count) if count >= 0 else [] for count in asked]
+        logprobs: list[TokenLogprobs] = [self._even_odds(_TOKEN_ID, count) if count >= 0 else () for count in asked]
         return Sampled(token_ids, logprobs, np.full(len(logits), RowFault.NONE))
 
-    def score(self, logits: torch.Tensor, token_ids: np.ndarray, num_logprobs: np.ndarray) -> list[list[TokenLogprob]]:
+    def score(self, logits: torch.Tensor, token_ids: np.ndarray, num_logprobs: np.ndarray) -> list[TokenLogprobs]:
         return [self._even_odds(*pair) for pair in zip(token_ids.tolist(), num_logprobs.tolist(), strict=True)]
 
     def _even_odds(self, token_id: int, num_logprobs: int) -> list[TokenLogprob]:

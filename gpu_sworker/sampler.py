@@ -7,24 +7,25 @@ biases, penalties, temperature, min-p, top-k, top-p; then one draw per row by in
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
+from typing import NamedTuple, TypeAlias, overload
 
 import numpy as np
 import torch
 
 _SCORED_AT_A_TIME = 64  # rows
 
-TokenIds = np.ndarray | list[int]
+TokenIds = np.ndarray | Sequence[int]
 
 
-@dataclass(frozen=True)
-class Penalties:
-    """Of one row.  The ids may repeat; how often a token was generated counts for `frequency`."""
+class Penalties(NamedTuple):
+    """Of one row."""
 
     row: int
-    prompt_token_ids: TokenIds
-    output_token_ids: TokenIds
+    token_ids: np.ndarray  # [n] int64, each once: of the output, and of the prompt where there is a `repetition`
+    counts: np.ndarray  # [n] int64, how often each was generated
     presence: float
     frequency: float
     repetition: float
@@ -54,17 +55,19 @@ class RowFault(IntEnum):
     NOTHING_LEFT = 2  # of what the model gives, nothing is both allowed and not banned
 
 
-@dataclass(frozen=True)
-class TokenLogprob:
+class TokenLogprob(NamedTuple):
     token_id: int
     logprob: float
     rank: int  # 1: the most likely
 
 
+TokenLogprobs: TypeAlias = Sequence[TokenLogprob]  # of one place: the token that is there, then the most likely ones
+
+
 @dataclass(frozen=True)
 class Sampled:
     token_ids: np.ndarray  # [n] int64; of rows with a fault any token
-    logprobs: list[list[TokenLogprob]]  # per row the sampled token first, then the most likely; empty if not asked
+    logprobs: list[TokenLogprobs]  # per row; empty where they were not asked for
     faults: np.ndarray  # [n] int64 of RowFault
 
 
@@ -99,7 +102,7 @@ def sample(logits: torch.Tensor, rows: SamplingRows) -> Sampled:
     random = np.flatnonzero(rows.temperature > 0)
     if len(random):
         where = torch.from_numpy(random).to(logits.device)
-        token_ids[where] = _draw(logits[where], rows, random)
+        token_ids[where] = _draw(logits if len(random) == len(logits) else logits[where], rows, random)
     faults = torch.where(has_choice, RowFault.NONE, RowFault.NOTHING_LEFT).where(is_sound, RowFault.NOT_FINITE)
     on_host = torch.stack((token_ids, faults)).cpu().numpy()  # together: each by itself would wait for the device
     return Sampled(on_host[0], _logprobs(raw, token_ids, rows.num_logprobs), on_host[1])
@@ -126,8 +129,8 @@ def _constrained(logits: torch.Tensor, rows: SamplingRows) -> torch.Tensor:
         added = np.concatenate([values for _, _, values in rows.biases]).astype(np.float32)
         where = _pairs([(row, ids) for row, ids, _ in rows.biases], device)
         logits[where] += torch.from_numpy(added).to(device)
-    for penalties in rows.penalties:
-        _apply_penalties(logits[penalties.row], penalties)
+    if rows.penalties:
+        _apply_penalties(logits, rows.penalties)
     return logits
 
 
@@ -138,24 +141,63 @@ def _pairs(of_rows: list[tuple[int, TokenIds]], device: torch.device) -> tuple[t
     return torch.from_numpy(places).to(device), torch.from_numpy(ids).to(device)
 
 
-def score(logits: torch.Tensor, token_ids: torch.Tensor, num_logprobs: np.ndarray) -> list[list[TokenLogprob]]:
-    """Per row the given token first, then the most likely ones, of the logits as they are.
+def score(logits: torch.Tensor, token_ids: torch.Tensor, num_logprobs: np.ndarray) -> list[TokenLogprobs]:
+    """Of each row's given token, and of the most likely ones, of the logits as they are.
 
     logits: [n, vocab] of any float dtype; token_ids: [n] int64; num_logprobs: [n], of each row's most likely ones.
     """
-    results = []
+    counts = np.minimum(num_logprobs, logits.shape[1]).tolist()
+    numbers, values = [], []  # of each part: [rows, 2 + most], [rows, 1 + most]
     for begin in range(0, len(logits), _SCORED_AT_A_TIME):  # so that no second copy of all of them is made
         part = slice(begin, begin + _SCORED_AT_A_TIME)
         logprobs, given = logits[part].float().log_softmax(dim=1), token_ids[part, None]
         own = logprobs.gather(1, given)
-        ranks = (logprobs > own).sum(dim=1) + 1
-        counts = np.minimum(num_logprobs[part], logprobs.shape[1]).tolist()
-        top = logprobs.topk(max(counts), dim=1)
-        columns = (given[:, 0], own[:, 0], ranks, top.indices, top.values)
-        for token_id, logprob, rank, ids, values, count in zip(*(c.tolist() for c in columns), counts, strict=True):
-            likeliest = zip(ids[:count], values[:count], range(1, count + 1), strict=True)
-            results.append([TokenLogprob(token_id, logprob, rank), *(TokenLogprob(*entry) for entry in likeliest)])
+        ranks = (logprobs > own).sum(dim=1, keepdim=True) + 1
+        top = logprobs.topk(max(counts[part]), dim=1)
+        numbers.append(torch.cat((given, ranks, top.indices), dim=1))
+        values.append(torch.cat((own, top.values), dim=1))
+    results: list[TokenLogprobs] = []
+    for part_numbers, part_values in zip(_on_host(numbers), _on_host(values), strict=True):
+        for row in range(len(part_numbers)):
+            results.append(_LogprobRow(part_numbers, part_values, row, counts[len(results)]))
     return results
+
+
+def _on_host(parts: list[torch.Tensor]) -> list[np.ndarray]:
+    """In one piece: each part by itself would wait for the device."""
+    if not parts:
+        return []
+    flat = torch.cat([part.flatten() for part in parts]).cpu().numpy()
+    ends = np.cumsum([part.numel() for part in parts])[:-1]
+    return [array.reshape(part.shape) for array, part in zip(np.split(flat, ends), parts, strict=True)]
+
+
+class _LogprobRow(Sequence[TokenLogprob]):
+    """One row of columns that many share: the entries are made when somebody looks at them."""
+
+    __slots__ = ("_count", "_numbers", "_row", "_values")
+
+    def __init__(self, numbers: np.ndarray, values: np.ndarray, row: int, count: int) -> None:
+        """numbers: [n, 2 + most] of token id, rank and the likeliest ids; values: [n, 1 + most]; count: of those."""
+        self._numbers, self._values, self._row, self._count = numbers, values, row, count
+
+    def __len__(self) -> int:
+        return 1 + self._count
+
+    @overload
+    def __getitem__(self, index: int) -> TokenLogprob: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[TokenLogprob]: ...
+    def __getitem__(self, index: int | slice) -> TokenLogprob | list[TokenLogprob]:
+        if index != 0:
+            return list(self)[index]
+        token_id, rank = self._numbers[self._row, :2].tolist()
+        return TokenLogprob(token_id, self._values.item(self._row, 0), rank)
+
+    def __iter__(self) -> Iterator[TokenLogprob]:
+        token_id, rank, *ids = self._numbers[self._row, : 2 + self._count].tolist()
+        own, *values = self._values[self._row, : 1 + self._count].tolist()
+        return map(TokenLogprob, [token_id, *ids], [own, *values], [rank, *range(1, self._count + 1)])
 
 
 def _likeliest(logits: torch.Tensor) -> torch.Tensor:
@@ -200,26 +242,37 @@ def _draw(logits: torch.Tensor, rows: SamplingRows, random: np.ndarray) -> torch
     return torch.where(torch.isfinite(total[:, 0]), drawn, logits.argmax(dim=1))
 
 
-def _apply_penalties(logits: torch.Tensor, penalties: Penalties) -> None:
-    """In place on one row [vocab].  Repetition: CTRL (Keskar et al. 2019); the others: OpenAI's."""
-    device = logits.device
-    output = torch.as_tensor(penalties.output_token_ids, dtype=torch.long, device=device)
-    if penalties.repetition != 1:
-        prompt = torch.as_tensor(penalties.prompt_token_ids, dtype=torch.long, device=device)
-        seen = torch.cat([prompt, output]).unique()
-        values = logits[seen]
-        logits[seen] = torch.where(values > 0, values / penalties.repetition, values * penalties.repetition)
-    if len(output) and (penalties.presence or penalties.frequency):
-        generated, counts = output.unique(return_counts=True)
-        logits[generated] -= penalties.presence + penalties.frequency * counts
+def _apply_penalties(logits: torch.Tensor, penalties: list[Penalties]) -> None:
+    """In place on [n, vocab].  Repetition: CTRL (Keskar et al. 2019); the others: OpenAI's."""
+    device, vocab = logits.device, logits.shape[1]
+    sizes = [len(of_row.token_ids) for of_row in penalties]
+
+    def per_token(values: list[float]) -> torch.Tensor:
+        return torch.from_numpy(np.repeat(np.array(values, np.float32), sizes)).to(device)
+
+    rows = np.repeat([of_row.row for of_row in penalties], sizes)
+    places = torch.from_numpy(rows * vocab + np.concatenate([of_row.token_ids for of_row in penalties])).to(device)
+    counts = torch.from_numpy(np.concatenate([of_row.counts for of_row in penalties]).astype(np.float32)).to(device)
+    flat = logits.view(-1)
+    values = flat[places]
+    if any(of_row.repetition != 1 for of_row in penalties):
+        repetition = per_token([of_row.repetition for of_row in penalties])
+        values = torch.where(values > 0, values / repetition, values * repetition)
+    if any(of_row.presence or of_row.frequency for of_row in penalties):
+        presence = per_token([of_row.presence for of_row in penalties])
+        frequency = per_token([of_row.frequency for of_row in penalties])
+        values -= torch.where(counts > 0, presence + frequency * counts, 0.0)
+    flat[places] = values
 
 
-def _logprobs(logits: torch.Tensor, token_ids: torch.Tensor, wanted: np.ndarray) -> list[list[TokenLogprob]]:
-    results: list[list[TokenLogprob]] = [[] for _ in wanted]
+def _logprobs(logits: torch.Tensor, token_ids: torch.Tensor, wanted: np.ndarray) -> list[TokenLogprobs]:
+    results: list[TokenLogprobs] = [()] * len(wanted)
     rows = np.flatnonzero(wanted >= 0)
     if len(rows):
-        where = torch.from_numpy(rows).to(logits.device)
-        for row, result in zip(rows.tolist(), score(logits[where], token_ids[where], wanted[rows]), strict=True):
+        if len(rows) < len(wanted):
+            where = torch.from_numpy(rows).to(logits.device)
+            logits, token_ids = logits[where], token_ids[where]
+        for row, result in zip(rows.tolist(), score(logits, token_ids, wanted[rows]), strict=True):
             results[row] = result
     return results
 

@@ -35,7 +35,7 @@ from gpu_sworker.probe import (
     probe,
 )
 from gpu_sworker.rope import make_rope_per_sequence, reach
-from gpu_sworker.sampler import Sampled, SamplingRows, TokenLogprob, sample, score
+from gpu_sworker.sampler import Sampled, SamplingRows, TokenLogprobs, sample, score
 from gpu_sworker.staging import Transfer, make_staging
 
 PROMPT_KV_SHARE = 0.125  # of the free memory of the device, for K and V of prompts on their way in
@@ -207,7 +207,7 @@ class SWorker:
         """The next token of each row.  logits: [num_samples, vocab]"""
         return sample(logits, rows)
 
-    def score(self, logits: torch.Tensor, token_ids: np.ndarray, num_logprobs: np.ndarray) -> list[list[TokenLogprob]]:
+    def score(self, logits: torch.Tensor, token_ids: np.ndarray, num_logprobs: np.ndarray) -> list[TokenLogprobs]:
         """How likely a given token was in each row, and which ones most.
 
         logits: [n, vocab]; token_ids: [n] int64; num_logprobs: [n], of each row's most likely ones.

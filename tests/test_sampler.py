@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fastdecode.api.token_rules import TokenCounts
 from gpu_sworker import Penalties, SamplingRows, derive_seed, uniforms
 from gpu_sworker.sampler import sample, score
 
@@ -31,6 +32,14 @@ def draws(logits: list[float], n: int = 20_000, **columns: object) -> np.ndarray
         rows(n, temperature=columns.pop("temperature", 1.0), uniforms=spread, **columns),
     )
     return np.bincount(sampled.token_ids, minlength=len(logits)) / n
+
+
+def penalties(
+    row: int, prompt: list[int], output: list[int], *, presence: float, frequency: float, repetition: float
+) -> Penalties:
+    """As counted from nothing."""
+    ids = np.unique(np.array([*output, *(prompt if repetition != 1 else [])], np.int64))
+    return Penalties(row, ids, np.array([output.count(i) for i in ids], np.int64), presence, frequency, repetition)
 
 
 LOGITS = [2.0, 1.0, 0.0, -1.0, 3.0]
@@ -92,14 +101,55 @@ def test_a_token_without_probability_is_never_drawn(uniform: float, top_p: float
 
 def test_penalties() -> None:
     logits = torch.tensor([[1.0, 1.0, -1.0, 1.0]])
-    penalties = Penalties(
-        0, prompt_token_ids=[3], output_token_ids=[0, 0, 2], presence=0.25, frequency=0.5, repetition=2.0
-    )
-    result = sample(logits, rows(1, penalties=[penalties], num_logprobs=0))
+    given = penalties(0, [3], [0, 0, 2], presence=0.25, frequency=0.5, repetition=2.0)
+    result = sample(logits, rows(1, penalties=[given], num_logprobs=0))
     assert result.token_ids[0] == 1  # 0: 1/2 - 0.25 - 2*0.5, 2: -1*2 - ..., 3: 1/2
     # Log-probabilities are those of the raw logits.
     assert result.logprobs[0][0].logprob == pytest.approx(float(logits[0].log_softmax(0)[1]))
     assert torch.equal(logits, torch.tensor([[1.0, 1.0, -1.0, 1.0]]))
+
+
+def penalised(logits: np.ndarray, prompt: list[int], output: list[int], by: dict[str, float]) -> np.ndarray:
+    """One row by definition.  Repetition is CTRL's, the others are OpenAI's."""
+    made = logits.copy()
+    for token_id in {*prompt, *output}:
+        made[token_id] *= np.float32(by["repetition"]) if made[token_id] <= 0 else 1
+        made[token_id] /= np.float32(by["repetition"]) if logits[token_id] > 0 else 1
+        if count := output.count(token_id):
+            made[token_id] -= np.float32(by["presence"]) + np.float32(by["frequency"]) * np.float32(count)
+    return made
+
+
+def test_penalties_of_many_rows_while_outputs_grow() -> None:
+    """Each row by its own, those of no penalties untouched, and counted as tokens come as if from nothing."""
+    random = np.random.default_rng(0)
+    logits = random.standard_normal((30, 40)).astype(np.float32)
+    asked: list[dict[str, float]] = [
+        {
+            "presence": random.choice([0.0, 0.3]),
+            "frequency": random.choice([0.0, 0.2]),
+            "repetition": random.choice([1.0, 1.3]),
+        }
+        for _ in range(20)
+    ]
+    prompts = [random.integers(0, 40, 5).tolist() if by["repetition"] != 1 else [] for by in asked]
+    counts = [TokenCounts(np.unique(np.array(prompt, np.int64))) for prompt in prompts]
+    outputs: list[list[int]] = [[] for _ in asked]
+    for step in range(40):
+        given, expected = [], logits.copy()
+        for row, (by, prompt, output, counted) in enumerate(zip(asked, prompts, outputs, counts, strict=True)):
+            counted.update(output)
+            given.append(Penalties(row, counted.token_ids, counted.counts, **by))
+            anew = penalties(row, prompt, output, **by)
+            order = np.argsort(counted.token_ids)
+            assert counted.token_ids[order].tolist() == anew.token_ids.tolist()
+            assert counted.counts[order].tolist() == anew.counts.tolist()
+            expected[row] = penalised(logits[row], prompt, output, by)
+        columns = {"temperature": [0, 1] * 15, "uniforms": random.random(30)}
+        result = sample(torch.from_numpy(logits), rows(30, penalties=given, **columns)).token_ids
+        assert result.tolist() == sample(torch.from_numpy(expected), rows(30, **columns)).token_ids.tolist(), step
+        for output in outputs:
+            output += random.integers(0, 40, random.integers(0, 3)).tolist()
 
 
 def test_banned_tokens() -> None:
@@ -112,7 +162,7 @@ def test_logprobs() -> None:
     )
     entries, nothing = result.logprobs
     expected = np.log(softmax(LOGITS))
-    assert nothing == [] and [e.token_id for e in entries[1:]] == [4, 0] and [e.rank for e in entries[1:]] == [1, 2]
+    assert not nothing and [e.token_id for e in entries[1:]] == [4, 0] and [e.rank for e in entries[1:]] == [1, 2]
     assert entries[0].token_id == result.token_ids[0]
     for entry in entries:
         assert entry.logprob == pytest.approx(expected[entry.token_id], abs=1e-6)

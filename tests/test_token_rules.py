@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import quiet
-from test_sampler import rows
+from test_sampler import penalties, rows
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -21,7 +21,7 @@ from fastdecode.api.token_rules import TokenRules
 from fastdecode.errors import RequestError
 from fastdecode.openai_api import read_line, read_request
 from fastdecode.text.tokenizer import Tokenizer
-from gpu_sworker import Penalties, RowFault
+from gpu_sworker import RowFault
 from gpu_sworker.sampler import sample
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -71,10 +71,10 @@ def test_every_row_has_its_own(temperature: float) -> None:
 
 def test_biases_come_before_penalties_and_leave_logprobs_alone() -> None:
     logits = torch.tensor([[1.75, 0.0, -1.0]])
-    penalties = Penalties(0, [], [2], presence=0.0, frequency=0.0, repetition=2.0)
+    given = penalties(0, [], [2], presence=0.0, frequency=0.0, repetition=2.0)
 
     def best(bias: float) -> tuple[int, float]:
-        biased = rows(1, biases=[(0, [2], np.array([bias]))], penalties=[penalties], num_logprobs=0)
+        biased = rows(1, biases=[(0, [2], np.array([bias]))], penalties=[given], num_logprobs=0)
         result = sample(logits, biased)
         return int(result.token_ids[0]), result.logprobs[0][0].logprob
 

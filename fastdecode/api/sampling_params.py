@@ -5,13 +5,26 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple
 
 MAX_SAMPLES = 1024
 MAX_LOGPROBS = 1000
 MAX_STOPS = 256
 MAX_BAD_WORDS = 1024
 _INT_MAX = 2**31 - 1
+# vLLM's: below the first a temperature means the likeliest token, and none divides by less than the second.
+_GREEDY_BELOW, _LEAST_TEMPERATURE = 1e-5, 1e-2
+
+
+class Draw(NamedTuple):
+    """How a token is drawn: equal for requests between which a sampler sees no difference."""
+
+    temperature: float  # 0: the most likely token, whatever the next three say
+    top_k: int
+    top_p: float
+    min_p: float
+    num_logprobs: int  # -1: none
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +122,14 @@ class SamplingParams:
     def allowed_ids(self) -> tuple[int, ...]:
         """Empty: all."""
         return self.allowed_token_ids or ()  # type: ignore[return-value]
+
+    @cached_property
+    def draw(self) -> Draw:
+        num_logprobs = -1 if self.logprobs is None else self.logprobs
+        if self.temperature < _GREEDY_BELOW:
+            return Draw(0.0, 0, 1.0, 0.0, num_logprobs)
+        temperature = max(self.temperature, _LEAST_TEMPERATURE)
+        return Draw(temperature, self.top_k, self.top_p, self.min_p, num_logprobs)
 
     @property
     def has_penalties(self) -> bool:

@@ -19,7 +19,7 @@ from fastdecode.errors import RequestError
 from fastdecode.scheduling.request import Request, Sequence
 from fastdecode.text.detokenize import OutputText, StopMatch
 from fastdecode.text.tokenizer import Tokenizer
-from gpu_sworker import TokenLogprob
+from gpu_sworker import TokenLogprob, TokenLogprobs
 
 
 @dataclass(eq=False)
@@ -30,11 +30,11 @@ class Continuation:
     text: OutputText | None  # None: nobody wants any
     is_watched: bool  # its text is wanted while it grows: for a stream, stop strings, or the places of its tokens
     stop_match: StopMatch | None = None
-    logprobs: list[list[TokenLogprob]] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
     is_begun: bool = False  # in a stream: something of it was told
     num_told_tokens: int = 0  # of a request that is streamed
 
-    def take(self, token_id: int, logprobs: list[TokenLogprob]) -> None:
+    def take(self, token_id: int, logprobs: TokenLogprobs) -> None:
         """Notes a new token, before the scheduler does."""
         if logprobs:
             self.logprobs.append(logprobs)
@@ -94,7 +94,7 @@ class LiveRequest:
     num_unfinished: int
     arrived: float
     on_delta: Callable[[Delta], None] | None = None
-    prompt_scores: list[list[TokenLogprob] | None] = field(default_factory=list)  # per token, if asked for; [0] is None
+    prompt_scores: list[TokenLogprobs | None] = field(default_factory=list)  # per token, if asked for; [0] is None
     prompt_logprobs: PromptLogprobs | None = None  # the same with names, once somebody is told
     first_scheduled: float | None = None
     first_token: float | None = None
@@ -187,7 +187,7 @@ def _completion(continuation: Continuation, tokenizer: Tokenizer | None) -> Comp
     )
 
 
-def _named(entries: list[TokenLogprob], tokenizer: Tokenizer | None, params: SamplingParams) -> dict[int, Logprob]:
+def _named(entries: TokenLogprobs, tokenizer: Tokenizer | None, params: SamplingParams) -> dict[int, Logprob]:
     """Of one place, by token id."""
     return {entry.token_id: _named_entry(entry, tokenizer, params) for entry in entries}
 

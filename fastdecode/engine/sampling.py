@@ -11,13 +11,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fastdecode.api.token_rules import TokenRules
+from fastdecode.api.token_rules import TokenCounts, TokenRules
 from fastdecode.scheduling.plan import Segment
 from fastdecode.scheduling.request import Sequence
-from gpu_sworker import Penalties, Sampled, SamplingRows, TokenLogprob, uniforms
-
-# vLLM's: below the first a temperature means the likeliest token, and none divides by less than the second.
-GREEDY_BELOW, LEAST_TEMPERATURE = 1e-5, 1e-2
+from gpu_sworker import Penalties, Sampled, SamplingRows, TokenLogprobs, uniforms
 
 
 @dataclass(frozen=True)
@@ -25,7 +22,7 @@ class MicroBatchResult:
     """What a micro-batch's logits say."""
 
     sampled: Sampled
-    scores: list[list[TokenLogprob]]  # per scored position, in the order of `MicroBatch.scored`
+    scores: list[TokenLogprobs]  # per scored position, in the order of `MicroBatch.scored`
 
 
 @dataclass(frozen=True)
@@ -48,17 +45,24 @@ def scoring_rows(segments: Sequence_[Segment], sequences: Sequence_[Sequence]) -
 
 def sampling_rows(sequences: Sequence_[Sequence]) -> SamplingRows:
     """How to sample the next token of each sequence; draw number = tokens generated so far."""
-    params = [sequence.request.params for sequence in sequences]
-    counts = np.array([len(sequence.output_token_ids) for sequence in sequences], np.uint64)
-    seeds = np.array([sequence.seed for sequence in sequences], np.uint64)
+    draws = [sequence.request.params.draw for sequence in sequences]
+    one = draws[0] if draws and len(set(draws)) == 1 else None
+    # float64 holds all of them exactly.
+    table = np.full((len(draws), len(one)), one, np.float64) if one else np.array(draws, np.float64).reshape(-1, 5)
+    temperature, top_k, top_p, min_p, num_logprobs = table.T
     rows = SamplingRows(
-        temperature=np.array([_temperature(p.temperature) for p in params], np.float32),
-        top_k=np.array([p.top_k for p in params], np.int64),
-        top_p=np.array([p.top_p for p in params], np.float32),
-        min_p=np.array([p.min_p for p in params], np.float32),
-        uniforms=uniforms(seeds, counts),
-        num_logprobs=np.array([-1 if p.logprobs is None else p.logprobs for p in params], np.int64),
+        temperature=temperature.astype(np.float32),
+        top_k=top_k.astype(np.int64),
+        top_p=top_p.astype(np.float32),
+        min_p=min_p.astype(np.float32),
+        uniforms=np.zeros(len(draws)),
+        num_logprobs=num_logprobs.astype(np.int64),
     )
+    random = np.flatnonzero(temperature > 0)
+    if len(random):
+        drawn = [sequences[row] for row in random.tolist()]
+        seeds = np.array([sequence.seed for sequence in drawn], np.uint64)
+        rows.uniforms[random] = uniforms(seeds, np.array([len(s.output_token_ids) for s in drawn], np.uint64))
     for row, sequence in enumerate(sequences):
         if sequence.request.rules:
             _add_rules(rows, row, sequence, sequence.request.rules)
@@ -74,17 +78,15 @@ def _add_rules(rows: SamplingRows, row: int, sequence: Sequence, rules: TokenRul
     if len(rules.bias_ids):
         rows.biases.append((row, rules.bias_ids, rules.bias_values))
     if params.has_penalties:
+        counts = sequence.token_counts = sequence.token_counts or TokenCounts(rules.prompt_ids)
+        counts.update(output)
         rows.penalties.append(
             Penalties(
                 row,
-                rules.prompt_ids,
-                output,
+                counts.token_ids,
+                counts.counts,
                 params.presence_penalty,
                 params.frequency_penalty,
                 params.repetition_penalty,
             )
         )
-
-
-def _temperature(asked: float) -> float:
-    return 0.0 if asked < GREEDY_BELOW else max(asked, LEAST_TEMPERATURE)

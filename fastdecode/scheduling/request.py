@@ -17,7 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from fastdecode.api.sampling_params import SamplingParams
-from fastdecode.api.token_rules import TokenRules
+from fastdecode.api.token_rules import TokenCounts, TokenRules
 from fastdecode.scheduling.predictor import Prediction
 
 
@@ -60,6 +60,7 @@ class Sequence:
     prediction: Prediction | None = None  # of all its output tokens; None: nobody was asked yet
     expected_tokens: int = 0  # of output, as its KV was reserved; it may outlive that
     output_token_ids: list[int] = field(default_factory=list)
+    token_counts: TokenCounts | None = None  # of its output, as far as penalties have asked
     finish_reason: str | None = None
     stop_reason: int | str | None = None
 
