@@ -5,6 +5,7 @@ The first line on standard output is ``listening on ADDRESS``; whoever started t
 
 from __future__ import annotations
 
+import _thread
 import argparse
 import logging
 import os
@@ -96,10 +97,9 @@ def run(args: argparse.Namespace) -> int:
         return 2
     parent = _open_parent() if args.exit_with_parent else None
     start_logging(args)
-    signal.signal(signal.SIGTERM, _exit)
-    signal.signal(signal.SIGINT, _exit)
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup has it
         signal.signal(signal.SIGHUP, _exit)
+    _handle_signals()
     if args.cores:
         try:
             keep_to_cores(args.cores)  # before anything starts a thread
@@ -148,6 +148,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m cpu_attention", description="Run one FastDecode R-worker.")
     add_arguments(parser)
     return run(parser.parse_args(argv))
+
+
+def _handle_signals() -> None:
+    signal.signal(signal.SIGTERM, _exit)
+    signal.signal(signal.SIGINT, _exit)
+    sys.unraisablehook = _once_more_if_swallowed
+
+
+def _once_more_if_swallowed(found: sys.UnraisableHookArgs) -> None:
+    """Python lets no exception out of a __del__, nor the one that a signal raises there."""
+    if found.exc_type is SystemExit:
+        _handle_signals()
+        # Not by `threading`, of whose locks this thread may be holding one.
+        _thread.start_new_thread(_terminate_soon, ())
+    else:
+        sys.__unraisablehook__(found)
+
+
+def _terminate_soon() -> None:
+    time.sleep(_REPEAT_S)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _exit(signum: int, frame: FrameType | None) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from fastdecode import __version__
 from fastdecode.api.config_file import parse_arguments
 from fastdecode.errors import ConfigError
+from fastdecode.signals import run_program
 
 COMMANDS = {
     "generate": "complete prompts with a model whose KV cache lives on R-workers",
@@ -27,6 +28,11 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code.  argv: None: that of this program, of which it is all."""
+    return run_program(lambda: _run(argv), is_last=argv is None)
+
+
+def _run(argv: Sequence[str] | None) -> int:
     _write_any_text()
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] not in COMMANDS:
@@ -45,9 +51,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
 
 
 def _write_any_text() -> None:

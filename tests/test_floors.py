@@ -34,7 +34,7 @@ PURE = sorted(
 )
 # The rooms of fastdecode, from the ground up: each imports from those before it alone.
 STOREYS = (
-    ("errors", "ending"),
+    ("errors", "ending", "signals"),
     ("api",),  # what users say and get
     ("scheduling", "text"),
     ("observe",),

@@ -94,7 +94,7 @@ class PeerEngine:
 
     def __init__(self, name: str, python: str, settings: dict[str, Any]) -> None:
         """Raises ConfigError if it does not come up."""
-        self.name, self._failed = name, False
+        self.name, self._failed, self._is_asked = name, False, False
         self._log = tempfile.NamedTemporaryFile(prefix=f"{name}-", suffix=".log", delete=False)  # noqa: SIM115
         try:
             self._process = subprocess.Popen(
@@ -118,6 +118,8 @@ class PeerEngine:
         return Run(whole["seconds"], first["seconds"], whole["token_ids"])
 
     def close(self) -> None:
+        if self._is_asked:  # it would first find the answer, which nobody reads
+            self._process.terminate()
         self._process.send_signal(signal.SIGCONT)
         for stream in (self._process.stdin, self._process.stdout):
             if stream:
@@ -134,12 +136,14 @@ class PeerEngine:
     def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
         assert self._process.stdin is not None
         self._process.send_signal(signal.SIGCONT)
+        self._is_asked = True
         try:
             self._process.stdin.write(json.dumps(request).encode() + b"\n")
             self._process.stdin.flush()
         except BrokenPipeError:
             pass  # what it had to say is in its log; the read below tells
         answer = dict(json.loads(self._read_line() or b"{}"))
+        self._is_asked = False
         self._process.send_signal(signal.SIGSTOP)
         if "error" in answer or not answer:
             self._failed = True

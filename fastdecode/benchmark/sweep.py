@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from fastdecode.errors import ConfigError
 COMMANDS = ("throughput", "latency")
 
 _TIMEOUT_S = 4 * 3600.0  # of a run
+_END_S = 30.0
 
 Flags = dict[str, Any]  # without dashes in front; a list gives several values, true a flag without any
 Runner = Callable[[list[str]], list[dict[str, Any]]]  # arguments -> records; raises ConfigError
@@ -111,14 +113,29 @@ def run_process(arguments: list[str]) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory(prefix="fastdecode-") as directory:
         path = Path(directory) / "records.jsonl"
         command = [sys.executable, "-m", "fastdecode", "bench", *arguments, "--output-json", str(path)]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            raise ConfigError(f"it did not end within {_TIMEOUT_S:g} s") from None
-        if done.returncode or not path.exists():
-            last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
-            raise ConfigError(f"exit code {done.returncode}: {last}")
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+            try:
+                _, said = process.communicate(timeout=_TIMEOUT_S)
+            except subprocess.TimeoutExpired:
+                _end(process)
+                raise ConfigError(f"it did not end within {_TIMEOUT_S:g} s") from None
+            except BaseException:
+                _end(process)
+                raise
+        if process.returncode or not path.exists():
+            last = (said.strip().splitlines() or ["it said nothing"])[-1]
+            raise ConfigError(f"exit code {process.returncode}: {last}")
         return read_records(path)
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    """In order, as it has R-workers, and peers; one that does not end is made to."""
+    process.terminate()
+    try:
+        with suppress(subprocess.TimeoutExpired):
+            process.communicate(timeout=_END_S)
+    finally:
+        process.kill()
 
 
 def read_records(path: str | Path) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -134,7 +134,8 @@ def main() -> None:
     keys = read_keys(sys.argv[2]) if len(sys.argv) > 2 else None
     with listen(sys.argv[1], keys) as listener:
         print(_LISTENING + listener.address, flush=True)
-        _serve_echo(listener)
+        with suppress(TransportError):  # the other side has ended, and says why if that was not wanted
+            _serve_echo(listener)
 
 
 if __name__ == "__main__":

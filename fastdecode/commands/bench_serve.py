@@ -8,7 +8,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from fastdecode.benchmark.serving import (
 from fastdecode.benchmark.throughput import machine
 from fastdecode.commands.bench_dataset import add_dataset_flags, positive, read_dataset
 from fastdecode.errors import ConfigError
+from fastdecode.signals import StoppedBySignal, taken_over
 
 _KEY_VARIABLE = "OPENAI_API_KEY"
 
@@ -106,16 +107,34 @@ def _send(args: argparse.Namespace, calls: Sequence[Call], due: Sequence[float],
     except ModuleNotFoundError as error:
         raise ConfigError(f"bench serve needs {error.name}: pip install 'fastdecode[bench]'") from error
     key = os.environ.get(_KEY_VARIABLE)
-    return asyncio.run(
-        send_all(
-            args.base_url.rstrip("/") + args.endpoint,
-            calls,
-            due,
-            max_concurrency=max_concurrency,
-            timeout_s=args.timeout,
-            headers={"Authorization": f"Bearer {key}"} if key else {},
-        )
+    sending = send_all(
+        args.base_url.rstrip("/") + args.endpoint,
+        calls,
+        due,
+        max_concurrency=max_concurrency,
+        timeout_s=args.timeout,
+        headers={"Authorization": f"Bearer {key}"} if key else {},
     )
+    with taken_over() as numbers:
+        return asyncio.run(_until_signal(sending, numbers))
+
+
+async def _until_signal(sending: Coroutine[Any, Any, Any], numbers: Iterable[int]) -> Any:
+    """What it gives.  A signal cancels it, so that its connections are closed.  Raises StoppedBySignal then."""
+    task, came = asyncio.ensure_future(sending), list[int]()
+
+    def stop(number: int) -> None:
+        came.append(number)
+        task.cancel()
+
+    for number in numbers:
+        asyncio.get_running_loop().add_signal_handler(number, stop, number)
+    try:
+        return await task
+    except asyncio.CancelledError:
+        if came:
+            raise StoppedBySignal(came[0]) from None
+        raise
 
 
 def _tokenizer_directory(args: argparse.Namespace) -> str:

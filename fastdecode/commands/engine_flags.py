@@ -18,6 +18,7 @@ from fastdecode.errors import ConfigError, FastDecodeError
 from fastdecode.scheduling.kv_credits import KV_POLICIES
 from fastdecode.scheduling.load_control import START_POLICIES
 from fastdecode.scheduling.waiting import ORDERS
+from fastdecode.signals import handled, unhandled
 
 _CHOICES: dict[str, Sequence[str]] = {
     "dtype": DTYPE_NAMES,
@@ -100,14 +101,20 @@ def run_on_s_worker(args: argparse.Namespace, action: Callable[[], int]) -> int:
             raise ConfigError("--s-worker-rank is for --transport mpi; leave it out")
         return told()
     budget = EngineConfig.from_options({"model": args.model, "kv_cache_memory": args.kv_cache_memory})
-    return int(
-        fastdecode.mpi_main(
-            told,
-            s_worker_rank=args.s_worker_rank,
-            kv_cache_bytes=budget.kv_cache_memory,
-            num_threads=args.r_worker_threads,
+
+    def told_here() -> int:
+        with handled():
+            return told()
+
+    with unhandled():  # MPI waits for other ranks where Python's handlers do not come, and an R-worker unwinds nothing
+        return int(
+            fastdecode.mpi_main(
+                told_here,
+                s_worker_rank=args.s_worker_rank,
+                kv_cache_bytes=budget.kv_cache_memory,
+                num_threads=args.r_worker_threads,
+            )
         )
-    )
 
 
 def option_help(option: str) -> str:

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import signal
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from tqdm import tqdm
@@ -26,6 +22,7 @@ from fastdecode.batch.survey import Survey, survey
 from fastdecode.commands.engine_flags import add_engine_flags, engine_options, read_template, run_on_s_worker
 from fastdecode.engine.config import EngineConfig
 from fastdecode.errors import FastDecodeError, RWorkerError
+from fastdecode.signals import exit_code, ignore_more
 
 _MAX_NUM_WAITING = 1024  # unless the flag says otherwise: memory is not to grow with the file
 _LARGE_BYTES = 1 << 30  # of weights, that take a while to look at
@@ -66,21 +63,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """0: every line succeeded.  1: some did not.  2: it could not start or go on.  130, 143: interrupted."""
+    """0: every line succeeded.  1: some did not.  2: it could not start or go on.  130, 143, 129: interrupted."""
     return run_on_s_worker(args, lambda: _run(args))
 
 
 def _run(args: argparse.Namespace) -> int:
     """Returns what `run` does.  Raises FastDecodeError."""
     try:
-        with _stoppable():
-            return _survey_and_serve(args)
+        return _survey_and_serve(args)
     except OSError as error:
         print(f"error: cannot write {args.output_file}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
+        ignore_more()
         print("interrupted before the first line", file=sys.stderr)
-        return _code_of(stop)
+        return exit_code(stop)
 
 
 def _survey_and_serve(args: argparse.Namespace) -> int:
@@ -155,43 +152,13 @@ def _serve(
         print(f"error: cannot write {args.output_file}: {error}\n{progress.how_to_go_on()}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
-        _ignore_more()
+        ignore_more()
         progress.close()
         # Where a rank has died mpirun ends this one; it says which it was, if it still says anything.
         why = " (a rank may have ended; MPI has no recovery)" if args.transport == "mpi" else ""
         print(f"interrupted{why}; {progress.how_to_go_on()}", file=sys.stderr)
-        return _code_of(stop)
+        return exit_code(stop)
     return progress.end()
-
-
-class _Terminated(KeyboardInterrupt):
-    """SIGTERM, which ends things in the same way."""
-
-
-def _code_of(stop: KeyboardInterrupt) -> int:
-    return 143 if isinstance(stop, _Terminated) else 130
-
-
-def _ignore_more() -> None:
-    """What is left to do takes no time, and a second Ctrl-C is not to keep anybody from reading how to go on."""
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, signal.SIG_IGN)
-
-
-@contextmanager
-def _stoppable() -> Iterator[None]:
-    """SIGTERM meanwhile unwinds like Ctrl-C."""
-
-    def stop(signum: int, frame: FrameType | None) -> None:
-        raise _Terminated
-
-    before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
-    signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
 
 
 class _Progress:

@@ -18,6 +18,7 @@ from cpu_attention import (
 )
 from fastdecode.errors import ConfigError
 from fastdecode.holders.launch_mpi import mpi_r_worker
+from fastdecode.signals import unhandled
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,4 +47,5 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"--kv-cache-memory: {error}") from error
     # MPI starts when every rank has asked for it, however long that takes, and nothing can be said meanwhile.
     logging.info("waits for all ranks: this command, or one with --transport mpi")
-    return mpi_r_worker(kv_cache_bytes=args.kv_cache_memory, num_threads=args.threads, kernel=args.kernel)
+    with unhandled():
+        return mpi_r_worker(kv_cache_bytes=args.kv_cache_memory, num_threads=args.threads, kernel=args.kernel)

@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     server.add_argument(
         "--shutdown-timeout", type=float, default=ServerOptions.shutdown_timeout_s, metavar="SECONDS",
-        help="what runs has so long to end after SIGTERM or SIGINT",
+        help="what runs has so long to end after SIGTERM, SIGINT or SIGHUP",
     )  # fmt: skip
     server.add_argument("--max-body", default="32MiB", metavar="BYTES", help="of a request")
     server.add_argument(
@@ -78,7 +78,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """0: a signal ended it.  1: the engine died.  2: it could not start.  130, 143: a second signal did."""
+    """0: a signal ended it.  1: the engine died.  2: it could not start.
+
+    130, 143, 129: a second signal did, or the first one before it began to load.
+    """
     options = _server_options(args)
     return run_on_s_worker(args, lambda: _serve(args, options))
 

@@ -11,6 +11,7 @@ import os
 import re
 import stat
 import tempfile
+import weakref
 from pathlib import Path
 
 from fastdecode.errors import ConfigError
@@ -23,6 +24,9 @@ _PREFIX = "fastdecode-r-"
 _NAME = re.compile(re.escape(_PREFIX) + r"[a-z0-9_]{8}")  # as `tempfile` makes them
 
 
+_own: weakref.WeakSet[SocketDirectory] = weakref.WeakSet()
+
+
 class SocketDirectory:
     """For this user alone.  `path` is a name in it away from any other's."""
 
@@ -31,6 +35,7 @@ class SocketDirectory:
         remove_leftovers()
         self.path, lock = _make()
         self._lock: int | None = lock  # None: not, or no more, this process's
+        _own.add(self)
         let_go_in_children(self)
 
     def close(self) -> None:
@@ -43,6 +48,12 @@ class SocketDirectory:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
+
+
+def remove_own() -> None:
+    """All that this process has, which ends without closing them."""
+    for directory in list(_own):
+        directory.close()
 
 
 def remove_leftovers() -> None:

@@ -1,7 +1,7 @@
 """The life of a server's process.
 
-bind ─► HTTP answers 503 ─► load, in a thread ─► serve ─── SIGTERM, SIGINT ──► drain ─► close ─► 0
-                                 │                 │                             └─ twice: at once
+bind ─► HTTP answers 503 ─► load, in a thread ─► serve ─── SIGTERM, SIGINT, SIGHUP ──► drain ─► close ─► 0
+                                 │                 │                                     └─ twice: at once
                                  └─ it cannot: 2   └─ the engine died: 1
 """
 
@@ -19,6 +19,7 @@ from typing import NoReturn, TypeVar
 from fastdecode.engine.config import EngineConfig
 from fastdecode.engine.opening import OpenEngine, open_engine
 from fastdecode.errors import FastDecodeError
+from fastdecode.holders.directory import remove_own
 from fastdecode.server.activity import Activity
 from fastdecode.server.app import create_app
 from fastdecode.server.connection import HTTPServer, bind
@@ -28,6 +29,7 @@ from fastdecode.server.life import Life
 from fastdecode.server.metrics import Metrics, metrics_router
 from fastdecode.server.options import ServerOptions
 from fastdecode.server.service import Service
+from fastdecode.signals import taken_over
 
 logger = logging.getLogger(__name__)
 
@@ -38,18 +40,19 @@ _CLOSE_S = 15.0  # for the engine's thread and R-workers to end, once nobody wai
 
 
 def run_server(config: EngineConfig, options: ServerOptions) -> int:
-    """Exit code: 0 after SIGTERM or SIGINT, 1 if the engine died.  To be called in the main thread.
+    """Exit code: 0 after SIGTERM, SIGINT or SIGHUP, 1 if the engine died.  To be called in the main thread.
 
     Raises ConfigError, ModelError, RWorkerError if it cannot start.
     """
-    return asyncio.run(_run(config, options))
+    with taken_over() as numbers:
+        return asyncio.run(_run(config, options, numbers))
 
 
-async def _run(config: EngineConfig, options: ServerOptions) -> int:
+async def _run(config: EngineConfig, options: ServerOptions, numbers: Iterable[int]) -> int:
     listener = bind(options.host, options.port)
     host, port = listener.getsockname()[:2]
     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-    stop_asked, died = _on_signals(), asyncio.Event()
+    stop_asked, died = _on_signals(numbers), asyncio.Event()
     names = options.served_model_name
     life, activity, metrics, history = Life(config.model, names), Activity(), Metrics(names[0]), History(names[0])
     http = HTTPServer(create_app(life, options, (metrics_router(metrics), dashboard_router(history))), options)
@@ -98,7 +101,7 @@ def _each(listeners: Iterable[Callable[[T], None]]) -> Callable[[T], None]:
     return tell
 
 
-def _on_signals() -> asyncio.Event:
+def _on_signals(numbers: Iterable[int]) -> asyncio.Event:
     """Set by the first; the second ends the process."""
     asked = asyncio.Event()
 
@@ -108,7 +111,7 @@ def _on_signals() -> asyncio.Event:
         _say(f"{signal.Signals(number).name}: what runs may end, nothing new is taken; once more ends it at once")
         asked.set()
 
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in numbers:
         asyncio.get_running_loop().add_signal_handler(number, stop, number)
     return asked
 
@@ -155,7 +158,8 @@ async def _in_time(ending: asyncio.Future[T] | object, seconds: float) -> None:
 
 
 def _leave(code: int) -> NoReturn:
-    """At once: R-workers started here end when this process is no more."""
+    """At once: R-workers started here end when this process is no more; where their sockets are goes with it."""
+    remove_own()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
