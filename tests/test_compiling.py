@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import Case
 
 from cpu_attention import compiling
 from cpu_attention.compiling import SUFFIX, Place, compiled
@@ -167,3 +170,60 @@ def test_nothing_is_compiled_or_written_at_import() -> None:
         [sys.executable, "-c", IMPORT], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=120
     )
     assert out.returncode == 0 and not out.stderr, out.stderr[-2000:]
+
+
+GENERATE = """
+import json, sys
+from numba.core import event
+from cpu_attention.compiling import DiskCache
+from fastdecode import LLM, SamplingParams
+prompts, num_kept, keep = json.loads(sys.argv[2]), [0], DiskCache.save_overload
+def count(self, *arguments):
+    num_kept[0] += 1
+    keep(self, *arguments)
+DiskCache.save_overload = count
+print("ready", flush=True)
+sys.stdin.readline()
+with event.install_recorder("numba:compile") as compilations:
+    llm = LLM(sys.argv[1], kv_cache_memory="32MiB", linear_kernel="plain", skip_tokenizer_init=True)
+    outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=8, ignore_eos=True), use_tqdm=False)
+    llm.close()
+print(json.dumps([[output.outputs[0].token_ids for output in outputs], num_kept[0], len(compilations.buffer)]))
+"""
+
+
+@pytest.mark.parametrize("num_processes", [2, pytest.param(5, marks=pytest.mark.slow)])
+def test_several_processes_begin_at_once_with_no_kernels(num_processes: int, llama: Case, tmp_path: Path) -> None:
+    """All give the right tokens, whoever keeps a kernel first; the next one compiles nothing."""
+    prompts, expected = llama.prompts[:4], [tokens[:8] for tokens in llama.reference[:4]]
+
+    def run(how_many: int) -> list[tuple[int, int]]:
+        """Kernels kept, and numba's compilations, of each process."""
+        processes = [
+            subprocess.Popen(
+                [sys.executable, "-c", GENERATE, str(llama.directory), json.dumps(prompts)],
+                env=os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}, cwd=ROOT, text=True,
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            )
+            for _ in range(how_many)
+        ]  # fmt: skip
+        for process in processes:
+            assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        for process in processes:
+            assert process.stdin is not None
+            process.stdin.write("\n")
+            process.stdin.flush()
+        counts = []
+        for process in processes:
+            out, said = process.communicate(timeout=200)
+            assert process.returncode == 0 and "kernel" not in said, said
+            tokens, num_kept, num_compiled = json.loads(out)
+            assert tokens == expected
+            counts.append((num_kept, num_compiled))
+        return counts
+
+    first = run(num_processes)
+    assert max(first)[0] > 0 and max(first)[1] > 0
+    assert run(1) == [(0, 0)]
+    names = [path.name for path in (tmp_path / "fastdecode").iterdir()]
+    assert len(names) >= max(first)[0] and all(re.fullmatch(rf"\w+-[0-9a-f]{{32}}{SUFFIX}", name) for name in names)
