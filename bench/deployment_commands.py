@@ -1,6 +1,6 @@
 """The processes of a deployment file, as a shell script: started with what it gives them, asked once, and ended.
 
-python bench/deployment_commands.py kubernetes|systemd --model DIRECTORY --port N
+python bench/deployment_commands.py kubernetes|kubernetes_r_workers|systemd --model DIRECTORY --port N
 
 For `odd_machines.sh`, which runs it as the file's user.  Flags, order, environment and places are the file's own; the
 model, sizes, the server's address and the place of its configuration are this machine's.
@@ -18,6 +18,7 @@ import yaml
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 CONFIG = "/run/serve.yaml"
+SECRET = "/run/secret"
 _SIZES = {"--kv-cache-memory": "32MiB", "--threads": "1"}
 _ASK = """
 import json, sys, time, urllib.request
@@ -47,6 +48,32 @@ def kubernetes(model: str, port: int) -> str:
         ready = " ".join(container["startupProbe"]["exec"]["command"])
         lines += [f'{_command(container)} & workers="$workers $!"', f"until {ready}; do sleep 0.2; done"]
     [server] = pod["containers"]
+    return "\n".join([*lines, *_serve(_command(server), port), "kill $workers; wait $workers; exit $code"])
+
+
+def kubernetes_r_workers(model: str, port: int) -> str:
+    """Two of its pods on one machine, one port each; then the server of kubernetes.yaml without its sidecars, with the
+    key and the lines of serve.yaml that the head of the file asks for."""
+    text = (SCRIPTS / "kubernetes_r_workers.yaml").read_text("utf-8")
+    documents = {one["kind"]: one for one in yaml.safe_load_all(text)}
+    pod = documents["StatefulSet"]["spec"]["template"]["spec"]
+    [keys], [r_worker] = pod["initContainers"], pod["containers"]
+    lines = ["fastdecode keygen /run/fastdecode.key", f"mkdir -p {SECRET} /run/keys",
+             f"install -m 440 /run/fastdecode.key {SECRET}/", shlex.join(keys["command"]), "workers="]  # fmt: skip
+    addresses = [
+        f"tcp://127.0.0.1:{port + 1 + number}" for number in range(documents["StatefulSet"]["spec"]["replicas"])
+    ]
+    for address in addresses:
+        command = _command(r_worker).replace("tcp://127.0.0.1:5555", address)
+        lines += [f'{command} & workers="$workers $!"']
+    whole = {one["kind"]: one for one in yaml.safe_load_all((SCRIPTS / "kubernetes.yaml").read_text("utf-8"))}
+    [server] = whole["Deployment"]["spec"]["template"]["spec"]["containers"]
+    head = yaml.safe_load(
+        "\n".join(line[1:].strip() for line in text.splitlines() if line.startswith("#     ") and ": " in line)
+    )
+    config = yaml.safe_load(whole["ConfigMap"]["data"]["serve.yaml"]) | head
+    config |= {"model": model, "port": port, "r-worker-address": addresses}
+    lines += [f"echo {shlex.quote(json.dumps(config))} > {CONFIG}"]
     return "\n".join([*lines, *_serve(_command(server), port), "kill $workers; wait $workers; exit $code"])
 
 
@@ -85,16 +112,22 @@ def _command(container: dict[str, object]) -> str:
             words[place] = CONFIG
         if place and words[place - 1] in _SIZES:
             words[place] = _SIZES[words[place - 1]]
+        flag, _, value = word.partition("=")
+        if value:
+            words[place] = f"{flag}={_SIZES.get(flag, value.replace('$(POD_IP)', str(given['POD_IP'])))}"
     return shlex.join(["env", *(f"{name}={value}" for name, value in given.items()), *words])
+
+
+FILES = {"kubernetes": kubernetes, "kubernetes_r_workers": kubernetes_r_workers, "systemd": systemd}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("file", choices=("kubernetes", "systemd"))
+    parser.add_argument("file", choices=sorted(FILES))
     parser.add_argument("--model", required=True)
     parser.add_argument("--port", type=int, required=True)
     args = parser.parse_args()
-    print({"kubernetes": kubernetes, "systemd": systemd}[args.file](args.model, args.port))
+    print(FILES[args.file](args.model, args.port))
 
 
 if __name__ == "__main__":

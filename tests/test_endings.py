@@ -24,8 +24,9 @@ ROOT = Path(__file__).parents[1]
     [
         (["garbage in a cycle", "sys.exit in the middle", "SIGKILL"], ["inproc", "ipc", "shm"]),
         pytest.param(["garbage in a thread", "script ends", "SIGTERM"], ["shm", "tcp"], marks=pytest.mark.slow),
+        pytest.param(["mpirun: close", "mpirun: SIGKILL of a rank"], ["shm"], marks=pytest.mark.slow),
     ],
-    ids=["some", "others"],
+    ids=["some", "others", "jobs"],
 )
 def test_nothing_is_left_however_it_ends(kinds: list[str], transports: list[str]) -> None:
     """While a child that was forked from the process lives on, after it has tried to use the LLM and to close it."""
