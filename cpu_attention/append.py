@@ -1,4 +1,4 @@
-"""K and V of new tokens into their blocks, compiled for one layout and wire dtype at a time.
+"""K and V of new tokens into their blocks, compiled for one layout at a time.
 
 A token's K goes to one lane of many rows, so what costs is the cache lines it touches; see `layout.py` for why
 they are few.  Rounding and quantising run over vectors of channels first.  `reference.append` says the same slowly.
@@ -7,64 +7,68 @@ they are few.  Rounding and quantising run over vectors of channels first.  `ref
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable
 from dataclasses import astuple
 from functools import cache
 from typing import Any
 
 import numba
 import numpy as np
-from numba import types
+from numba import carray, types
 from numba.core import errors
 from numba.extending import intrinsic
 
 from cpu_attention import emit
 from cpu_attention.compiling import compiled
-from cpu_attention.emit import I8, I64
-from cpu_attention.layout import LANES, NUMBER_DTYPES, HeadFormat, Part
+from cpu_attention.emit import I8
+from cpu_attention.job import JOB
+from cpu_attention.layout import LANES, HeadFormat, Part
+from cpu_attention.native import Entry, entry_of, pointer
+from cpu_attention.wire import widen
 
 _WORDS = {1: np.uint8, 2: np.uint16, 4: np.uint32}  # by itemsize
 
 
 @cache
-def make_append(wire: str, head: HeadFormat) -> Callable[..., None]:
-    """append(k, v, blocks, offsets, data), compiled when called.
-
-    k, v: [num_tokens, num_kv_heads, stored_dim], flat, as bytes of the wire dtype; data: the layer's blocks as flat
-    uint8, with `head.nbytes` per head; blocks, offsets: [num_tokens] int32.  The rest as in `reference.append`.
-    """
-    K_SPEC, V_SPEC = repr((wire, *astuple(head), "k")), repr((wire, *astuple(head), "v"))
+def make_append(head: HeadFormat) -> Entry:
+    """append(job, share): stores the share's tokens; see `reference.append` and `Job`."""
+    K_SPEC, V_SPEC = repr((*astuple(head), "k")), repr((*astuple(head), "v"))
     D, BLOCK, UNIT, K, V = head.stored_dim, head.block_tokens, head.nbytes, head.k, head.v
     K_ITEM, K_PACKED, K_NUMBERS, K_NUM_SCALES, K_SCALES = K.itemsize, K.packed, K.numbers, K.num_scales, K.begin
     V_ITEM, V_PACKED, V_NUMBERS, V_NUM_SCALES, V_SCALES = V.itemsize, V.packed, V.numbers, V.num_scales, V.begin
-    WIRE_BYTES = NUMBER_DTYPES[wire].itemsize
     K_TILE, V_ROW = D // K_PACKED * LANES * K_ITEM, D * V_ITEM
     K_WORD, V_WORD = _WORDS[K_ITEM], _WORDS[V_ITEM]
 
     @compiled
-    def append(k, v, blocks, offsets, data):  # type: ignore[no-untyped-def]
-        num_kv_heads = k.size // (blocks.size * D * WIRE_BYTES)
+    def append(job, share):  # type: ignore[no-untyped-def]
+        j = carray(pointer(job), 1, JOB)[0]
+        num_kv_heads, num_tokens = j.num_kv_heads, j.num_tokens
+        bounds = carray(pointer(j.append_bounds), (j.num_append_shares + 1,), np.int64)
+        blocks = carray(pointer(j.blocks), (num_tokens,), np.int32)
+        offsets = carray(pointer(j.offsets), (num_tokens,), np.int32)
+        data = carray(pointer(j.data), (j.data_bytes,), np.uint8)
         k_words, v_words, halves = data.view(K_WORD), data.view(V_WORD), data.view(np.uint16)
-        numbers, scales = np.empty(D * 4, np.uint8), np.empty(D, np.uint8)  # of one token and head
+        # Of one token and head: as floats, and as they are stored.
+        floats, numbers, scales = np.empty(D, np.float32), np.empty(D * 4, np.uint8), np.empty(D, np.uint8)
         k_items, v_items, scale_items = numbers.view(K_WORD), numbers.view(V_WORD), scales.view(np.uint16)
-        for token in range(blocks.size):
+        end = bounds[share + 1]
+        for token in range(bounds[share], end):
             block, offset = np.int64(blocks[token]), np.int64(offsets[token])
             # V's scales that somebody left behind it might be NaN, which no weight of zero takes away, and a vector of
             # them is read as a whole.
-            is_last = token + 1 == blocks.size or blocks[token + 1] != block
+            is_last = token + 1 == end or blocks[token + 1] != block
             num_behind = LANES - 1 - offset % LANES if is_last else 0
             for head_index in range(num_kv_heads):
                 unit = (block * num_kv_heads + head_index) * UNIT
                 # What the next head will write, asked for now: all of it misses the caches in a decode step.
                 ahead, place = unit + UNIT, offset
                 if head_index + 1 == num_kv_heads:
-                    following = min(token + 1, blocks.size - 1)
+                    following = min(token + 1, num_tokens - 1)
                     ahead, place = np.int64(blocks[following]) * num_kv_heads * UNIT, np.int64(offsets[following])
                 _ask_for(data, ahead + K_NUMBERS + place // LANES * K_TILE, K_TILE)
                 _ask_for(data, ahead + V_NUMBERS + place // V_PACKED * D * V_ITEM, V_ROW)
-                source_at = (token * num_kv_heads + head_index) * D * WIRE_BYTES
 
-                _store_numbers(k, source_at, numbers, scales, K_SPEC)
+                widen(j.k + token * j.k_token_bytes + head_index * j.k_head_bytes, j.head_dim, j.k_wire, floats, 0)
+                _store_numbers(floats, numbers, scales, K_SPEC)
                 _store_scales(halves, (unit + K_SCALES) // 2 + offset, scale_items, K_NUM_SCALES, BLOCK, 0)
                 at = (unit + K_NUMBERS) // K_ITEM + offset // LANES * LANES * (D // K_PACKED) + offset % LANES
                 for row in range(D // K_PACKED):
@@ -73,7 +77,8 @@ def make_append(wire: str, head: HeadFormat) -> Callable[..., None]:
                         item |= k_items[2 * row + 1] << 4
                     k_words[at + row * LANES] = item
 
-                _store_numbers(v, source_at, numbers, scales, V_SPEC)
+                widen(j.v + token * j.v_token_bytes + head_index * j.v_head_bytes, j.head_dim, j.v_wire, floats, 0)
+                _store_numbers(floats, numbers, scales, V_SPEC)
                 _store_scales(halves, (unit + V_SCALES) // 2 + offset, scale_items, V_NUM_SCALES, BLOCK, num_behind)
                 at = (unit + V_NUMBERS) // V_ITEM + offset // V_PACKED * D
                 if offset % V_PACKED == 0:
@@ -83,7 +88,7 @@ def make_append(wire: str, head: HeadFormat) -> Callable[..., None]:
                     for d in range(D):
                         v_words[at + d] = v_words[at + d] & 15 | v_items[d] << 4  # the old one's bits are still there
 
-    return append
+    return entry_of(append)
 
 
 @numba.njit(inline="always")
@@ -109,24 +114,20 @@ def _ask_for(typing_context, data, at, NUM_BYTES):  # type: ignore[no-untyped-de
 
 
 @intrinsic
-def _store_numbers(typing_context, source, source_at, numbers, scales, SPEC):  # type: ignore[no-untyped-def]
-    """A token's numbers for one head, at byte `source_at`, in the storage dtype (int4: one in a byte)."""
+def _store_numbers(typing_context, floats, numbers, scales, SPEC):  # type: ignore[no-untyped-def]
+    """A token's numbers for one head, [stored_dim], in the storage dtype (int4: one in a byte)."""
     if not isinstance(SPEC, types.StringLiteral):
         raise errors.RequireLiteralValue("shapes are compiled in, so they must be constants")
-    wire, dtype, head_dim, block_tokens, which = ast.literal_eval(SPEC.literal_value)
+    dtype, head_dim, block_tokens, which = ast.literal_eval(SPEC.literal_value)
     head = HeadFormat(dtype, head_dim, block_tokens)
     part: Part = getattr(head, which)
 
     def generate(context, b, signature, arguments):  # type: ignore[no-untyped-def]
-        source_p, numbers_p, scales_p = (
-            b.bitcast(context.make_array(signature.args[i])(context, b, arguments[i]).data, I8.as_pointer())
-            for i in (0, 2, 3)
+        floats_p, numbers_p, scales_p = (
+            b.bitcast(context.make_array(kind)(context, b, array).data, I8.as_pointer())
+            for kind, array in zip(signature.args[:3], arguments, strict=False)
         )
-        at, wire_bytes = arguments[1], NUMBER_DTYPES[wire].itemsize
-        vectors = [
-            emit.load_numbers(b, source_p, b.add(at, I64(first * wire_bytes)), wire)[0]
-            for first in range(0, part.stored_dim, LANES)
-        ]
+        vectors = [emit.load(b, floats_p, first * 4) for first in range(0, part.stored_dim, LANES)]
         if not part.is_quantised:
             for index, vector in enumerate(vectors):
                 emit.store_numbers(b, vector, numbers_p, index * LANES * part.itemsize, part.dtype)
@@ -142,7 +143,7 @@ def _store_numbers(typing_context, source, source_at, numbers, scales, SPEC):  #
                 b.store(item, emit.at(b, numbers_p, index * LANES, item.type), align=1)
         return context.get_dummy_value()
 
-    return types.void(source, source_at, numbers, scales, SPEC), generate
+    return types.void(floats, numbers, scales, SPEC), generate
 
 
 def _quantised(b: Any, vectors: list[Any], part: Part) -> tuple[Any, Any, list[Any]]:

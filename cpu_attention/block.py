@@ -70,7 +70,7 @@ class HeadCode:
         self.values = values
         self.data, self.unit, self.ahead, self.scratch = (values[n] for n in ("data", "unit", "ahead", "scratch"))
         self.head_bytes = shape.head_dim * 4  # of q and out
-        self.q_at = self._times(values["q_head"], self.head_bytes)
+        self.q_at = self._times(values["head"], self.head_bytes)
         self.out_at = self._times(values["out_head"], self.head_bytes)
         self.state_at = self._times(values["out_head"], 4)
         self.num_query_sums = shape.num_query_sums

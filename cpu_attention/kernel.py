@@ -1,8 +1,9 @@
 """The functions of `reference.py`, compiled: fp32 arithmetic over any storage dtype, at the speed of memory.
 
 Compiled at first use for a layer's shape (`vector.py`, `append.py`) and kept on disk; `warm_up` does it ahead of
-time.  Nothing here checks bounds: whoever calls has checked that tables, pieces and shapes fit the store.  All of
-it releases the GIL, and calls from several threads do not share anything.
+time.  What is compiled checks no bounds, and gets addresses: shapes and dtypes are checked here, and whoever calls
+has checked that tables, pieces and places fit the store.  All of it releases the GIL, and calls from several threads
+do not share anything.
 """
 
 from __future__ import annotations
@@ -12,11 +13,13 @@ from collections.abc import Sequence
 import numpy as np
 
 from cpu_attention.append import make_append
-from cpu_attention.layout import NUMBER_DTYPES, AttentionRule, HeadFormat
-from cpu_attention.state import Pieces, State
+from cpu_attention.job import Job
+from cpu_attention.layout import AttentionRule, HeadFormat
+from cpu_attention.state import State
+from cpu_attention.team import ALONE, Team
 from cpu_attention.vector import Shape, make_attend
-
-_FLOAT32 = np.dtype(np.float32)
+from cpu_attention.wire import WIRES
+from cpu_attention.work import NewTokens, Work, cut_work
 
 
 def append(
@@ -32,71 +35,113 @@ def append(
     The tokens of a block come in order, the first one into place 0, but may come again from any place on: each takes
     nothing from what was there, and leaves nothing of it behind itself that attention would read.
     """
-    if len(k):
-        compiled = make_append(k.dtype.name, head)
-        compiled(_bytes(k, head), _bytes(v, head), blocks, offsets, data.reshape(-1))
+    job, shares = Job(), [slice(0, len(k))]
+    uses = _describe_store(job, data, head), _describe_tokens(job, NewTokens(k, v, blocks, offsets), shares)
+    ALONE.run(make_append(head), job, len(shares), uses)
 
 
-def attend_pieces(
-    q: np.ndarray,  # [num_rows, num_q_heads, head_dim] float32
-    data: np.ndarray,  # [num_blocks, num_kv_heads, head.nbytes] uint8
+def attend(
+    q: np.ndarray,  # [num_rows, num_q_heads, head_dim] of any float dtype
+    data: np.ndarray,  # [num_blocks, num_kv_heads, head.nbytes] uint8, written if tokens are new
     head: HeadFormat,
     block_tables: np.ndarray,  # [num_rows, max_blocks] int32: (row, position // block_tokens) -> block
-    pieces: Pieces,
-    rule: AttentionRule,  # its scale and softcap; window and sinks are for whoever cuts and merges pieces
-    state: State,  # written at pieces.slots
+    work: Work,  # of these rows
+    rule: AttentionRule,  # its window is in `work` already
+    state: State,  # [num_rows, …], written; `out` of any float dtype
+    new: NewTokens | None = None,  # stored first, see there
+    team: Team = ALONE,
 ) -> None:
-    """softmax(q·K)·V of each piece."""
-    shape = Shape(head.dtype, head.stored_dim, head.block_tokens, q.shape[1] // data.shape[1], rule.softcap is not None)
-    out = state.out
-    if head.stored_dim != head.head_dim:
-        out = np.empty((*out.shape[:2], head.stored_dim), np.float32)
-    make_attend(shape)(
-        _padded(_writeable(np.ascontiguousarray(q, _FLOAT32)), head),
-        data.reshape(-1),
-        block_tables,
-        pieces.rows,
-        pieces.begins,
-        pieces.ends,
-        pieces.slots,
-        np.float32(rule.scale),
-        np.float32(rule.softcap or 0.0),
-        out,
-        state.maxima,
-        state.sums,
-    )
-    if out is not state.out:
-        state.out[pieces.slots] = out[pieces.slots, :, : head.head_dim]
+    """softmax(q·K)·V of each row over its own sequence, and what is needed to merge it with others."""
+    num_rows, num_q_heads, _ = q.shape
+    num_kv_heads = data.shape[1]
+    shape = Shape(head.dtype, head.stored_dim, head.block_tokens, num_q_heads // num_kv_heads, rule.softcap is not None)
+    assert num_q_heads == shape.group * num_kv_heads and q.shape[2] == head.head_dim
+    assert state.out.shape == q.shape and state.maxima.shape == state.sums.shape == q.shape[:2]
+    assert num_rows == work.num_rows == len(block_tables)
+    job = Job(num_rows=num_rows, num_q_heads=num_q_heads, scale=rule.scale, softcap=rule.softcap or 0.0)
+    uses: list[object] = [_describe_store(job, data, head), state]
+    if new is not None:
+        shares = [slice(row, row + 1) for row in range(num_rows)] if new.shares is None else new.shares
+        uses.append(_describe_tokens(job, new, shares))
+        entry = make_append(head)
+        if new.shares is None:
+            assert len(new.k) == num_rows
+            job.append_entry = entry.address
+            uses.append(entry)
+        else:
+            team.run(entry, job, len(shares), uses)
+
+    def describe(name: str, array: np.ndarray, dtype: type) -> None:
+        array = np.ascontiguousarray(array, dtype)
+        setattr(job, name, _address(array))
+        uses.append(array)
+
+    rows = _strided(q)
+    job.q, job.q_wire, (job.q_row_bytes, job.q_head_bytes, _) = _address(rows), _wire(rows), rows.strides
+    uses.append(rows)
+    describe("tables", block_tables, np.int32)
+    job.max_blocks = block_tables.shape[1]
+    if rule.sinks is not None:
+        assert rule.sinks.shape == (num_q_heads,)
+        describe("sinks", rule.sinks, np.float32)
+    job.num_pieces, job.num_shares, job.num_parts = len(work.pieces), len(work.shares), work.num_parts
+    pieces = work.pieces
+    for name, column in (
+        ("rows", pieces.rows), ("begins", pieces.begins), ("ends", pieces.ends), ("places", work.places),
+        ("bounds", work.bounds),
+    ):  # fmt: skip
+        describe(name, column, np.int64)
+    for array, dtype in ((state.out, state.out.dtype), (state.maxima, np.float32), (state.sums, np.float32)):
+        assert array.flags.c_contiguous and array.flags.writeable and array.dtype == dtype
+    job.out, job.out_wire = _address(state.out), _wire(state.out)
+    job.maxima, job.sums = _address(state.maxima), _address(state.sums)
+    parts = State.empty(work.num_parts, num_q_heads, head.stored_dim)
+    num_done = np.zeros(work.num_parts, np.int32)
+    job.parts, job.part_maxima, job.part_sums = _address(parts.out), _address(parts.maxima), _address(parts.sums)
+    job.num_done = _address(num_done)
+    uses += [parts, num_done]
+    team.run(make_attend(shape), job, len(work.shares), uses)
 
 
-def warm_up(head: HeadFormat, group: int, rule: AttentionRule, wires: Sequence[str]) -> None:
-    """Compiles (or loads from disk) what a layer of this shape and rule needs, before the first token.
-
-    wires: the dtypes that K and V may come in.
-    """
-    data = np.zeros((1, 1, head.nbytes), np.uint8)
-    zero = np.zeros(1, np.int32)
-    for wire in wires:
-        token = np.zeros((1, 1, head.head_dim), NUMBER_DTYPES[wire])
-        append(token, token, zero, zero, data, head)
-    pieces = Pieces(*np.array([[0], [0], [1], [0]]))
-    q = np.zeros((1, group, head.head_dim), np.float32)
-    attend_pieces(q, data, head, zero[None], pieces, rule, State.empty(1, group, head.head_dim))
+def warm_up(head: HeadFormat, group: int, rule: AttentionRule) -> None:
+    """Compiles (or loads from disk) what a layer of this shape and rule needs, before the first token."""
+    data, q = np.zeros((1, 1, head.nbytes), np.uint8), np.zeros((1, group, head.head_dim), np.float32)
+    zero, token = np.zeros(1, np.int32), np.zeros((1, 1, head.head_dim), np.float32)
+    work = cut_work(np.zeros(1, np.int64), np.ones(1, np.int64), 1, head.block_tokens)
+    rule = AttentionRule(rule.scale, softcap=rule.softcap)
+    attend(q, data, head, zero[None], work, rule, State.empty(*q.shape), NewTokens(token, token, zero, zero))
 
 
-def _bytes(array: np.ndarray, head: HeadFormat) -> np.ndarray:
-    """Flat and writeable bytes: one compiled version then serves arrays from any source.
-
-    Received frames are read-only, which numba takes for another type; copying these few rows costs less than a
-    second compilation, and nothing beside the KV they attend to.
-    """
-    return _writeable(_padded(np.ascontiguousarray(array), head)).reshape(-1).view(np.uint8)
+def _describe_store(job: Job, data: np.ndarray, head: HeadFormat) -> np.ndarray:
+    """Returns what has to be kept, like the next one."""
+    assert data.dtype == np.uint8 and data.shape[2] == head.nbytes and data.flags.c_contiguous and data.flags.writeable
+    job.data, job.data_bytes, job.num_kv_heads, job.head_dim = _address(data), data.nbytes, data.shape[1], head.head_dim
+    return data
 
 
-def _padded(array: np.ndarray, head: HeadFormat) -> np.ndarray:
-    missing = head.stored_dim - head.head_dim
-    return np.pad(array, ((0, 0), (0, 0), (0, missing))) if missing else array
+def _describe_tokens(job: Job, new: NewTokens, shares: Sequence[slice]) -> tuple[np.ndarray, ...]:
+    k, v = _strided(new.k), _strided(new.v)
+    assert k.shape == v.shape == (len(new.blocks), job.num_kv_heads, job.head_dim) and len(new.offsets) == len(k)
+    blocks, offsets = (np.ascontiguousarray(column, np.int32) for column in (new.blocks, new.offsets))
+    bounds = np.array([*(share.start for share in shares), len(k)], np.int64)
+    job.k, job.k_wire, (job.k_token_bytes, job.k_head_bytes, _) = _address(k), _wire(k), k.strides
+    job.v, job.v_wire, (job.v_token_bytes, job.v_head_bytes, _) = _address(v), _wire(v), v.strides
+    job.num_tokens, job.blocks, job.offsets = len(k), _address(blocks), _address(offsets)
+    job.append_bounds, job.num_append_shares = _address(bounds), len(shares)
+    return k, v, blocks, offsets, bounds
 
 
-def _writeable(array: np.ndarray) -> np.ndarray:
-    return array if array.flags.writeable else array.copy()
+def _strided(array: np.ndarray) -> np.ndarray:
+    """As it lies, read-only or not, if the channels of a head do so one behind the other; or a copy."""
+    is_plain = array.flags.aligned and (array.strides[2] == array.itemsize or array.shape[2] == 1)
+    return array if is_plain else np.ascontiguousarray(array)
+
+
+def _wire(array: np.ndarray) -> int:
+    if array.dtype.name not in WIRES or not array.dtype.isnative:
+        raise ValueError(f"numbers of {array.dtype}; they may be {', '.join(WIRES)}")
+    return WIRES[array.dtype.name]
+
+
+def _address(array: np.ndarray) -> int:
+    return int(array.__array_interface__["data"][0])

@@ -54,12 +54,12 @@ class MicroBatch:
         tables = store.block_tables(new.seq_ids.tolist())
         rows, token_positions = np.arange(len(tables)), _ranges(new.starts, new.num_tokens)
         positions = _ranges(new.starts + new.num_tokens - new.num_queries, new.num_queries)
-        # Where each token's K and V go: [T] int32 each, and which of them a thread appends.
+        # Where each token's K and V go: [T] int32 each.
         self.blocks = tables[np.repeat(rows, new.num_tokens), token_positions // block_tokens]
         self.offsets = token_positions % block_tokens
-        self.append_shares = attention.cut_append(self.blocks)
-        # One token and one query for each sequence.
-        self.is_decode = bool((new.num_tokens == 1).all() and (new.num_queries == 1).all())
+        # Which of them a thread stores; None: one token and one query for each sequence, see `NewTokens`.
+        is_decode = bool((new.num_tokens == 1).all() and (new.num_queries == 1).all())
+        self.append_shares = None if is_decode else attention.cut_append(self.blocks)
         self.block_tables = tables[np.repeat(rows, new.num_queries)]  # [A, max_blocks] int32
         # By window, the queries' attention in shares.
         self.works = {window: attention.cut(positions, window, block_tokens) for window in windows}

@@ -8,7 +8,8 @@ from __future__ import annotations
 import numpy as np
 
 from cpu_attention.layout import LANES, NUMBER_DTYPES, AttentionRule, HeadFormat, Part
-from cpu_attention.state import Pieces, State
+from cpu_attention.state import Pieces, State, merge, with_sinks
+from cpu_attention.work import NewTokens, Work
 
 _LARGEST_HALF = 65504.0
 
@@ -46,8 +47,34 @@ def append(
                 row[:] = items if offset % part.packed == 0 else row & 15 | items << 4
 
 
+def attend(
+    q: np.ndarray,  # [num_rows, num_q_heads, head_dim] of any float dtype
+    data: np.ndarray,  # [num_blocks, num_kv_heads, head.nbytes] uint8, written if tokens are new
+    head: HeadFormat,
+    block_tables: np.ndarray,  # [num_rows, max_blocks] int32: (row, position // block_tokens) -> block
+    work: Work,  # of these rows
+    rule: AttentionRule,  # its window is in `work` already
+    state: State,  # [num_rows, …], written; `out` of any float dtype
+    new: NewTokens | None = None,  # stored first, see there
+    team: object = None,  # this is done on one thread
+) -> None:
+    """softmax(q·K)·V of each row over its own sequence, and what is needed to merge it with others."""
+    if new is not None:
+        append(new.k, new.v, new.blocks, new.offsets, data, head)
+    slots = State.empty(work.num_slots, *q.shape[1:])
+    attend_pieces(q, data, head, block_tables, work.pieces, rule, slots)
+    for slot, row in enumerate(work.split_rows.tolist(), work.num_rows):
+        whole = merge(slots[row : row + 1], slots[slot : slot + 1])
+        slots.out[row], slots.maxima[row], slots.sums[row] = whole.out[0], whole.maxima[0], whole.sums[0]
+    rows = slots[: work.num_rows]
+    if rule.sinks is not None:
+        rows = with_sinks(rows, rule.sinks)
+    with np.errstate(over="ignore"):  # what fp16 cannot hold is infinite
+        state.out[:], state.maxima[:], state.sums[:] = rows.out.astype(state.out.dtype), rows.maxima, rows.sums
+
+
 def attend_pieces(
-    q: np.ndarray,  # [num_rows, num_q_heads, head_dim] float32
+    q: np.ndarray,  # [num_rows, num_q_heads, head_dim] of any float dtype
     data: np.ndarray,  # [num_blocks, num_kv_heads, head.nbytes] uint8
     head: HeadFormat,
     block_tables: np.ndarray,  # [num_rows, max_blocks] int32: (row, position // block_tokens) -> block

@@ -23,15 +23,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from cpu_attention import kernel as compiled
-from cpu_attention.attention import Attention, Kernel, NewTokens
+from cpu_attention.attention import Attention, Kernel
 from cpu_attention.errors import BadRequest, KVBudgetExceeded, RWorkerError, UnknownSequence
 from cpu_attention.kvstore import KVStore
 from cpu_attention.layout import AttentionRule, KVLayout, LayerShape
 from cpu_attention.machine import available_memory_bytes, format_bytes
 from cpu_attention.microbatch import MAX_WINDOWS, MicroBatch, NewRows, check_room
 from cpu_attention.warm_kernels import WarmKernels
+from cpu_attention.work import NewTokens
 from transport import (
-    FLOAT_DTYPES,
     Admit,
     Attend,
     Attended,
@@ -73,7 +73,7 @@ class RWorker:
         self._kv_cache_bytes = kv_cache_bytes
         self._num_threads = num_threads
         self._attention = Attention(num_threads, kernel, cores)
-        self._kernels = WarmKernels(FLOAT_DTYPES)
+        self._kernels = WarmKernels()
         self._session: _Session | None = None
         self._refusals = Refusals(logger)
 
@@ -162,6 +162,7 @@ class RWorker:
             raise BadRequest(f"layers of more than {MAX_WINDOWS} different windows")
         groups = (spec.num_q_heads // spec.num_kv_heads for spec in hello.layers)
         self._kernels.prepare(list(zip(layout.heads, groups, rules, strict=True)))
+        self._attention.start()
         self._session = _Session(nonce, hello.layers, rules, store, {})
         logger.info(
             "session opened: %d layers, %s KV, %s per token, room for %d tokens",
@@ -266,15 +267,12 @@ class RWorker:
                 f"layer {layer} wants k {k_shape} and q {q_shape}, got {message.k.shape}, {message.q.shape}"
             )
         data, head, rule = session.store.data[layer], session.store.layout.heads[layer], session.rules[layer]
-        new, q, work = NewTokens(message.k, message.v, batch.blocks, batch.offsets), message.q, batch.works[rule.window]
-        if not batch.is_decode:
-            self._attention.append(new, data, head, batch.append_shares)
-        newest = new if batch.is_decode else None
-        out = self._attention.attend(q.astype(np.float32), data, head, batch.block_tables, work, rule, newest)
+        new = NewTokens(message.k, message.v, batch.blocks, batch.offsets, batch.append_shares)
+        out = self._attention.attend(message.q, data, head, batch.block_tables, batch.works[rule.window], rule, new)
         batch.next_layer += 1
         if batch.next_layer == len(session.layers):
             del session.micro_batches[message.micro_batch]
-        return Attended(message.step, message.micro_batch, layer, out.astype(message.q.dtype, copy=False))
+        return Attended(message.step, message.micro_batch, layer, out)
 
 
 def _drop_micro_batches(session: _Session, seq_ids: Collection[int]) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 
 @dataclass(frozen=True)
@@ -37,15 +38,15 @@ class Pieces:
 class State:
     """What attention over some keys leaves behind, per slot and query head."""
 
-    out: np.ndarray  # [num_slots, num_q_heads, head_dim] float32, the weighted mean of the values
+    out: np.ndarray  # [num_slots, num_q_heads, head_dim] float32 unless rounded, the weighted mean of the values
     maxima: np.ndarray  # [num_slots, num_q_heads] float32, of the scores
     sums: np.ndarray  # [num_slots, num_q_heads] float32, of exp(score - maximum)
 
     @classmethod
-    def empty(cls, num_slots: int, num_q_heads: int, head_dim: int) -> State:
-        """Uninitialised."""
+    def empty(cls, num_slots: int, num_q_heads: int, head_dim: int, dtype: DTypeLike = np.float32) -> State:
+        """Uninitialised; dtype: of `out`."""
         shape = (num_slots, num_q_heads)
-        return cls(np.empty((*shape, head_dim), np.float32), np.empty(shape, np.float32), np.empty(shape, np.float32))
+        return cls(np.empty((*shape, head_dim), dtype), np.empty(shape, np.float32), np.empty(shape, np.float32))
 
     def __getitem__(self, slots: slice | np.ndarray) -> State:
         return State(self.out[slots], self.maxima[slots], self.sums[slots])

@@ -20,9 +20,7 @@ MAX_KINDS = 64  # in a worker's life; models have one to three
 
 
 class WarmKernels:
-    def __init__(self, wires: Sequence[str]) -> None:
-        """wires: the dtypes that K and V may come in."""
-        self._wires = wires
+    def __init__(self) -> None:
         self._known: set[tuple[HeadFormat, int, bool]] = set()
 
     def prepare(self, layers: Sequence[tuple[HeadFormat, int, AttentionRule]]) -> None:
@@ -39,6 +37,6 @@ class WarmKernels:
         for (head, group, is_capped), rule in kinds.items():
             started = time.perf_counter()
             logger.info("kernels for %s KV, head_dim %d, %d query heads per KV head", head.dtype, head.head_dim, group)
-            compiled.warm_up(head, group, rule, self._wires)
+            compiled.warm_up(head, group, rule)
             self._known.add((head, group, is_capped))
             logger.info("ready after %.1f s", time.perf_counter() - started)

@@ -9,7 +9,10 @@ One sequence of 100,000 tokens keeps all cores busy, and so do 10,000 short ones
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 
@@ -28,12 +31,40 @@ class Work:
     num_rows: int
     pieces: Pieces
     shares: tuple[slice, ...]  # of pieces
-    ending_rows: tuple[slice, ...]  # per share the rows whose last piece is in it
     split_rows: np.ndarray  # [num_slots - num_rows] int64: the row whose part each further slot holds
 
     @property
     def num_slots(self) -> int:
         return self.num_rows + len(self.split_rows)
+
+    @cached_property
+    def bounds(self) -> np.ndarray:
+        """# [num_shares + 1] int64: where the shares begin, and the last one ends."""
+        return np.array([*(share.start for share in self.shares), len(self.pieces)], np.int64)
+
+    @cached_property
+    def places(self) -> np.ndarray:
+        """Which of all pieces of rows that were cut each is; of no meaning for whole rows.  # [num_pieces] int64"""
+        rows = self.pieces.rows
+        same = rows[1:] == rows[:-1]
+        return np.cumsum(np.append(same, False) | np.append(False, same)) - 1
+
+    @property
+    def num_parts(self) -> int:
+        """Pieces of rows that were cut."""
+        return len(self.split_rows) + len(np.unique(self.split_rows))
+
+
+class NewTokens(NamedTuple):
+    """K and V to store before any row attends, and where."""
+
+    k: np.ndarray  # [num_tokens, num_kv_heads, head_dim] of any float dtype
+    v: np.ndarray  # like k
+    blocks: np.ndarray  # [num_tokens] int32
+    offsets: np.ndarray  # [num_tokens] int32, places in the blocks
+    # By `cut_tokens`.  None: token r is the newest of row r and in no other row's sequence, so that it need be stored
+    # only before that row attends.
+    shares: Sequence[slice] | None = None
 
 
 def cut_work(begins: np.ndarray, ends: np.ndarray, num_shares: int, block_tokens: int) -> Work:
@@ -54,9 +85,7 @@ def cut_work(begins: np.ndarray, ends: np.ndarray, num_shares: int, block_tokens
     pieces = Pieces(rows, edges[:-1] + first_tokens[rows], edges[1:] + first_tokens[rows], slots)
     bounds = np.searchsorted(edges[:-1], [0, *cuts, total])
     shares = tuple(slice(int(a), int(b)) for a, b in itertools.pairwise(bounds) if a < b)
-    ended = np.searchsorted(row_ends, [int(edges[share.stop]) for share in shares], side="right").tolist()
-    ending_rows = tuple(slice(a, b) for a, b in itertools.pairwise([0, *ended]))
-    return Work(num_rows, pieces, shares, ending_rows, rows[~is_first])
+    return Work(num_rows, pieces, shares, rows[~is_first])
 
 
 def _cut(

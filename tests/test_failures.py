@@ -133,7 +133,7 @@ def test_failing_worker_says_why(llama: Case, monkeypatch: pytest.MonkeyPatch) -
         raise MemoryError("no memory for this")
 
     with LLM(llama.directory, skip_tokenizer_init=True) as llm:
-        monkeypatch.setattr("cpu_attention.kernel.append", broken)
+        monkeypatch.setattr("cpu_attention.kernel.attend", broken)
         with pytest.raises(RWorkerFailed, match="R-worker 0 .*no memory for this"):
             llm.generate([[5]], LONG, use_tqdm=False)
 

@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 
 from cpu_attention import KV_DTYPES, NUMBER_DTYPES, AttentionRule, HeadFormat, kernel, reference
 from cpu_attention.attention import Attention, Kernel
-from cpu_attention.state import merge
-from cpu_attention.work import cut_work
+from cpu_attention.block import MASKED
+from cpu_attention.state import State, merge
+from cpu_attention.work import NewTokens, cut_work
 
 # Both read the same stored numbers, so this is fp32 arithmetic against float64, whatever the storage type.
 TOLERANCE = 2e-6
@@ -306,7 +307,151 @@ def test_window_reads_only_the_window() -> None:
     np.testing.assert_allclose(case.attend(kernel), expected, atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("wire", ["float32", "float16", "bfloat16"])
+WIRES = ["float32", "float16", "bfloat16"]
+
+
+@pytest.mark.parametrize("shapes", [COMPILED_SHAPES, pytest.param(ODD_SHAPES, marks=pytest.mark.slow)], ids=len)
+@settings(max_examples=40)
+@given(
+    data=st.data(),
+    seed=st.integers(0, 2**31),
+    lengths=st.lists(st.integers(1, 130), min_size=1, max_size=5),
+    wires=st.tuples(*[st.sampled_from(WIRES)] * 4),
+    window=st.none() | st.integers(1, 140),
+    softcap=st.none() | st.floats(0.5, 50),
+    has_sinks=st.booleans(),
+    is_decode=st.booleans(),
+    num_threads=st.sampled_from([1, 3]),
+)
+def test_a_layer_with_any_wire(
+    shapes: list[tuple[int, int, int, str]],
+    data: st.DataObject,
+    seed: int,
+    lengths: list[int],
+    wires: tuple[str, ...],
+    window: int | None,
+    softcap: float | None,
+    has_sinks: bool,
+    is_decode: bool,
+    num_threads: int,
+) -> None:
+    """New tokens stored, attended to, answered: to the bit what it is with everything in float32 and numpy's casts
+    around it, and the reference's answer; on the way for decodes, in shares of their own for others."""
+    group, head_dim, block, dtype = data.draw(st.sampled_from(shapes))
+    sinks = np.random.default_rng(seed).normal(0, 3, 2 * group).astype(np.float32) if has_sinks else None
+    rule = AttentionRule(head_dim**-0.5, window, softcap, sinks)
+    case = make_case(seed, group=group, head_dim=head_dim, block=block, lengths=lengths, dtype=dtype, rule=rule)
+    generator = np.random.default_rng(seed)
+    q_wire, k_wire, v_wire, out_wire = (NUMBER_DTYPES[wire] for wire in wires)
+    q = case.q.astype(q_wire)
+    k, v = (generator.normal(0, 2, (len(lengths), 2, head_dim)).astype(wire) for wire in (k_wire, v_wire))
+    for array in (q, k, v):
+        array.setflags(write=False)  # as it comes from a frame
+    blocks = case.tables[np.arange(len(lengths)), case.positions // block]
+    attention = Attention(num_threads)
+    work = attention.cut(case.positions, window, block)
+    shares = None if is_decode else attention.cut_append(blocks)
+
+    def attend(which: Kernel, out_wire: np.dtype, *arrays: np.ndarray) -> tuple[np.ndarray, State]:
+        stored, state = case.data.copy(), State.empty(*q.shape, out_wire)
+        new = NewTokens(arrays[1], arrays[2], blocks, case.positions % block, shares)
+        which.attend(arrays[0], stored, case.head, case.tables, work, rule, state, new, attention._team)
+        return stored, state
+
+    stored, state = attend(kernel, out_wire, q, k, v)
+    widened = [array.astype(np.float32) for array in (q, k, v)]
+    wide_stored, wide = attend(kernel, np.dtype(np.float32), *widened)
+    assert np.array_equal(stored, wide_stored)
+    assert wide.out.astype(out_wire).tobytes() == state.out.tobytes()
+    assert np.array_equal(wide.maxima, state.maxima) and np.array_equal(wide.sums, state.sums)
+    expected = attend(reference, np.dtype(np.float32), *widened)[1]
+    np.testing.assert_allclose(wide.out, expected.out, atol=5e-5, rtol=5e-5)
+    np.testing.assert_allclose(wide.maxima, expected.maxima, atol=5e-5, rtol=5e-5)
+    np.testing.assert_allclose(wide.sums, expected.sums, rtol=5e-4)
+    attention.close()
+
+
+@pytest.mark.parametrize("wire", WIRES)
+@pytest.mark.parametrize("head_dim", [128, 40])
+def test_rounding_of_answers(wire: str, head_dim: int) -> None:
+    """Ties and their neighbours in every binade, subnormals, what overflows, infinities and NaN, as `astype` has it:
+    attention over one key is its value."""
+    mantissas = 1 + np.arange(2**12) / 2**12
+    numbers = np.concatenate([2.0**exponent * mantissas for exponent in [*range(-28, 18), -133, -126, 100, 127]])
+    rest = [0.0, np.inf, np.nan, 65519.99, 65520, 3.4e38]
+    numbers = np.resize(np.append(rest, numbers).astype(np.float32), (len(numbers) // head_dim + 1, 1, head_dim))
+    numbers[1::2] *= -1
+    numbers[:2, 0, : len(rest)] = rest, np.negative(rest)
+    head, count = HeadFormat("float32", head_dim, 16), len(numbers)
+    data = np.zeros((count, 1, head.nbytes), np.uint8)
+    tables, zeros = np.arange(count, dtype=np.int32)[:, None], np.zeros(count, np.int32)
+    kernel.append(np.zeros_like(numbers), numbers, tables[:, 0], zeros, data, head)
+    attention, state = Attention(), State.empty(count, 1, head_dim, NUMBER_DTYPES[wire])
+    work = attention.cut(zeros, None, 16)
+    kernel.attend(np.zeros_like(numbers), data, head, tables, work, AttentionRule(1.0), state)
+    with np.errstate(over="ignore"):
+        expected = (numbers + 0.0).astype(NUMBER_DTYPES[wire])  # a sum never begins with a negative zero
+    is_nan = np.isnan(numbers)
+    assert np.isnan(state.out[is_nan]).all() and np.isnan(expected[is_nan]).all()
+    words = f"u{expected.itemsize}"
+    assert np.array_equal(state.out.view(words)[~is_nan], expected.view(words)[~is_nan])
+
+
+@pytest.mark.parametrize("wire", ["float16", "bfloat16"])
+def test_every_half_of_q(wire: str) -> None:
+    """All 65,536 of them: with a key of one and zeros the score is that channel of q."""
+    halves = np.arange(65536, dtype=np.uint16).view(NUMBER_DTYPES[wire]).reshape(-1, 8)
+    q = np.zeros((len(halves), 8, 24), NUMBER_DTYPES[wire])
+    q[:, :, 20] = halves
+    head = HeadFormat("float32", 24, 16)
+    data, zero = np.zeros((1, 1, head.nbytes), np.uint8), np.zeros(1, np.int32)
+    key = np.zeros((1, 1, 24), np.float32)
+    key[0, 0, 20] = 1
+    kernel.append(key, key, zero, zero, data, head)
+    attention, state = Attention(), State.empty(*q.shape)
+    zeros = np.zeros(len(q), np.int32)
+    kernel.attend(q, data, head, zeros[:, None], attention.cut(zeros, None, 16), AttentionRule(1.0), state)
+    with np.errstate(invalid="ignore"):
+        floats = halves.astype(np.float32)
+    is_nan = np.isnan(floats)
+    assert np.isnan(state.out[is_nan]).all()
+    assert np.array_equal(state.maxima[~is_nan], np.maximum(floats[~is_nan], MASKED))
+
+
+def test_views_are_read_where_they_lie() -> None:
+    """Transposed, reversed, repeated and unaligned arrays, as a model or a frame may have them."""
+    generator = np.random.default_rng(0)
+    case = make_case(3, dtype="float32", lengths=[20, 7, 33], group=2, head_dim=40)
+    blocks, offsets = case.tables[np.arange(3), case.positions // 16], case.positions % 16
+    attention = Attention()
+    work = attention.cut(case.positions, None, 16)
+
+    def unaligned(array: np.ndarray) -> np.ndarray:
+        return np.frombuffer(b"x" + array.tobytes(), array.dtype, offset=1).reshape(array.shape)
+
+    ways: list[Callable[[np.ndarray], np.ndarray]] = [
+        np.ascontiguousarray, np.asfortranarray, unaligned,
+        lambda array: np.ascontiguousarray(array.swapaxes(0, 1)).swapaxes(0, 1),
+        lambda array: np.ascontiguousarray(array[::-1])[::-1], lambda array: np.repeat(array, 2, axis=2)[:, :, ::2],
+    ]  # fmt: skip
+    q, k, v = (generator.standard_normal((3, heads, 40)).astype(np.float16) for heads in (4, 2, 2))
+    answers = []
+    for way in ways:
+        data = case.data.copy()
+        new = NewTokens(way(k), way(v), blocks, offsets)
+        out = attention.attend(way(q), data, case.head, case.tables, work, case.rule, new)
+        answers.append((out.tobytes(), data.tobytes()))
+    assert len(set(answers)) == 1
+
+
+def test_numbers_of_other_types_are_refused() -> None:
+    case = make_case(3, dtype="float32", lengths=[20])
+    for dtype in (np.float64, np.int32, np.dtype(np.float32).newbyteorder()):
+        with pytest.raises(ValueError, match="float32, float16, bfloat16"):
+            replace(case, q=case.q.astype(dtype)).attend(kernel)
+
+
+@pytest.mark.parametrize("wire", WIRES)
 @pytest.mark.parametrize("storage", KV_DTYPES)
 def test_append(wire: str, storage: str) -> None:
     """The very bytes of the reference, over tokens that begin, continue and fill blocks, whatever was there."""
@@ -391,12 +536,13 @@ def test_several_python_threads_at_once() -> None:
 OUT_OF_BOUNDS = """
 import numpy as np
 from cpu_attention import AttentionRule, HeadFormat, kernel
-from cpu_attention.state import Pieces, State
+from cpu_attention.state import State
+from cpu_attention.work import cut_work
 head = HeadFormat("float32", 16, 16)
 data, one = np.zeros((2, 1, head.nbytes), np.uint8), np.ones((1, 1, 16), np.float32)
 def attend(block):
-    pieces, state = Pieces(*np.array([[0], [0], [5], [0]])), State.empty(1, 1, 16)
-    kernel.attend_pieces(one, data, head, np.array([[block]], np.int32), pieces, AttentionRule(1.0), state)
+    work, state = cut_work(np.zeros(1, np.int64), np.full(1, 5), 1, 16), State.empty(1, 1, 16)
+    kernel.attend(one, data, head, np.array([[block]], np.int32), work, AttentionRule(1.0), state)
 def append(block):
     kernel.append(one, one, np.array([block], np.int32), np.zeros(1, np.int32), data, head)
 for call in (attend, append):

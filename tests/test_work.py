@@ -34,13 +34,12 @@ def test_work_is_complete_and_equal(spans: list[tuple[int, int]], num_shares: in
     assert sorted(pieces.slots.tolist()) == list(range(work.num_slots))
     for row, slot in zip(pieces.rows.tolist(), pieces.slots.tolist(), strict=True):
         assert slot == row if slot < len(spans) else work.split_rows[slot - len(spans)] == row
-    # A row's newest token is stored by the share that reads it.
-    assert [row for rows in work.ending_rows for row in range(rows.start, rows.stop)] == list(range(len(spans)))
-    for share, rows in zip(work.shares, work.ending_rows, strict=True):
-        inside = pieces[share]
-        assert inside.rows[inside.ends == ends[inside.rows]].tolist() == list(range(rows.start, rows.stop))
+    # The pieces of cut rows, in order, have places of their own.
+    is_cut = np.bincount(pieces.rows, minlength=len(spans))[pieces.rows] > 1
+    assert work.places[is_cut].tolist() == list(range(work.num_parts))
     # Shares: all pieces in order, none over its part by more than a block and the sixteenth that a cut may move.
     assert [i for share in work.shares for i in range(share.start, share.stop)] == list(range(len(pieces)))
+    assert work.bounds.tolist() == [*(share.start for share in work.shares), len(pieces)]
     total = int((ends - begins).sum())
     for share in work.shares:
         size = int((pieces.ends[share] - pieces.begins[share]).sum())
