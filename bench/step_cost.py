@@ -8,8 +8,8 @@
     commit     tokens to sequences, ends, releases                 a start  all that is asked before one starts
 
 The scheduler, the R-worker pool (its channels drop what is sent), the sampler and the engine's commit are real; the
-model is left out: logits are random, and sequences end where a length drawn beforehand says.  Starts are counted within
-`schedule`.  Medians over the steps; wall time, and in parentheses the processor's time of this thread, which other work
+model is left out: logits are random, and sequences end where a length drawn beforehand says.  Starts are part of
+`schedule`, too.  Medians over the steps; wall time, and in parentheses the processor's time of this thread, which other work
 on the machine does not lengthen.  What was measured before, under other labels, stands beside it.
 """
 
@@ -209,7 +209,6 @@ class Rig:
             for owner, name in (
                 (Prospects, "of"),
                 (Prospects, "expected_tokens"),
-                (LoadControl, "begin_step"),
                 (LoadControl, "place"),
                 (LoadControl, "start"),
             ):
@@ -307,10 +306,10 @@ def main() -> None:
                     if label != args.label and (before["sequences"], before["kind"]) == (sequences, kind):
                         print(_line(label, before))
             print(_line(args.label, cost), flush=True)
-    if args.out:
-        settings = {name: getattr(args, name) for name in ("r_workers", "steps", "warm_up")}
-        known[args.label] = {"machine": cpu_name(), "settings": settings, "results": found}
-        args.out.write_text(json.dumps(known, indent=1) + "\n")
+            if args.out:
+                settings = {name: getattr(args, name) for name in ("r_workers", "steps", "warm_up")}
+                known[args.label] = {"machine": cpu_name(), "settings": settings, "results": found}
+                args.out.write_text(json.dumps(known, indent=1) + "\n")
 
 
 if __name__ == "__main__":

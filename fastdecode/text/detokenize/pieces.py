@@ -20,6 +20,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 _ANCHOR = "x"  # a text that goes before, so that a token is not the first
@@ -33,7 +34,7 @@ class TokenPiece:
     data: bytes  # UTF-8; of a part of a character, that part
     is_special: bool = False  # skip_special_tokens leaves it out of texts
 
-    @property
+    @cached_property
     def name(self) -> str:
         """Its text, or as OpenAI names what is no text by itself: `bytes:\\xe2\\x82`."""
         try:
