@@ -9,8 +9,8 @@
 
 The scheduler, the R-worker pool (its channels drop what is sent), the sampler and the engine's commit are real; the
 model is left out: logits are random, and sequences end where a length drawn beforehand says.  Starts are part of
-`schedule`, too.  Medians over the steps; wall time, and in parentheses the processor's time of this thread, which other work
-on the machine does not lengthen.  What was measured before, under other labels, stands beside it.
+`schedule`, too.  Medians over the steps; wall time, and in parentheses the processor's time of this thread, which other
+work on the machine lengthens less.  What was measured before, under other labels, stands beside it.
 """
 
 from __future__ import annotations

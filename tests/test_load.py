@@ -119,14 +119,19 @@ shapes = st.lists(
 )
 
 
-@given(st.lists(shapes, max_size=40), st.integers(0, 3))
-def test_recent_starts_are_counted_as_they_come(shapes: list[list[tuple[int, int]]], more: int) -> None:
-    """After each of them what `are_alike` says of the last ones, however many have been forgotten."""
-    recent, predictions = RecentStarts(), []
+@given(st.lists(shapes, max_size=40), st.integers(0, 3), st.randoms())
+def test_recent_starts(shapes: list[list[tuple[int, int]]], more: int, random: Random) -> None:
+    """After each of them, shared or not, what `are_alike` says of the last ones, however many have been forgotten."""
+    recent, predictions, num_added = RecentStarts(), list[Prediction](), 0
     for shape in shapes + [[(100, 1)]] * (more * RECENT):
         lengths, counts = zip(*sorted(shape), strict=True)
         predictions.append(Prediction(lengths, tuple(count / sum(counts) for count in counts)))
-        recent.add(predictions[-1])
+        predictions += [random.choice(predictions)] * random.randint(0, 2)
+        for prediction in predictions[num_added:]:
+            recent.add(prediction)
+        num_added = len(predictions)
+        if random.random() < 0.3:
+            continue  # nobody asks
         assert recent.are_alike == are_alike(predictions[-RECENT:])
 
 

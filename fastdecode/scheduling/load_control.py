@@ -22,7 +22,7 @@ A sequence that finds nothing running starts in any case: what fits nowhere was 
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 
@@ -184,36 +184,42 @@ class LoadControl:
 
 
 class RecentStarts:
-    """The last predictions to start, and whether they are alike: counted as they come, asked for once in a step.
+    """The last predictions to start, and whether they are alike: asked for once in a step, if at all.
 
-    In whole shares, so that nothing is left of what has been taken away again.
+    Those that start in one step mostly share one prediction, so what has changed since is counted for each of them
+    once; in whole shares, so that nothing is left of what has been taken away again.
     """
 
     def __init__(self) -> None:
-        self._predictions: deque[Prediction] = deque()
+        self._predictions: deque[Prediction] = deque(maxlen=RECENT)
+        self._counted: dict[int, tuple[Prediction, int]] = {}  # by identity, how many of it are in the shares
         self._shares: dict[int, int] = {}  # length -> its weights together
         self._known: bool | None = True  # None: to be seen again
 
     def add(self, prediction: Prediction) -> None:
         self._predictions.append(prediction)
-        self._count(prediction, 1)
-        if len(self._predictions) > RECENT:
-            self._count(self._predictions.popleft(), -1)
         self._known = None
-
-    def _count(self, prediction: Prediction, sign: int) -> None:
-        for length, weight in zip(prediction.lengths, prediction.weights, strict=True):
-            self._shares[length] = self._shares.get(length, 0) + sign * round(weight * _SHARE)
-            if not self._shares[length]:
-                del self._shares[length]
 
     @property
     def are_alike(self) -> bool:
         if self._known is None:
+            self._count()
             lengths = np.fromiter(self._shares, np.int64, len(self._shares))
             weights = np.fromiter(self._shares.values(), np.float64, len(self._shares))
             self._known = _lie_together(lengths, weights / _SHARE, len(self._predictions))
         return self._known
+
+    def _count(self) -> None:
+        numbers = Counter(map(id, self._predictions))
+        counted = {id(prediction): (prediction, numbers[id(prediction)]) for prediction in self._predictions}
+        for key, (prediction, _) in (self._counted | counted).items():
+            _, before = self._counted.get(key, (prediction, 0))
+            more = numbers[key] - before
+            for length, weight in zip(prediction.lengths, prediction.weights, strict=True) if more else ():
+                self._shares[length] = self._shares.get(length, 0) + more * round(weight * _SHARE)
+                if not self._shares[length]:
+                    del self._shares[length]
+        self._counted = counted
 
 
 def are_alike(predictions: Collection[Prediction]) -> bool:
