@@ -53,7 +53,7 @@ class Steps:
         return self.step_ms / max(self.s_ms, self.r_ms)
 
 
-def run(args: argparse.Namespace, micro_batches: int, block_seconds: float) -> Steps:
+def run(args: argparse.Namespace, num_lanes: int, block_seconds: float) -> Steps:
     """Decodes `args.steps` tokens of every sequence; block_seconds: T, of every S-block."""
     facts = emulated_facts(args.layers, args.kv_heads, args.group, args.head_dim)
     layout = KVLayout(tuple(LayerShape(s.num_kv_heads, s.head_dim) for s in facts.layers), args.kv_dtype, BLOCK_TOKENS)
@@ -78,7 +78,7 @@ def run(args: argparse.Namespace, micro_batches: int, block_seconds: float) -> S
                 SchedulerConfig(
                     max_num_seqs=args.sequences,
                     max_num_batched_tokens=args.sequences * args.context * 2,
-                    num_micro_batches=micro_batches,
+                    num_lanes=num_lanes,
                     block_tokens=BLOCK_TOKENS,
                     capacity_blocks=tuple(welcome.num_blocks for welcome in welcomes),
                     start_policy="at-once",
@@ -98,8 +98,9 @@ def run(args: argparse.Namespace, micro_batches: int, block_seconds: float) -> S
 
 def decode_steps(timeline: Timeline) -> Steps:
     prefill_end = max(span.end_ns for span in timeline.spans if span.name == "prompt attention")
-    starts = [span.begin_ns for span in timeline.spans if span.name == "schedule" and span.begin_ns > prefill_end]
-    starts = starts[2:]  # the first ones still settle
+    # From one step of the first lane to its next all lanes have one.
+    schedules = [span for span in timeline.spans if span.name == "schedule" and span.micro_batch == 0]
+    starts = [span.begin_ns for span in schedules if span.begin_ns > prefill_end][2:]  # the first ones still settle
     steps = list(itertools.pairwise(starts))
 
     def per_step(track: str, name: str) -> float:
@@ -135,16 +136,16 @@ def main() -> None:
     print(f"fastdecode {fastdecode.__version__}, {cpu_name()}, {args.transport}; R alone: {alone.r_ms:.1f} ms a step")
     found: dict[int, list[Steps]] = {1: [], 2: [], 3: []}
     for _ in range(args.repeats):
-        for micro_batches, runs in found.items():
-            runs.append(run(args, micro_batches, block_seconds * 2 / micro_batches))
+        for num_lanes, runs in found.items():
+            runs.append(run(args, num_lanes, block_seconds * 2 / num_lanes))
     print(
-        "micro-batches       S ms     R ms  step ms  step / max(S, R)   the device, then the thread while it idled, %"
+        "lanes               S ms     R ms  step ms  step / max(S, R)   the device, then the thread while it idled, %"
     )
-    for micro_batches, runs in found.items():
+    for num_lanes, runs in found.items():
         middle = sorted(runs, key=lambda steps: steps.over_floor)[len(runs) // 2]
         shares = ", ".join(f"{name} {100 * share:.1f}" for name, share in middle.shares.items())
         print(
-            f"{micro_batches:13} {middle.s_ms:10.1f} {middle.r_ms:8.1f} {middle.step_ms:8.1f} {middle.over_floor:17.2f}"
+            f"{num_lanes:13} {middle.s_ms:10.1f} {middle.r_ms:8.1f} {middle.step_ms:8.1f} {middle.over_floor:17.2f}"
             f"   {shares} = {100 * sum(middle.shares.values()):.1f}"
         )
     if args.json:

@@ -54,7 +54,7 @@ def run_starts(figure: Published, start_policy: str, fillings: float = 3.0) -> S
         SchedulerConfig(
             max_num_seqs=SEQUENCES,
             max_num_batched_tokens=4096,
-            num_micro_batches=2,
+            num_lanes=2,
             block_tokens=16,
             capacity_blocks=(2 * SEQUENCES * length // 8 // 16,) * 8,
             start_policy=start_policy,
@@ -91,7 +91,7 @@ def run_clients(num_clients: int, output_tokens: int, *, split_fuse: bool, reque
         SchedulerConfig(
             max_num_seqs=512,
             max_num_batched_tokens=768 if split_fuse else 4096,
-            num_micro_batches=1,
+            num_lanes=1,
             block_tokens=128,
             capacity_blocks=(78496 // 128,),
             start_policy="eager",

@@ -99,7 +99,7 @@ def run_emulated(args: argparse.Namespace, count: int, capacity_tokens: int, **o
         settings: dict[str, object] = dict(
             max_num_seqs=4096,
             max_num_batched_tokens=8192,
-            num_micro_batches=2,
+            num_lanes=2,
             block_tokens=BLOCK_TOKENS,
             capacity_blocks=tuple(welcome.num_blocks for welcome in welcomes),
         )

@@ -3,8 +3,8 @@
     python bench/step_cost.py [--sequences 64 1024 4096] [--kinds greedy sampled logprobs penalties]
     python bench/step_cost.py --label after --out bench/results/step_cost.json
 
-    schedule   which tokens, on which micro-batch and R-worker     begin    the R-workers are told of their rows
-    flatten    the tokens of each micro-batch behind one another   sample   logits [rows, 1000] to tokens, on one core
+    schedule   which tokens, on which lane and R-worker            begin    the R-workers are told of their rows
+    flatten    the tokens of each lane behind one another          sample   logits [rows, 1000] to tokens, on one core
     commit     tokens to sequences, ends, releases                 a start  all that is asked before one starts
 
 The scheduler, the R-worker pool (its channels drop what is sent), the sampler and the engine's commit are real; the
@@ -120,7 +120,7 @@ class Rig:
             SchedulerConfig(
                 max_num_seqs=sequences,
                 max_num_batched_tokens=sequences + max(512, sequences),
-                num_micro_batches=2,
+                num_lanes=2,
                 block_tokens=BLOCK_TOKENS,
                 capacity_blocks=(sequences * (KV_TOKENS_EACH + BLOCK_TOKENS) // BLOCK_TOKENS // r_workers,) * r_workers,
             )
@@ -152,31 +152,33 @@ class Rig:
             self._engine.add_request(request_id, prompt, params)
 
     def step(self) -> None:
-        """The parts of `Engine.step`, without the layers between them."""
+        """The parts of `Engine.step` for a step of each lane, without the layers between them."""
         self.fill()
         with self._measured("schedule"), self._starts_measured():
-            step = self._scheduler.schedule()
-        assert step is not None, "it is kept full"
-        self.num_starts.append(len(step.admissions))
+            steps = [step for lane in range(2) if (step := self._scheduler.schedule(lane))]
+        assert steps, "it is kept full"
+        self.num_starts.append(sum(len(step.admissions) for step in steps))
         self.num_running = self._engine.num_running
         with self._measured("flatten"):
-            batches = [flatten(micro_batch) for micro_batch in step.micro_batches]
+            batches = [flatten(step) for step in steps]
         with self._measured("begin"):
-            self._rpool.admit(step.admissions)
-            for micro_batch in step.micro_batches:
-                self._rpool.begin(step.number, micro_batch)
-        results = self._sample(step, [len(batch.logits_rows) for batch in batches])
+            for step in steps:
+                self._rpool.admit(step.admissions)
+                self._rpool.begin(step)
+        results = self._sample(steps, [len(batch.logits_rows) for batch in batches])
         with self._measured("commit"):
-            self._engine._commit(step, results, time.monotonic())
+            for step, result in zip(steps, results, strict=True):
+                self._engine._began[step.lane] = 0.0
+                self._engine._commit(step, result)
 
-    def _sample(self, step: Step, num_rows: list[int]) -> list[Any]:
+    def _sample(self, steps: list[Step], num_rows: list[int]) -> list[Any]:
         logits = [torch.from_numpy(self._random.standard_normal((rows, VOCAB), np.float32)) for rows in num_rows]
         with self._measured("sample"):
-            results = [self._engine._sample(*pair) for pair in zip(step.micro_batches, logits, strict=True)]
-        for micro_batch, result in zip(step.micro_batches, results, strict=True):
+            results = [self._engine._sample(*pair) for pair in zip(steps, logits, strict=True)]
+        for step, result in zip(steps, results, strict=True):
             result.sampled.token_ids[:] = self._random.integers(2, VOCAB, len(result.sampled.token_ids))
-            for row, segment in enumerate(micro_batch.sampled):
-                sequence = self._scheduler.running(segment.seq_id)
+            for row, seq_id in enumerate(step.sampled):
+                sequence = self._scheduler.running(seq_id)
                 if len(sequence.output_token_ids) + 1 >= self._true_tokens[sequence.request.request_id]:
                     result.sampled.token_ids[row] = END
         return results

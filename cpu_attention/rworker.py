@@ -4,11 +4,13 @@
     ───────────────   ────────────────────────────────   ─────────────────────────────
     no session        Hello                              in session (a KV store exists)
     in session        Admit, Step, Release, Rewind, Ping in session
-      per micro-batch   Step → Attend 0 → Attend 1 → …    one Attended each; layers in order
+      per micro-batch   Step → Attend 0 → Attend 1 → …    one Attended each; layers in order; without queries one
+                                                          at the end
     in session        Goodbye                            no session (the store is dropped)
 
 Everything else is answered with a Failure and changes nothing; but a Hello that fails leaves no session.
-A message without an answer (Admit, Step, Release, Rewind) fails at the next Attend.  What reaches a kernel has been
+A message without an answer (Admit, Step, Release, Rewind, an Attend without queries) fails at the next Attend that has
+one.  What reaches a kernel has been
 checked here or in the message itself: numba would not.
 """
 
@@ -91,12 +93,19 @@ class RWorker:
         except Exception as error:  # ours, not the peer's; the other sequences still deserve a worker
             logger.exception("failed on %s", type(message).__name__)
             failure = Failure("InternalError", f"{type(error).__name__}: {error}"[:4096])
-        if not isinstance(message, _UNANSWERED):
+        if self._is_answered(session, message):
             return failure
         self._refusals.tell(f"{type(message).__name__} failed: {failure.text}")
         if self._session and self._session.nonce == session:
             self._session.failure = self._session.failure or failure
         return None
+
+    def _is_answered(self, nonce: int, message: Message) -> bool:
+        if not isinstance(message, Attend):
+            return not isinstance(message, _UNANSWERED)
+        if self._session is None or self._session.nonce != nonce:
+            return True
+        return len(message.q) > 0 or message.layer >= len(self._session.layers) - 1
 
     def close(self) -> None:
         self._session = None
@@ -117,10 +126,12 @@ class RWorker:
             raise BadRequest("this R-worker does not know the session; it was restarted or given to another S-worker")
         match message:
             case Attend():
-                if session.failure:
+                is_answered = self._is_answered(nonce, message)
+                if session.failure and is_answered:
                     failure, session.failure = session.failure, None
                     return failure
-                return self._append_and_attend(session, message)
+                answer = None if session.failure else self._append_and_attend(session, message)
+                return answer if is_answered else None
             case Step():
                 self._begin_micro_batch(session, message)
             case Admit():

@@ -116,9 +116,8 @@ class EmulatedSWorker:
     def forget_prompts(self, seq_ids: Iterable[int]) -> None:
         pass
 
-    def stage(self, call: AttentionCall, queries: np.ndarray | None) -> EmulatedTransfer:
-        q = call.q if queries is None else call.q[torch.from_numpy(queries)]
-        return EmulatedTransfer(self._staging.to_host((q, call.k, call.v)).arrays, self._block_ns)
+    def stage(self, call: AttentionCall, num_queries: int) -> EmulatedTransfer:
+        return EmulatedTransfer(self._staging.to_host((call.q[:num_queries], call.k, call.v)).arrays, self._block_ns)
 
     def to_device(self, array: np.ndarray) -> torch.Tensor:
         return self._staging.to_device(array)

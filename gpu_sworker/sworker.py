@@ -192,13 +192,12 @@ class SWorker:
         """Drops what is kept of prompts whose other chunks will not come."""
         self._prompt_kv.forget(seq_ids)
 
-    def stage(self, call: AttentionCall, queries: np.ndarray | None) -> Transfer:
+    def stage(self, call: AttentionCall, num_queries: int) -> Transfer:
         """q, k, v of the call just yielded begin their way to the host.
 
-        queries: [num_queries] rows of q that are wanted; None: all of them.
+        num_queries: rows of q that are wanted, the first ones.
         """
-        q = call.q if queries is None else call.q[torch.from_numpy(queries)]
-        return self._staging.to_host((q, call.k, call.v))
+        return self._staging.to_host((call.q[:num_queries], call.k, call.v))
 
     def to_device(self, array: np.ndarray) -> torch.Tensor:
         return self._staging.to_device(array).to(self.dtype)

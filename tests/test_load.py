@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from random import Random
-from types import SimpleNamespace
-from typing import Any
-
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from load_algorithms import Job, at_once, published, run, steady
 
-from fastdecode.scheduling.kv_credits import KVCredits
 from fastdecode.scheduling.load import Demand, Projection
 from fastdecode.scheduling.load_control import RECENT, RecentStarts, are_alike
 from fastdecode.scheduling.predictor import Prediction
@@ -133,33 +128,3 @@ def test_recent_starts(shapes: list[list[tuple[int, int]]], more: int, random: R
         if random.random() < 0.3:
             continue  # nobody asks
         assert recent.are_alike == are_alike(predictions[-RECENT:])
-
-
-class Placed:
-    """Of a running sequence what credits look at."""
-
-    def __init__(self, r_worker: int, num_tokens: int) -> None:
-        self.r_worker, self.num_tokens = r_worker, num_tokens
-
-
-@given(st.sampled_from([1, 16]), st.lists(st.lists(st.integers(0, 40), max_size=6), max_size=30), st.randoms())
-def test_what_is_held_is_counted_as_it_changes(block_tokens: int, starts: list[list[int]], random: Random) -> None:
-    """By starts, by growth and by ends, as if it were counted anew in every step."""
-    credits = KVCredits("reserve-static", [1000] * 3, block_tokens)
-    running: dict[int, Any] = {}
-    for step, prompts in enumerate(starts):
-        for prompt in prompts:
-            seq_id, worker = len(running) + 1000 * step, random.randrange(3)
-            credits.start(seq_id, worker, Demand(step, step + 9, prompt + 1))
-            running[seq_id] = Placed(worker, prompt + 1)
-        credits.check_held(running.values())
-        grown = [placed for placed in running.values() if random.random() < 0.8]  # others are prompts on their way in
-        for placed in grown:
-            placed.num_tokens += 1
-        credits.grow(*(np.array([getattr(p, name) for p in grown], np.int64) for name in ("r_worker", "num_tokens")))
-        for seq_id in [seq_id for seq_id in running if random.random() < 0.2]:
-            placed = running.pop(seq_id)
-            credits.give_back(placed.r_worker, placed.num_tokens)
-            credits.end(seq_id)
-        credits.check_held(running.values())
-        credits.check_integrity([SimpleNamespace(seq_id=i, r_worker=p.r_worker) for i, p in running.items()])  # type: ignore[misc]

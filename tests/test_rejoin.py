@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import count
 
+import numpy as np
 import pytest
 from conftest import Case, quiet
 
@@ -291,7 +292,7 @@ def test_patience() -> None:
 def test_the_scheduler_gains(start_policy: str, max_kv_load: int | None) -> None:
     """A worker lost, back with less memory, and a new one under a number that leaves a gap."""
     config = SchedulerConfig(
-        max_num_seqs=64, max_num_batched_tokens=256, num_micro_batches=1, block_tokens=16, capacity_blocks=(32, 32),
+        max_num_seqs=64, max_num_batched_tokens=256, num_lanes=1, block_tokens=16, capacity_blocks=(32, 32),
         start_policy=start_policy, max_kv_load=max_kv_load,
     )  # fmt: skip
     scheduler = Scheduler(config)
@@ -304,7 +305,7 @@ def test_the_scheduler_gains(start_policy: str, max_kv_load: int | None) -> None
         made = scheduler.schedule()
         assert made
         seen.update(admission.r_worker for admission in made.admissions)
-        due = {segment.seq_id: 5 for batch in made.micro_batches for segment in batch.sampled}
+        due = np.full(len(made.sampled), 5)
         scheduler.remove(scheduler.commit(made, due))
         scheduler.check_integrity()
 

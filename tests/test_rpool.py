@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 
+from fastdecode.errors import RWorkerFailed
 from fastdecode.holders.rejoin import RWorkerHandle
 from fastdecode.holders.rpool import RPool
-from fastdecode.scheduling.plan import Admission, MicroBatch, Segment
-from transport import Admit, Message, Step
+from fastdecode.scheduling.plan import Admission, Segment, Step
+from transport import Admit, Attend, Attended, Message, Pong
+from transport import Step as Rows
 
 
 class Recorder:
@@ -17,9 +20,16 @@ class Recorder:
 
     def __init__(self) -> None:
         self.sent: list[Message] = []
+        self.answers: list[Message] = []
 
     def send(self, message: Message, *, timeout_s: float) -> None:
         self.sent.append(message)
+
+    def recv(self, *, timeout_s: float) -> Message:
+        return self.answers.pop(0)
+
+    def is_readable(self) -> bool:
+        return bool(self.answers)
 
     def close(self) -> None:
         pass
@@ -36,17 +46,17 @@ def rpool(channels: list[Any]) -> RPool:
 
 
 # Two that decode on each R-worker.
-ROWS = MicroBatch(0, tuple(Segment(10 * worker + i, worker, 5, (1,), 0) for worker in range(3) for i in range(2)))
+STEP = Step.of([Segment(10 * worker + i, worker, 5, (1,), 0) for worker in range(3) for i in range(2)])
 
 
 def test_everybody_is_told_of_its_rows(rpool: RPool, channels: list[Any]) -> None:
-    ticket = rpool.begin(1, ROWS)
+    ticket = rpool.begin(STEP)
     assert ticket.num_queries == 6 and [share.queries for share in ticket.shares] == [
         slice(0, 2), slice(2, 4), slice(4, 6)
     ]  # fmt: skip
     for worker, channel in enumerate(channels):
-        [step] = channel.sent
-        assert isinstance(step, Step) and step.seq_ids.tolist() == [10 * worker, 10 * worker + 1]
+        [rows] = channel.sent
+        assert isinstance(rows, Rows) and rows.seq_ids.tolist() == [10 * worker, 10 * worker + 1]
 
 
 @pytest.mark.parametrize("dead", [0, 1, 2])
@@ -54,10 +64,55 @@ def test_rows_of_a_dead_one_are_not_left_out(rpool: RPool, channels: list[Any], 
     """Nobody hears of a step with rows for it: the rows of those behind it would be taken for the wrong ones."""
     rpool.drop(dead)
     with pytest.raises(AssertionError, match=rf"R-workers \[{dead}\], which do not serve"):
-        rpool.begin(1, ROWS)
+        rpool.begin(STEP)
     with pytest.raises(AssertionError, match="do not serve"):
         rpool.admit([Admission(5, worker, 8) for worker in range(3)])
     assert not any(channel.sent for channel in channels)
     rpool.admit([Admission(5, worker, 8) for worker in range(3) if worker != dead])
     assert [len(channel.sent) for channel in channels] == [worker != dead for worker in range(3)]
     assert all(isinstance(message, Admit) for channel in channels for message in channel.sent)
+
+
+def test_prompts_are_written_behind(rpool: RPool, channels: list[Any]) -> None:
+    """In messages of their own, which nobody answers before the last layer."""
+    rpool._last_layer = 1
+    prompt = Segment(7, 1, 0, (1, 2, 3), 3)
+    ticket = rpool.begin(Step.of([Segment(5, 1, 4, (9,), 0), prompt, Segment(6, 0, 2, (9,), 0)]))
+    q, kv = np.zeros((2, 4, 8), np.float32), np.arange(5 * 2 * 8, dtype=np.float32).reshape(5, 2, 8)
+    for layer in range(2):
+        rpool.submit(ticket, q, kv, kv)
+        sent = [message for channel in channels for message in channel.sent if isinstance(message, Attend)]
+        assert [len(m.q) for m in sent[-2:]] == [1, 0] and [len(m.k) for m in sent[-2:]] == [1, 3]
+        np.testing.assert_array_equal(sent[-1].k, kv[2:])
+        for channel in channels:
+            channel.answers = [
+                Attended(m.step, m.micro_batch, m.layer, m.q)
+                for m in channel.sent
+                if isinstance(m, Attend) and m.layer == layer and (len(m.q) or layer == 1)
+            ]
+        assert rpool.is_answered(ticket) and rpool.collect(ticket).shape == q.shape
+        assert not any(channel.answers for channel in channels)
+
+
+def test_a_barrier_keeps_the_answers_of_steps_that_go_on(rpool: RPool, channels: list[Any]) -> None:
+    rows = np.ones((1, 4, 8), np.float32)
+    broken_off, goes_on = (rpool.begin(Step.of([Segment(i, 0, 4, (9,), 0)], 5 + i, i)) for i in range(2))
+    for ticket in (broken_off, goes_on):
+        rpool.submit(ticket, rows, rows, rows)
+    answers = [Attended(m.step, m.micro_batch, m.layer, m.q) for m in channels[0].sent if isinstance(m, Attend)]
+    rpool.void(broken_off)
+    for channel in channels:
+        channel.answers = [Pong(1)]
+    channels[0].answers = [*answers, Pong(1)]
+    rpool.settle()
+    assert rpool.is_answered(goes_on) and rpool.collect(goes_on).shape == (1, 4, 8)
+
+
+def test_a_barrier_tells_who_did_not_answer_a_step_that_goes_on(rpool: RPool, channels: list[Any]) -> None:
+    rows = np.ones((1, 4, 8), np.float32)
+    rpool.submit(rpool.begin(Step.of([Segment(0, 1, 4, (9,), 0)])), rows, rows, rows)
+    for channel in channels:
+        channel.answers = [Pong(1)]
+    with pytest.raises(RWorkerFailed, match="R-worker 1 did not answer") as failed:
+        rpool.settle()
+    assert failed.value.r_worker == 1

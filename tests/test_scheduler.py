@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -27,7 +28,7 @@ def create_scheduler(
     *,
     max_num_seqs: int = 8,
     max_num_batched_tokens: int = 64,
-    num_micro_batches: int = 2,
+    num_lanes: int = 1,
     capacity_blocks: tuple[int, ...] = (50, 50),
     predictor: Predictor | None = None,
     **options: Any,
@@ -36,7 +37,7 @@ def create_scheduler(
         SchedulerConfig(
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
-            num_micro_batches=num_micro_batches,
+            num_lanes=num_lanes,
             block_tokens=BLOCK_TOKENS,
             capacity_blocks=capacity_blocks,
             **options,
@@ -62,8 +63,19 @@ def a_sequence(
     return Sequence(seq_id, request, 0, 0)
 
 
+def pass_step(scheduler: Scheduler) -> Step | None:
+    """A step of the first lane, begun and ended."""
+    step = scheduler.schedule()
+    if step:
+        scheduler.remove(scheduler.commit(step, np.full(len(step.sampled), OTHER)))
+    return step
+
+
 class World:
-    """Runs a scheduler's steps as the engine and the R-workers would, and checks every one of them."""
+    """Runs a scheduler's steps as the engine and the R-workers would, and checks every one of them.
+
+    Lanes take turns: each that has no step under way begins one, then that which began first ends.
+    """
 
     def __init__(
         self,
@@ -78,8 +90,10 @@ class World:
         self.scored: defaultdict[int, list[int]] = defaultdict(list)  # seq_id -> positions, as they came
         self.sequences: dict[int, Sequence] = {}
         self.stored: dict[int, tuple[int, int]] = {}  # seq_id -> R-worker, tokens: what R-workers hold
+        self.skipped: Counter[int] = Counter()  # seq_id that decodes -> ends of steps since it had one
         self.num_preempted = 0
-        self.steps: list[Step] = []
+        self.under_way: list[Step] = []
+        self.steps: list[Step] = []  # as they began
         self.loads: list[int] = []
 
     def add(self, sequence: Sequence) -> None:
@@ -87,43 +101,62 @@ class World:
         self.scheduler.add(sequence)
 
     def remove(self, sequences: list[Sequence]) -> None:
+        busy = {seq_id for step in self.under_way for seq_id in step.seq_ids}
         for worker, seq_ids in self.scheduler.remove(sequences).items():
             for seq_id in seq_ids:
+                assert seq_id not in busy, "it is in a step that is under way"
                 assert self.stored.pop(seq_id)[0] == worker
         self.scheduler.check_integrity()
 
     def step(self) -> Step | None:
-        decoding = {i for i in self.stored if not self.sequences[i].is_prefilling}
-        step = self.scheduler.schedule()
-        if step is None:
+        """Which was begun first of those under way; it has ended then."""
+        for lane in range(self.scheduler.num_lanes):
+            if all(step.lane != lane for step in self.under_way) and (step := self.scheduler.schedule(lane)):
+                self._begin(step)
+        if not self.under_way:
             return None
+        self._check_nobody_is_forgotten()
+        self.loads.append(sum(tokens for _, tokens in self.stored.values()))
+        step = self.under_way.pop(0)
+        for segment in step.scored:
+            self.scored[segment.seq_id] += segment.scored
+        tokens = [self._token(self.sequences[seq_id]) for seq_id in step.sampled]
+        self.remove(self.scheduler.commit(step, np.array(tokens, np.int64)))
+        return step
+
+    def _begin(self, step: Step) -> None:
+        busy = {seq_id for other in self.under_way for seq_id in other.seq_ids}
+        segments = step.segments
+        assert len(segments) == len(step.seq_ids) and not step.seq_ids & busy, "a sequence is in one step at a time"
         self.steps.append(step)
+        self.under_way.append(step)
         for worker, seq_ids in step.preempted.items():
             for seq_id in seq_ids:
+                assert seq_id not in busy
                 assert self.stored.pop(seq_id)[0] == worker
                 self.num_preempted += 1
         for admission in step.admissions:
             assert admission.seq_id not in self.stored
             self.stored[admission.seq_id] = admission.r_worker, 0
-        for micro_batch in step.micro_batches:
-            assert len({segment.seq_id for segment in micro_batch.segments}) == len(micro_batch.segments)
-            for segment in micro_batch.segments:
-                self._store(segment)
-        segments = [s for m in step.micro_batches for s in m.segments]
+        for segment in segments:
+            self._store(segment)
         self._check_budget(segments)
-        decoded = {s.seq_id for s in segments if not s.is_prompt}
-        if self.split_fuse or not any(s.is_prompt for s in segments):
-            thrown_out = {seq_id for seq_ids in step.preempted.values() for seq_id in seq_ids}
-            assert decoded == decoding - thrown_out, "a running sequence is skipped"
-        self.loads.append(sum(tokens for _, tokens in self.stored.values()))
-        sampled = [s.seq_id for m in step.micro_batches for s in m.sampled]
-        assert len(set(sampled)) == len(sampled)
-        for micro_batch in step.micro_batches:
-            for segment in micro_batch.scored:
-                self.scored[segment.seq_id] += segment.scored
-        finished = self.scheduler.commit(step, {i: self._token(self.sequences[i]) for i in sampled})
-        self.remove(finished)
-        return step
+        assert len(set(step.sampled)) == len(step.sampled)
+
+    def _check_nobody_is_forgotten(self) -> None:
+        """Who decodes is in a step soon: in the next one of its lane, which it may have changed; but prompts that go
+        alone come before, and so does whoever memory has to be made for."""
+        busy = {seq_id for step in self.under_way for seq_id in step.seq_ids}
+        waits = [i for i in self.stored if not self.sequences[i].is_prefilling and i not in busy]
+        self.skipped = Counter({i: self.skipped[i] + 1 for i in waits if not self.sequences[i].finish_reason})
+        prompts_alone = not self.split_fuse and any(step.prompts for step in self.under_way)
+        if self.scheduler.num_lanes == 1 and not prompts_alone:
+            assert not self.skipped, "a running sequence is skipped"
+        assert (
+            prompts_alone
+            or not self.split_fuse
+            or max(self.skipped.values(), default=0) <= 3 * self.scheduler.num_lanes
+        )
 
     def run(self) -> None:
         while self.step():
@@ -171,7 +204,7 @@ PREDICTORS = {
     aborts=st.dictionaries(st.integers(0, 60), st.integers(0, 24), max_size=5),
     max_num_seqs=st.integers(1, 9),
     budget=st.integers(1, 60),
-    micro_batches=st.integers(1, 4),
+    lanes=st.integers(1, 4),
     capacity=st.lists(st.integers(13, 40), min_size=1, max_size=3).map(tuple),
     predictor=st.sampled_from(sorted(PREDICTORS)),
     kv_policy=st.sampled_from(KV_POLICIES),
@@ -191,7 +224,7 @@ def test_whatever_comes(
     aborts: dict[int, int],
     max_num_seqs: int,
     budget: int,
-    micro_batches: int,
+    lanes: int,
     capacity: tuple[int, ...],
     predictor: str,
     kv_policy: str,
@@ -212,7 +245,7 @@ def test_whatever_comes(
     scheduler = create_scheduler(
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=budget,
-        num_micro_batches=micro_batches,
+        num_lanes=lanes,
         capacity_blocks=capacity,
         predictor=PREDICTORS[predictor](),
         kv_policy=kv_policy,
@@ -258,7 +291,7 @@ def test_a_sequence_that_outgrows_the_original_length_is_computed_anew() -> None
     for sequence in (a_sequence(0, prompt=5, output=9), a_sequence(1, prompt=8, output=3)):
         world.add(sequence)
     world.run()
-    chunks = [s for step in world.steps for m in step.micro_batches for s in m.segments if s.is_prompt]
+    chunks = [s for step in world.steps for s in step.segments if s.is_prompt]
     assert [(s.seq_id, s.start, s.num_tokens, s.given_tokens) for s in chunks] == [
         (0, 0, 5, 5),
         (1, 0, 8, 8),
@@ -280,7 +313,7 @@ def test_who_outranks_others_goes_first(start_policy: str) -> None:
         world.step()
     world.add(a_sequence(10, prompt=12, output=20, rank=0))
     first_steps = [world.step(), world.step()]
-    own = [s for step in first_steps if step for m in step.micro_batches for s in m.segments if s.seq_id == 10]
+    own = [s for step in first_steps if step for s in step.segments if s.seq_id == 10]
     assert next(s.num_tokens for s in own) >= 5 and world.sequences[10].output_token_ids
     world.run()
     ends = [len(sequence.output_token_ids) for sequence in world.sequences.values()]
@@ -292,7 +325,7 @@ def test_sequences_join_and_leave_between_steps() -> None:
     for i in range(3):
         world.add(a_sequence(i, output=2 + i))
     world.run()
-    steps = [{s.seq_id for m in step.micro_batches for s in m.segments} for step in world.steps]
+    steps = [step.seq_ids for step in world.steps]
     assert steps == [{0, 1}, {0, 1}, {1, 2}, {2}, {2}, {2}]
 
 
@@ -303,12 +336,9 @@ def test_every_step_is_full_while_prompts_wait() -> None:
     for i in range(60):
         world.add(a_sequence(i, prompt=3 + 37 * i % 150, output=40))
     world.run()
-    tokens = [sum(m.num_tokens for m in step.micro_batches) for step in world.steps]
+    tokens = [step.num_tokens for step in world.steps]
     last_prompt = max(i for i, step in enumerate(world.steps) if step.admissions)
     assert set(tokens[:last_prompt]) == {64}
-    for step in world.steps[:last_prompt]:
-        sizes = [m.num_tokens for m in step.micro_batches]
-        assert max(sizes) - min(sizes) < 32  # no prompt is cut for less than 16
 
 
 @pytest.mark.parametrize("policy", KV_POLICIES)
@@ -331,34 +361,74 @@ def test_decodes_cannot_starve_prompts() -> None:
     for i in range(200):
         world.add(a_sequence(i, prompt=1, output=50))
     world.run()
-    decodes = [sum(not s.is_prompt for m in step.micro_batches for s in m.segments) for step in world.steps]
+    decodes = [len(step.decodes) for step in world.steps]
     assert max(decodes) == 56
 
 
-def test_micro_batches_share_the_work() -> None:
-    """As many decodes and as much KV, on every R-worker."""
-    scheduler = create_scheduler(max_num_seqs=100, max_num_batched_tokens=2000, capacity_blocks=(900, 900))
+@pytest.mark.parametrize("num_lanes", [2, 3])
+def test_lanes_share_the_work(num_lanes: int) -> None:
+    """As many decodes and as much KV, on every R-worker, however they began."""
+    scheduler = create_scheduler(
+        max_num_seqs=100, max_num_batched_tokens=2000, capacity_blocks=(900, 900), num_lanes=num_lanes
+    )
     world = World(scheduler, 2000, (900, 900))
     for i in range(60):
-        world.add(a_sequence(i, prompt=1 + i * 37 % 50, output=5))
-    world.step()
-    step = world.step()
-    assert step and len(step.micro_batches) == 2
+        world.add(a_sequence(i, prompt=1 + i * 37 % 50, output=15))
+    for _ in range(5 * num_lanes):
+        world.step()
+    steps = world.steps[-num_lanes:]
+    assert {step.lane for step in steps} == set(range(num_lanes))
     for worker in (0, 1):
-        parts = [[s for s in m.segments if s.r_worker == worker] for m in step.micro_batches]
-        kv = [sum(s.end for s in part) for part in parts]
-        assert abs(len(parts[0]) - len(parts[1])) <= 1 and max(kv) - min(kv) <= 50, kv
+        parts = [[s for s in step.segments if s.r_worker == worker] for step in steps]
+        counts, kv = [len(part) for part in parts], [sum(s.end for s in part) for part in parts]
+        assert max(counts) - min(counts) <= 2 and max(kv) - min(kv) <= 70, (counts, kv)
+    world.run()
 
 
-def test_a_prompt_is_cut_for_two_micro_batches() -> None:
-    world = World(create_scheduler(max_num_batched_tokens=100), 100, (50, 50))
-    world.add(a_sequence(0, prompt=130))
-    step = world.step()
-    assert step
-    [[first], [second]] = (m.segments for m in step.micro_batches)
-    assert (first.start, first.end, second.start, second.end) == (0, 50, 50, 100)
-    step = world.step()
-    assert step and [m.num_tokens for m in step.micro_batches] == [30]  # less than two pieces worth a cut
+def test_a_lane_alone_gives_the_other_half_of_what_it_has() -> None:
+    """All of one R-worker's sequences end in one lane."""
+    scheduler = create_scheduler(max_num_seqs=100, max_num_batched_tokens=2000, capacity_blocks=(900,), num_lanes=2)
+    world = World(scheduler, 2000, (900,))
+    for i in range(20):
+        world.add(a_sequence(i, prompt=5, output=40))
+    world.step()
+    first = next(step for step in world.steps if step.lane == 0)
+    world.step()
+    world.remove([world.sequences[i] for i in first.seq_ids])
+    for _ in range(4):
+        world.step()
+    assert [len(step.decodes) for step in world.steps[-2:]] == [5, 5]
+
+
+def test_who_is_in_a_step_under_way_is_freed_after_it() -> None:
+    scheduler = create_scheduler(num_lanes=2)
+    sequences = [a_sequence(i) for i in range(2)]
+    scheduler.add(*sequences)
+    steps = [scheduler.schedule(0), scheduler.schedule(1)]
+    assert all(steps) and scheduler.remove(sequences[:1]) == {} and scheduler.num_running == 2
+    for step in steps:
+        assert step and scheduler.commit(step, np.full(1, OTHER)) == []
+    assert scheduler.remove([]) == {0: [0]} and scheduler.num_running == 1
+    scheduler.check_integrity()
+
+
+def test_a_loss_breaks_off_the_lanes_that_had_rows_there() -> None:
+    scheduler = create_scheduler(num_lanes=2, capacity_blocks=(50, 50), max_num_batched_tokens=20)
+    sequences = [a_sequence(i, prompt=9 if i == 3 else 4, output=9) for i in range(4)]
+    scheduler.add(*sequences[:2])
+    for _ in range(2):
+        for lane in range(2):
+            step = scheduler.schedule(lane)
+            assert step
+            scheduler.commit(step, np.full(len(step.sampled), OTHER))
+    steps = [scheduler.schedule(lane) for lane in range(2)]
+    assert [step and step.r_workers for step in steps] == [{0}, {1}]
+    loss = scheduler.lose(0)
+    assert loss.broken == {0} and loss.released == {0: [0]} and loss.kept == {}
+    assert sequences[0].r_worker is None and scheduler.under_way == [1]
+    assert steps[1] and scheduler.commit(steps[1], np.full(1, OTHER)) == []
+    assert len(sequences[1].output_token_ids) == 3
+    scheduler.check_integrity()
 
 
 def test_end_of_sequence_frees_at_once() -> None:
@@ -389,7 +459,7 @@ def test_the_queue_is_bounded() -> None:
     assert info.value.code == "queue_full" and scheduler.num_waiting == 1 and scheduler.has_room(1)
     scheduler.add(a_sequence(1))
     assert not scheduler.has_room(1)
-    scheduler.schedule()
+    pass_step(scheduler)
     scheduler.add(a_sequence(2), a_sequence(3), a_sequence(4))  # an empty queue takes them all
 
 
@@ -399,13 +469,13 @@ def test_places() -> None:
     sequences = [a_sequence(i, prompt=5, output=4) for i in range(3)]  # 2 blocks each
     scheduler.add(*sequences)
     assert scheduler.num_places == 8
-    scheduler.schedule()
+    pass_step(scheduler)
     assert (scheduler.num_running, scheduler.num_places) == (2, 2)
     scheduler.remove(sequences[2:])
-    scheduler.schedule()
+    pass_step(scheduler)
     assert (scheduler.num_running, scheduler.num_places) == (2, 8)
     scheduler.add(a_sequence(3))
-    scheduler.schedule()
+    pass_step(scheduler)
     assert scheduler.num_places == 2
     scheduler.remove(sequences[:2])
     assert (scheduler.num_running, scheduler.num_places) == (0, 8)
@@ -423,7 +493,7 @@ def test_remove_waiting_and_running() -> None:
     sequences = [a_sequence(i) for i in range(3)]
     for sequence in sequences:
         scheduler.add(sequence)
-    scheduler.schedule()
+    pass_step(scheduler)
     assert scheduler.remove(sequences[:2]) == {0: [0]}  # only the running one holds KV
     scheduler.check_integrity()
     assert (scheduler.num_running, scheduler.num_waiting) == (0, 1)
@@ -448,7 +518,7 @@ def test_preemption_keeps_the_first_and_the_order() -> None:
         world.add(a_sequence(i, prompt=5, output=12))
     world.run()
     assert world.num_preempted > 0 and world.sequences[0].num_preemptions == 0
-    ends = [max(n for n, s in enumerate(world.steps) if any(x.seq_id == i for m in s.micro_batches for x in m.segments))
+    ends = [max(n for n, s in enumerate(world.steps) if i in s.seq_ids)
             for i in range(3)]  # fmt: skip
     assert ends == sorted(ends)
 
@@ -555,20 +625,19 @@ def test_sequences_held_back_start_when_they_would_have(outputs: list[int], star
     """Added as more are wanted, they make the very steps that they make when all wait from the beginning; and far from
     all of them wait before the first."""
 
-    def steps(is_held_back: bool) -> tuple[list[Step], int]:
+    def steps(is_held_back: bool) -> tuple[list[Any], int]:
         options: dict[str, Any] = {"start_policy": start_policy, "order": order, "order_window": 4}
         scheduler = create_scheduler(max_num_seqs=10, predictor=Oracle(), **options)
         coming = [a_sequence(index, prompt=20, output=output) for index, output in enumerate(outputs)][::-1]
-        made, num_first = [], 0
+        made, num_first = list[Any](), 0
         while coming or scheduler.has_work:
             while coming and (not is_held_back or scheduler.wants_more):
                 scheduler.add(coming.pop())
             num_first = num_first or scheduler.num_waiting
             step = scheduler.schedule()
             assert step
-            made.append(step)
-            due = {segment.seq_id: OTHER for batch in step.micro_batches for segment in batch.sampled}
-            scheduler.remove(scheduler.commit(step, due))
+            made.append((step.number, step.segments, step.admissions, step.preempted))
+            scheduler.remove(scheduler.commit(step, np.full(len(step.sampled), OTHER)))
             scheduler.check_integrity()
         return made, num_first
 

@@ -25,7 +25,7 @@ FLAT = flat_cost(0.01, 1e-9)
 
 def simulate_offline(jobs: list[Job], predictor: Predictor, num_r_workers: int, **options: object) -> Simulation:
     settings: dict[str, object] = dict(
-        max_num_seqs=4096, max_num_batched_tokens=1 << 20, num_micro_batches=1, block_tokens=16,
+        max_num_seqs=4096, max_num_batched_tokens=1 << 20, num_lanes=1, block_tokens=16,
         capacity_blocks=(1 << 20,) * num_r_workers,
     )  # fmt: skip
     scheduler = Scheduler(SchedulerConfig(**settings | options), predictor)  # type: ignore[arg-type]
@@ -149,7 +149,7 @@ def test_a_queue_as_in_the_books(load: float) -> None:
         SchedulerConfig(
             max_num_seqs=1,
             max_num_batched_tokens=64,
-            num_micro_batches=1,
+            num_lanes=1,
             block_tokens=16,
             capacity_blocks=(100,),
             split_fuse=False,
@@ -164,7 +164,7 @@ def test_a_queue_as_in_the_books(load: float) -> None:
 def test_closed_loop_keeps_its_clients_busy() -> None:
     scheduler = Scheduler(
         SchedulerConfig(
-            max_num_seqs=64, max_num_batched_tokens=512, num_micro_batches=1, block_tokens=16, capacity_blocks=(1000,)
+            max_num_seqs=64, max_num_batched_tokens=512, num_lanes=1, block_tokens=16, capacity_blocks=(1000,)
         )
     )
     simulation = simulate(scheduler, [Job(10, 20, 20)] * 50, Arrivals(None, 7), FLAT, 1)
@@ -175,9 +175,7 @@ def test_closed_loop_keeps_its_clients_busy() -> None:
 
 def test_refused_jobs_do_not_stop_a_client() -> None:
     scheduler = Scheduler(
-        SchedulerConfig(
-            max_num_seqs=4, max_num_batched_tokens=512, num_micro_batches=1, block_tokens=16, capacity_blocks=(4,)
-        )
+        SchedulerConfig(max_num_seqs=4, max_num_batched_tokens=512, num_lanes=1, block_tokens=16, capacity_blocks=(4,))
     )
     served = simulate(scheduler, [Job(10, 20, 20), Job(100, 20, 20)] * 5, Arrivals(None, 1), FLAT, 1).served
     assert [one.refused for one in served] == [None, "kv_budget_exceeded"] * 5

@@ -15,7 +15,7 @@ from fastdecode.errors import ConfigError
 from fastdecode.holders.rejoin import RWorkerHandle
 from fastdecode.holders.rpool import RPool
 from fastdecode.observe.timeline import S_DEVICE, S_WORKER, NoTimeline, Timeline
-from fastdecode.scheduling.plan import MicroBatch, Segment
+from fastdecode.scheduling.plan import Segment, Step
 from transport import Attend, Attended, Channel
 
 
@@ -84,7 +84,7 @@ class OtherClock(Channel):
 def test_spans_of_another_clock_end_with_the_answer() -> None:
     timeline = Timeline()
     rpool = RPool([RWorkerHandle("far", OtherClock(7_000, 9_000))], 1.0, timeline)
-    ticket = rpool.begin(0, MicroBatch(0, (Segment(0, 0, 5, (1,), 0),)))
+    ticket = rpool.begin(Step.of([Segment(0, 0, 5, (1,), 0)]))
     rows = np.zeros((1, 2, 8), np.float32)
     rpool.submit(ticket, rows, rows, rows)
     rpool.collect(ticket)

@@ -11,7 +11,8 @@ Hq/Hkv = query/KV heads, D = head_dim, n = sequences.
     Admit(seq_ids, max_tokens)          ─────►  knows the sequences from now on          (no answer)
     Step(seq_ids, starts, num_tokens)   ─────►  once per step and micro-batch            (no answer)
     Attend(layer 0; q, k, v)            ─────►  appends k, v; then attends q
-                                        ◄─────  Attended(layer 0; o)       exactly one answer per Attend
+                                        ◄─────  Attended(layer 0; o)       exactly one answer per Attend with queries;
+                                                                           without, one after the last layer
     Attend(layer 1; ...)                ─────►  ...
     Rewind(seq_ids, num_tokens)         ─────►  forgets what came after; a step is redone  (no answer)
     Release(seq_ids)                    ─────►  frees blocks                             (no answer)
@@ -21,7 +22,7 @@ Hq/Hkv = query/KV heads, D = head_dim, n = sequences.
 
 Messages between two workers keep their order.  Anything that goes wrong on the R-worker comes back as a
 Failure in place of the answer it prevents, and the R-worker lives on.  What has no answer of its own fails at
-the next Attend: so there is exactly one answer per Attend, whatever happens.
+the next Attend that has one: so there are as many answers as are due, whatever happens.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ import msgspec
 import numpy as np
 from msgspec import Meta
 
-PROTOCOL_VERSION = 4
+PROTOCOL_VERSION = 5
 
 # What may travel, little-endian; looked up by value, because a dtype's `name` is computed anew at every use.
 DTYPES: dict[str, np.dtype] = {

@@ -22,7 +22,7 @@ from fastdecode.engine.runtime import Runtime, open_runtime
 from fastdecode.errors import ConfigError
 from fastdecode.modelling.calibration import Calibration
 from fastdecode.modelling.perf_model import PerfModel
-from fastdecode.scheduling.plan import Admission, MicroBatch, Segment
+from fastdecode.scheduling.plan import Admission, Segment, Step
 from gpu_sworker import EmulatedSWorker, FlatBatch, SWorker
 
 _REPEATS = 5
@@ -120,18 +120,17 @@ def r_seconds(runtime: Runtime, on_progress: Callable[[str], None]) -> tuple[flo
 def run_step(runtime: Runtime, segments: list[Segment]) -> float:
     """Seconds of the R-Part of all layers."""
     rpool, facts = runtime.rpool, runtime.sworker.facts
-    micro_batch = MicroBatch(0, tuple(sorted(segments, key=lambda segment: segment.r_worker)))
-    num_queries = sum(segment.num_queries for segment in segments)
+    step = Step.of(segments)
     generator = np.random.default_rng(0)
     arrays = [
         tuple(
             generator.standard_normal((rows, heads, spec.head_dim), np.float32)
-            for rows, heads in ((num_queries, spec.num_q_heads), (micro_batch.num_tokens, spec.num_kv_heads))
+            for rows, heads in ((len(step.decodes), spec.num_q_heads), (step.num_tokens, spec.num_kv_heads))
         )
         for spec in facts.layers
     ]
     began = time.perf_counter()
-    ticket = rpool.begin(0, micro_batch)
+    ticket = rpool.begin(step)
     for q, kv in arrays:
         rpool.submit(ticket, q, kv, kv)
         rpool.collect(ticket)

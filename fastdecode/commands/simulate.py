@@ -125,7 +125,7 @@ def _simulate(args: argparse.Namespace, start_policy: str, cost: Cost) -> Simula
         SchedulerConfig(
             max_num_seqs=args.max_num_seqs,
             max_num_batched_tokens=args.max_num_batched_tokens,
-            num_micro_batches=args.micro_batches,
+            num_lanes=args.micro_batches,
             block_tokens=args.block_tokens,
             capacity_blocks=(args.kv_tokens // args.block_tokens,) * args.r_workers,
             kv_policy=args.kv_policy,

@@ -93,7 +93,7 @@ def make_scheduler(config: EngineConfig, facts: ModelFacts, capacity_blocks: Seq
         SchedulerConfig(
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
-            num_micro_batches=config.micro_batches or (1 if facts.device == "cpu" else 2),
+            num_lanes=config.micro_batches or (1 if facts.device == "cpu" else 2),
             block_tokens=config.block_tokens,
             capacity_blocks=tuple(capacity_blocks),
             max_num_waiting=config.max_num_waiting,

@@ -41,11 +41,12 @@ class EngineConfig:
     r_worker_addresses: R-workers that run already, like ``tcp://127.0.0.1:5555``; none are started then.
     key_file: the job's key for R-workers over tcp://: they let in its holders alone, and what travels is encrypted;
         ``fastdecode keygen`` makes it, and R-workers that run already were started with a copy of it.
-    micro_batches: how many share a step, so that S- and R-Part overlap. None: 2 with a GPU; 1 on a CPU, where
-        both Parts want the same cores and halving the batch costs more than the overlap gains.
+    micro_batches: lanes of sequences that take turns, so that S- and R-Part overlap; each step of a lane is one
+        micro-batch. None: 2 with a GPU; 1 on a CPU, where both Parts want the same cores and halving the batch costs
+        more than the overlap gains.
     max_num_seqs: sequences that run at the same time, at most.
-    max_num_batched_tokens: tokens of one step, at most: one for each running sequence, the rest for prompts, which
-        are cut to fit. An eighth is kept for prompts, so no more sequences run than seven eighths of it.
+    max_num_batched_tokens: tokens of one step of all lanes together, at most: one for each running sequence, the rest
+        for prompts, which are cut to fit. An eighth is kept for prompts, so no more sequences run than seven eighths.
     max_model_len: longest prompt + output in tokens; None: what the model and the KV budget allow.
     seed: what requests without a seed of their own derive theirs from.
     skip_tokenizer_init: load no tokenizer; prompts are token ids then, and outputs have no text.

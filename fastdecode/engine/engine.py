@@ -1,8 +1,10 @@
 """The engine: schedule, run, commit; requests in, outputs out.
 
-add_request ─► Scheduler ─► Step ─► Pipeline ─► tokens ─► Scheduler ─► RequestOutput
-                   ▲                                          │
-                   └──────────────── next step ◄──────────────┘
+add_request ─► Scheduler ─► Step ─► Pipeline ─► logits ─► tokens ─► Scheduler ─► RequestOutput
+                   ▲                                                    │
+                   └───────────── the lane's next step ◄────────────────┘
+
+Lanes take turns: what is done here for one lies beside the R-workers' work for the others.
 """
 
 from __future__ import annotations
@@ -23,14 +25,14 @@ from fastdecode.engine.pipeline import Pipeline
 from fastdecode.engine.recovery import Recovery, pairs
 from fastdecode.engine.results import Continuation, LiveRequest, failed_output, finished_output, next_delta
 from fastdecode.engine.row_faults import RowFaults
-from fastdecode.engine.sampling import MicroBatchResult, sampling_rows, scoring_rows
+from fastdecode.engine.sampling import StepResult, sampling_rows, scoring_rows
 from fastdecode.errors import RequestError, RWorkerError
 from fastdecode.holders.rejoin import RWorkerHandle
 from fastdecode.holders.rpool import RPool
 from fastdecode.observe.step_log import StepRecord, make_record
 from fastdecode.observe.timeline import NoTimeline, Timeline
 from fastdecode.observe.totals import PoolTotals, Standing
-from fastdecode.scheduling.plan import MicroBatch, Step
+from fastdecode.scheduling.plan import Step
 from fastdecode.scheduling.request import Sequence
 from fastdecode.scheduling.scheduler import Scheduler
 from fastdecode.text.tokenizer import Tokenizer
@@ -69,12 +71,15 @@ class Engine:
         )
         self._live: dict[str, LiveRequest] = {}
         self._by_sequence: dict[int, tuple[LiveRequest, Continuation]] = {}
+        self._heard: set[int] = set()  # sequences whose every token somebody wants to see when it comes
         self._num_requests = 0
         self._recovery = Recovery(rpool, self._pipeline, scheduler)
         self._faults = RowFaults(sworker.facts.dtype)
         self._failed: list[RequestOutput] = []  # requests that ended with an error, and are not handed out yet
         self._on_step = on_step
+        self._began: dict[int, float] = {}  # lane -> when its step under way did
         self._first_step: float | None = None  # when it began
+        self._last_end = 0.0  # when a step was over last
         self._is_torn = False  # something was begun, and not ended: see `_whole`
         self._put_down()
 
@@ -157,10 +162,12 @@ class Engine:
             self._scheduler.add(*(continuation.sequence for continuation in live.continuations))
             for continuation in live.continuations:
                 self._by_sequence[continuation.sequence.seq_id] = live, continuation
+                if continuation.is_watched:
+                    self._heard.add(continuation.sequence.seq_id)
             self._live[request_id] = live
 
     def step(self) -> list[RequestOutput]:
-        """One token for every running sequence; returns the requests that are finished now.
+        """A step of one lane: a token for each of its running sequences; returns the requests that are finished now.
 
         A lost R-worker costs its sequences' KV: they are computed again on the others, from prompt and output, and go
         on with the same tokens.  While none is left and one may come back, a step is a short wait for it.  Raises
@@ -171,19 +178,46 @@ class Engine:
             return self._step()
 
     def _step(self) -> list[RequestOutput]:
-        self._recover(None)
-        with self._timeline.span("schedule"):
-            step = self._scheduler.schedule() if self._rpool.alive else None
+        self._recover()
+        self._begin_lanes()
+        passed = self._run()
+        if passed is None:
+            return self._take_failed()
+        step, logits = passed
+        with self._timeline.span("sample", step.lane):
+            result = self._sample(step, logits)
+        self._tell(step)
+        with self._timeline.span("commit", step.lane):
+            return self._commit(step, result) + self._take_failed()
+
+    def _begin_lanes(self) -> None:
+        """Each lane that has no step under way begins its next one."""
+        for lane in range(self._scheduler.num_lanes):
+            if lane in self._pipeline.under_way or not self._rpool.alive:
+                continue
+            began = time.monotonic()
+            with self._timeline.span("schedule", lane):
+                step = self._scheduler.schedule(lane)
+            if step is None:
+                continue
+            self._began[lane] = began
+            try:
+                self._pipeline.begin(step)
+            except RWorkerError as error:
+                self._recovery.note(error)
+                self._recover()
         self._put_down()
-        if step is None:
-            return self._take_failed()
-        started = time.monotonic()
-        results = self._run(step)
-        if results is None:
-            return self._take_failed()
-        self._tell(step, started)
-        with self._timeline.span("commit"):
-            return self._commit(step, results, started) + self._take_failed()
+
+    def _run(self) -> tuple[Step, torch.Tensor] | None:
+        """The lane that is through next, and its logits; None if there is none, or an R-worker was lost on the way."""
+        if not self._pipeline.under_way:
+            return None
+        try:
+            return self._pipeline.run()
+        except RWorkerError as error:
+            self._recovery.note(error)
+        self._recover()
+        return None
 
     def add_r_worker(self, find: Callable[[int], RWorkerHandle]) -> None:
         """One more, found beside the steps under the number it will have; it is used once it is there."""
@@ -200,7 +234,7 @@ class Engine:
                 self._rpool.settle(timeout_s)
             except RWorkerError as error:
                 self._recovery.note(error)
-            self._recover(None)
+            self._recover()
 
     def abort(self, request_ids: Iterable[str]) -> None:
         """Forgets requests, waiting or running, and frees their KV.  Unknown ids are ignored.
@@ -220,12 +254,22 @@ class Engine:
         for request_id in request_ids:
             live = self._live.pop(request_id, None)
             for continuation in live.continuations if live else ():
-                if self._by_sequence.pop(continuation.sequence.seq_id, None):
+                if self._forget(continuation.sequence.seq_id):
                     sequences.append(continuation.sequence)
         self._release(sequences)
+        if not self._live and self._pipeline.under_way:  # nobody is there whom the steps under way were for
+            self._forget_all()
+
+    def _forget(self, seq_id: int) -> bool:
+        """Whether it was known."""
+        self._heard.discard(seq_id)
+        return self._by_sequence.pop(seq_id, None) is not None
 
     def _release(self, sequences: list[Sequence]) -> None:
-        """Gives back what sequences held; an R-worker lost meanwhile is the next step's to deal with."""
+        """Gives back what sequences held, unless a step under way has rows of them: then after it.
+
+        An R-worker lost meanwhile is the next step's to deal with.
+        """
         released = self._scheduler.remove(sequences)
         self._put_down()
         try:
@@ -259,12 +303,17 @@ class Engine:
     def _mend(self) -> None:
         if not self._is_torn:
             return
-        self._live, self._by_sequence, self._failed = {}, {}, []
+        self._failed = []
+        self._forget_all()
+        self._is_torn = False
+
+    def _forget_all(self) -> None:
+        """All sequences, here and on the R-workers, and the steps under way."""
+        self._live, self._by_sequence, self._heard = {}, {}, set()
         num_blocks = self._rpool.num_blocks
         self._scheduler.begin_anew(num_blocks, set(range(len(num_blocks))).difference(self._rpool.alive))
         self._recovery.rest()
         self._put_down()
-        self._is_torn = False
 
     def _put_down(self) -> None:
         """For other threads, after whatever may have changed it: this one goes on with what it is made of."""
@@ -276,9 +325,9 @@ class Engine:
             totals=self.totals.copy(),
         )
 
-    def _recover(self, step: Step | None) -> None:
-        """After losses, in the middle of `step` or before the next one.  Raises RWorkerError if no R-worker is left."""
-        homeless = self._recovery.run(step)
+    def _recover(self) -> None:
+        """After losses.  Raises RWorkerError if no R-worker is left."""
+        homeless = self._recovery.run()
         self._put_down()
         for sequence, error in homeless:
             self._refuse(sequence, error)
@@ -300,25 +349,19 @@ class Engine:
         taken, self._failed = self._failed, []
         return taken
 
-    def _run(self, step: Step) -> list[MicroBatchResult] | None:
-        """What was sampled and scored; None if an R-worker was lost and the step did not happen."""
-        try:
-            return self._pipeline.run(step, self._sample)
-        except RWorkerError as error:
-            self._recovery.note(error)
-        self._recover(step)
-        return None
-
-    def _tell(self, step: Step, started: float) -> None:
+    def _tell(self, step: Step) -> None:
         self._timeline.count("live KV tokens", sum(self._scheduler.kv_tokens))
         if self._on_step is None:
             return
-        self._first_step = started if self._first_step is None else self._first_step
+        began, now = self._began[step.lane], time.monotonic()
+        self._first_step = began if self._first_step is None else self._first_step
+        elapsed_s, self._last_end = now - max(began, self._last_end), now
         self._on_step(
             make_record(
                 step,
-                begin_s=started - self._first_step,
-                seconds=time.monotonic() - started,
+                begin_s=began - self._first_step,
+                seconds=now - began,
+                elapsed_s=elapsed_s,
                 num_running=self._scheduler.num_running,
                 num_waiting=self._scheduler.num_waiting,
                 kv_tokens=self._scheduler.kv_tokens,
@@ -326,61 +369,62 @@ class Engine:
             )
         )
 
-    def _sample(self, micro_batch: MicroBatch, logits: torch.Tensor) -> MicroBatchResult:
+    def _sample(self, step: Step, logits: torch.Tensor) -> StepResult:
         """logits: [num_sampled + num_scored, vocab]"""
-        sampled, scored = (
-            [self._scheduler.running(segment.seq_id) for segment in segments]
-            for segments in (micro_batch.sampled, micro_batch.scored)
-        )
-        to_score = scoring_rows(micro_batch.scored, scored)
-        return MicroBatchResult(
-            self._sworker.sample(logits[: len(sampled)], sampling_rows(sampled)),
-            self._sworker.score(logits[len(sampled) :], to_score.token_ids, to_score.num_logprobs),
-        )
+        sampled = [self._scheduler.running(seq_id) for seq_id in step.sampled]
+        to_score = scoring_rows(step.scored, [self._scheduler.running(segment.seq_id) for segment in step.scored])
+        with self._sworker.inference():
+            return StepResult(
+                self._sworker.sample(logits[: len(sampled)], sampling_rows(sampled)),
+                self._sworker.score(logits[len(sampled) :], to_score.token_ids, to_score.num_logprobs),
+            )
 
-    def _commit(self, step: Step, results: list[MicroBatchResult], started: float) -> list[RequestOutput]:
+    def _commit(self, step: Step, result: StepResult) -> list[RequestOutput]:
         """Hands tokens to sequences, looks for ends, gives back what finished sequences held."""
-        tokens: dict[int, int] = {}
-        failed: list[tuple[Sequence, RequestError]] = []
-        now = time.monotonic()
-        for micro_batch, result in zip(step.micro_batches, results, strict=True):
-            for segment in micro_batch.segments:
-                live, _ = self._by_sequence[segment.seq_id]
-                live.first_scheduled = live.first_scheduled or started
-            scores = iter(result.scores)
-            for segment in micro_batch.scored:
-                live, _ = self._by_sequence[segment.seq_id]
-                for position in segment.scored:
-                    live.prompt_scores[position + 1] = next(scores)
-            for row, segment in enumerate(micro_batch.sampled):
-                live, continuation = self._by_sequence[segment.seq_id]
-                tokens[segment.seq_id] = token = int(result.sampled.token_ids[row])
-                try:
-                    continuation.take(token, result.sampled.logprobs[row])
-                except RequestError as why:
-                    failed.append((continuation.sequence, why))
-                live.first_token = live.first_token or now
-        failed += self._failures(step, results)
-        finished = self._scheduler.commit(step, tokens)
+        now, seq_ids = time.monotonic(), step.sampled
+        self._note_prompts(step, result, now)
+        failed = self._failures(step, result)
+        for row, seq_id in enumerate(seq_ids):
+            if seq_id not in self._heard:
+                continue
+            _, continuation = self._by_sequence[seq_id]
+            try:
+                continuation.take(int(result.sampled.token_ids[row]), result.sampled.logprobs[row])
+            except RequestError as why:
+                failed.append((continuation.sequence, why))
+        finished = self._scheduler.commit(step, result.sampled.token_ids)
         for sequence, error in failed:
             self._fail(sequence, error)
-        if failed:  # other samples of their requests have ended, too
-            tokens = {seq_id: token for seq_id, token in tokens.items() if seq_id in self._by_sequence}
-            finished = [sequence for sequence in finished if sequence.seq_id in self._by_sequence]
-        finished += self._stop_at_strings(tokens)
-        for seq_id in {**tokens, **{sequence.seq_id: None for sequence in finished}}:
+        heard = [seq_id for seq_id in seq_ids if seq_id in self._heard]
+        finished += self._stop_at_strings(heard)
+        for seq_id in {**dict.fromkeys(heard), **{sequence.seq_id: None for sequence in finished}}:
             if seq_id in self._by_sequence:  # its request may have failed with another of its samples
                 self._tell_delta(*self._by_sequence[seq_id])
         finished = [sequence for sequence in finished if sequence.seq_id in self._by_sequence]
         outputs = []
         for sequence in finished:
-            live, _ = self._by_sequence.pop(sequence.seq_id)
+            live, _ = self._by_sequence[sequence.seq_id]
+            self._forget(sequence.seq_id)
             live.num_unfinished -= 1
             if live.num_unfinished == 0:
                 del self._live[live.request.request_id]
                 outputs.append(finished_output(live, now, self._tokenizer))
         self._release(finished)
         return outputs
+
+    def _note_prompts(self, step: Step, result: StepResult, now: float) -> None:
+        """When each was begun and had its first token, and how likely its own tokens are."""
+        scores = iter(result.scores)
+        for segment in step.prompts:
+            known = self._by_sequence.get(segment.seq_id)
+            for position in segment.scored if segment.score_to else ():
+                score = next(scores)
+                if known:
+                    known[0].prompt_scores[position + 1] = score
+            if known:
+                known[0].first_scheduled = known[0].first_scheduled or self._began[step.lane]
+                if segment.is_sampled:
+                    known[0].first_token = known[0].first_token or now
 
     def _tell_delta(self, live: LiveRequest, continuation: Continuation) -> None:
         if live.on_delta is None:
@@ -392,19 +436,20 @@ class Engine:
         else:
             live.on_delta(delta)
 
-    def _failures(self, step: Step, results: list[MicroBatchResult]) -> list[tuple[Sequence, RequestError]]:
+    def _failures(self, step: Step, result: StepResult) -> list[tuple[Sequence, RequestError]]:
         """Sequences whose logits are no distribution, or leave nothing that their request may take."""
         faults: dict[int, RowFault] = {}
-        for micro_batch, result in zip(step.micro_batches, results, strict=True):
-            scores = iter(result.scores)
-            for segment in micro_batch.scored:
-                of_segment = [next(scores)[0].logprob for _ in segment.scored]
-                if any(map(math.isnan, of_segment)):
-                    faults[segment.seq_id] = RowFault.NOT_FINITE
-            for row in np.flatnonzero(result.sampled.faults).tolist():
-                faults[micro_batch.sampled[row].seq_id] = RowFault(result.sampled.faults[row])
-        sequences = ((self._scheduler.running(seq_id), fault) for seq_id, fault in faults.items())
-        return [(sequence, self._faults.explain(fault, sequence, step.number)) for sequence, fault in sequences]
+        scores = iter(result.scores)
+        for segment in step.scored:
+            of_segment = [next(scores)[0].logprob for _ in segment.scored]
+            if any(map(math.isnan, of_segment)):
+                faults[segment.seq_id] = RowFault.NOT_FINITE
+        for row in np.flatnonzero(result.sampled.faults).tolist():
+            faults[step.sampled[row]] = RowFault(result.sampled.faults[row])
+        known = (
+            (self._by_sequence[seq_id][1], fault) for seq_id, fault in faults.items() if seq_id in self._by_sequence
+        )
+        return [(one.sequence, self._faults.explain(fault, one.sequence, step.number)) for one, fault in known]
 
     def _stop_at_strings(self, seq_ids: Iterable[int]) -> list[Sequence]:
         """Ends sequences whose text has come to a stop string; returns those that were not ended already."""

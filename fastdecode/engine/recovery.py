@@ -2,7 +2,9 @@
 
     lost R-worker        its sequences wait again, and are computed from prompt and output on the others, or on it when
                          it is back
-    the others           prompts of the broken step start again; whoever decodes goes back to before the step
+    lanes with rows      their steps did not happen: prompts of theirs start again; whoever decodes goes back to before
+    there                the step
+    other lanes          finish theirs
 
 The order is: note a loss, drop the worker, let the scheduler decide who starts again, release those (each by itself,
 because nobody knows how far a worker had heard of them), a barrier, then rewind the rest.  A loss in the middle of that
@@ -21,7 +23,6 @@ from collections.abc import Iterable, Mapping
 from fastdecode.engine.pipeline import Pipeline
 from fastdecode.errors import RWorkerError
 from fastdecode.holders.rpool import RPool
-from fastdecode.scheduling.plan import Step
 from fastdecode.scheduling.request import Sequence
 from fastdecode.scheduling.scheduler import Scheduler
 
@@ -42,6 +43,7 @@ class Recovery:
         self._is_checked = True  # that whoever waits fits somewhere
         self._noted: deque[RWorkerError] = deque()
         self._unsettled: set[tuple[int, int]] = set()  # (R-worker, sequence) that may or may not know of their end
+        self._kept: dict[int, dict[int, int]] = {}  # R-worker -> sequence -> tokens of it that stay, to be told
         self._is_restless = False  # one was begun and has not ended
         self._final: RWorkerError | None = None
 
@@ -60,12 +62,14 @@ class Recovery:
         is released, and they come to rest.  If one is lost meanwhile, the next `run` goes on with it.
         """
         self._is_restless = True  # first: interrupted again, the next `run` begins anew
+        self._pipeline.break_off(self._pipeline.under_way)
         self._unsettled.update(self._rpool.held)
+        self._kept = {}
         if not self._final:
-            self._settle({})
+            self._settle()
 
-    def run(self, step: Step | None) -> list[tuple[Sequence, RWorkerError]]:
-        """Deals with what was noted, in the middle of `step` or before the next one, and lets in who has come back.
+    def run(self) -> list[tuple[Sequence, RWorkerError]]:
+        """Deals with what was noted, and lets in who has come back.
 
         Returns sequences that fit on no R-worker any more, and on account of which loss.  Raises RWorkerError if none
         is left or comes back, and from then on always.  Interrupted, it is begun anew by the next call; all sequences
@@ -75,7 +79,6 @@ class Recovery:
             if self._final:
                 raise self._final
             self._is_restless = True
-            kept: Mapping[int, Mapping[int, int]] = {}
             if self._noted:
                 self._last_loss = error = self._noted[0]
                 self._is_checked = False
@@ -84,11 +87,15 @@ class Recovery:
                     continue
                 where = "on the others" if self._rpool.alive else "when one is back"
                 logger.warning("%s.  What it held is computed again %s", error, where)
-                loss = self._scheduler.lose(error.r_worker, step)
-                self._unsettled.update(pairs(loss.released), pairs(step.preempted if step else {}))
-                kept = loss.kept
+                unbegun = set(self._scheduler.under_way).difference(self._pipeline.under_way)
+                loss = self._scheduler.lose(error.r_worker, unbegun)
+                self._pipeline.break_off(loss.broken)
+                self._unsettled.update(pairs(loss.released))
+                for worker, kept in loss.kept.items():
+                    self._kept.setdefault(worker, {}).update(kept)
+                self._kept.pop(error.r_worker, None)
                 self._noted.popleft()  # interrupted before, it is dealt with again
-            if self._settle(kept):
+            if self._settle():
                 self._rpool.totals.num_recoveries += 1
         self._join()
         if self._is_checked or self._last_loss is None:
@@ -96,15 +103,16 @@ class Recovery:
         self._is_checked = True
         return [(sequence, self._last_loss) for sequence in self._scheduler.homeless()]
 
-    def _settle(self, kept: Mapping[int, Mapping[int, int]]) -> bool:
+    def _settle(self) -> bool:
         """Whether all came to rest; who did not is lost, and noted."""
         try:
             self._pipeline.settle(sorted(self._unsettled))
-            self._pipeline.rewind(kept)
+            self._pipeline.rewind(self._kept)
         except RWorkerError as error:
             self.note(error)
             return False
         self._unsettled.clear()
+        self._kept = {}
         self._is_restless = False
         return True
 

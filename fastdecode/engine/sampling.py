@@ -1,6 +1,6 @@
 """From sequences to the rows a sampler wants, and what it makes of them.  Pure.
 
-logits of a micro-batch   sampled ┬ sampling_rows ─► the next token of each
+logits of a step           sampled ┬ sampling_rows ─► the next token of each
                           scored  ┴ scoring_rows  ─► how likely each prompt's token after the row was
 """
 
@@ -18,11 +18,11 @@ from gpu_sworker import Penalties, Sampled, SamplingRows, TokenLogprobs, uniform
 
 
 @dataclass(frozen=True)
-class MicroBatchResult:
-    """What a micro-batch's logits say."""
+class StepResult:
+    """What the logits of a step say."""
 
     sampled: Sampled
-    scores: list[TokenLogprobs]  # per scored position, in the order of `MicroBatch.scored`
+    scores: list[TokenLogprobs]  # per scored position, in the order of `Step.scored`
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,10 @@
 """The R-workers as one: rows are scattered to whoever holds their sequence, answers gathered in row order.
 
-    begin(micro batch) ─► submit(layer) ─► collect(layer) ─► submit(next layer) ─► …
+    begin(step) ─► submit(layer) ─► collect(layer) ─► submit(next layer) ─► …
 
-Several micro-batches may be between submit and collect; they are collected in the order they were submitted,
-because an R-worker answers in the order it was asked.  Errors name the R-worker.
+Steps of several lanes may be between submit and collect; they are collected in the order they were submitted, because
+an R-worker answers in the order it was asked.  Rows of prompts are written behind: nothing comes back for them but a
+word at the end of the last layer.  Errors name the R-worker.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ from __future__ import annotations
 import itertools
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
 
@@ -23,7 +25,7 @@ from fastdecode.holders.patience import Patience
 from fastdecode.holders.rejoin import Joined, Rejoin, RWorkerHandle
 from fastdecode.observe.timeline import S_WORKER, NoTimeline, Timeline
 from fastdecode.observe.totals import PoolTotals, WorkerTotals
-from fastdecode.scheduling.plan import Admission, MicroBatch
+from fastdecode.scheduling.plan import Admission, Step
 from transport import (
     Admit,
     Attend,
@@ -39,10 +41,10 @@ from transport import (
     Pong,
     Release,
     Rewind,
-    Step,
     TransportError,
     Welcome,
 )
+from transport import Step as Rows
 
 logger = logging.getLogger(__name__)
 
@@ -50,25 +52,34 @@ _Result = TypeVar("_Result")
 _NO_TIMELINE = NoTimeline()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Share:
-    """The rows of a micro-batch that go to one R-worker."""
+    """Rows of a step that go to one R-worker, and attend there (decodes) or do not (prompts)."""
 
     worker: int
-    tokens: slice  # rows of k and v
-    queries: slice  # rows of q and o
+    micro_batch: int  # as the R-worker knows them
+    rows: slice
+    is_queried: bool
+
+    @property
+    def queries(self) -> slice:
+        """Rows of q and o."""
+        return self.rows if self.is_queried else slice(0, 0)
 
 
-@dataclass
+@dataclass(eq=False)
 class Ticket:
-    """A micro-batch on its way through the layers."""
+    """A lane's step on its way through the layers."""
 
     step: int
-    micro_batch: int
+    lane: int
     shares: tuple[_Share, ...]
-    num_queries: int
+    num_queries: int  # rows that attend on R-workers: the first ones
     layer: int = -1  # the one submitted last
     submitted_ns: int = 0  # when
+    no_rows: np.ndarray | None = None  # [0, num_q_heads, head_dim] of the layer
+    due: deque[_Share] = field(default_factory=deque)  # that are to answer it, in order
+    early: dict[_Share, Attended] = field(default_factory=dict)  # answers that came while something else was waited for
 
 
 class RPool:
@@ -84,6 +95,8 @@ class RPool:
         self._rejoin: Rejoin | None = None  # from `open` on
         self._awaited: set[int] = set()  # lost, or new, and looked for
         self._num_blocks: dict[int, int] = {}  # of each that has been welcome
+        self._last_layer = 0
+        self._tickets: dict[int, Ticket] = {}  # of the lanes that are on their way
         self._held: dict[int, set[int]] = {}  # R-worker -> sequences it may know; written before it is told
         self.totals = PoolTotals({worker: WorkerTotals() for worker in self._workers})
 
@@ -157,6 +170,7 @@ class RPool:
 
     def open(self, hello: Hello, timeout_s: float) -> list[Welcome]:
         """Opens a session with every R-worker; they prepare side by side.  Raises RWorkerError."""
+        self._last_layer = len(hello.layers) - 1
         for i in self._alive:
             self._guard(i, partial(self._workers[i].channel.send, hello, timeout_s=timeout_s), first_contact=True)
         welcomes = []
@@ -196,31 +210,42 @@ class RPool:
                     worker, Rewind(np.array(list(num_tokens), np.int64), np.array(list(num_tokens.values()), np.int32))
                 )
 
-    def begin(self, step: int, micro_batch: MicroBatch) -> Ticket:
+    def begin(self, step: Step) -> Ticket:
         """Tells every R-worker concerned whose rows the coming layers carry."""
-        self._check_serving(segment.r_worker for segment in micro_batch.segments)
-        shares, token, query = [], 0, 0
+        self._check_serving(step.r_workers)
+        shares: list[_Share] = []
+        decodes = step.decodes
         for worker in self._alive:
-            own = [segment for segment in micro_batch.segments if segment.r_worker == worker]
+            begin, end = np.searchsorted(decodes.r_workers, (worker, worker + 1)).tolist()
+            if begin == end:
+                continue
+            rows, ones = slice(begin, end), np.ones(end - begin, np.int32)
+            share = _Share(worker, 2 * step.lane, rows, is_queried=True)
+            self._tell_rows(step, share, decodes.seq_ids[rows], decodes.positions[rows], ones)
+            shares.append(share)
+        row = len(decodes)
+        for worker in self._alive:
+            own = [segment for segment in step.prompts if segment.r_worker == worker]
             if not own:
                 continue
             num_tokens = np.array([segment.num_tokens for segment in own], np.int32)
-            num_queries = np.array([segment.num_queries for segment in own], np.int32)
-            self._send(
-                worker,
-                Step(
-                    step=step,
-                    micro_batch=micro_batch.index,
-                    seq_ids=np.array([segment.seq_id for segment in own], np.int64),
-                    starts=np.array([segment.start for segment in own], np.int32),
-                    num_tokens=num_tokens,
-                    num_queries=num_queries,
-                ),
+            share = _Share(worker, 2 * step.lane + 1, slice(row, row + int(num_tokens.sum())), is_queried=False)
+            seq_ids, starts = (
+                np.array(column, np.int64) for column in zip(*((s.seq_id, s.start) for s in own), strict=True)
             )
-            end_token, end_query = token + int(num_tokens.sum()), query + int(num_queries.sum())
-            shares.append(_Share(worker, slice(token, end_token), slice(query, end_query)))
-            token, query = end_token, end_query
-        return Ticket(step, micro_batch.index, tuple(shares), query)
+            self._tell_rows(step, share, seq_ids, starts, num_tokens)
+            shares.append(share)
+            row = share.rows.stop
+        assert row == step.num_tokens, "every row has its R-worker"
+        ticket = self._tickets[step.lane] = Ticket(step.number, step.lane, tuple(shares), len(decodes))
+        return ticket
+
+    def _tell_rows(
+        self, step: Step, share: _Share, seq_ids: np.ndarray, starts: np.ndarray, num_tokens: np.ndarray
+    ) -> None:
+        num_queries = num_tokens if share.is_queried else np.zeros_like(num_tokens)
+        rows = Rows(step.number, share.micro_batch, seq_ids, starts.astype(np.int32), num_tokens, num_queries)
+        self._send(share.worker, rows)
 
     def submit(
         self,
@@ -229,47 +254,52 @@ class RPool:
         k: np.ndarray,  # [num_tokens, num_kv_heads, head_dim]
         v: np.ndarray,  # like k
     ) -> None:
-        """Sends the next layer.  The arrays are not copied: leave them alone until `collect`."""
+        """Sends the next layer.  The arrays are not copied: leave them alone from now on."""
         ticket.layer += 1
-        ticket.submitted_ns = time.monotonic_ns()
+        ticket.submitted_ns, ticket.no_rows = time.monotonic_ns(), q[:0]
         for share in ticket.shares:
             message = Attend(
                 step=ticket.step,
-                micro_batch=ticket.micro_batch,
+                micro_batch=share.micro_batch,
                 layer=ticket.layer,
                 q=q[share.queries],
-                k=k[share.tokens],
-                v=v[share.tokens],
+                k=k[share.rows],
+                v=v[share.rows],
             )
             self._send(share.worker, message)
             self.totals.workers[share.worker].bytes_sent += message.q.nbytes + 2 * message.k.nbytes
+            if share.is_queried or ticket.layer == self._last_layer:
+                ticket.due.append(share)
 
     def is_answered(self, ticket: Ticket) -> bool:
         """Whether `collect` need not wait: everybody has answered, or is known to be gone.
 
         ticket: of those submitted and not collected, the first.
         """
-        return all(self._workers[share.worker].channel.is_readable() for share in ticket.shares)
+        return all(share in ticket.early or self._workers[share.worker].channel.is_readable() for share in ticket.due)
 
     def collect(self, ticket: Ticket) -> np.ndarray:
         """Waits for the layer submitted last.  # [num_queries, num_q_heads, head_dim]"""
         parts = []
-        for share in ticket.shares:
+        while ticket.due:
+            share = ticket.due[0]
             waited_ns = time.monotonic_ns()
-            reply = self._expect(share.worker, self._recv(share.worker), Attended)
-            asked = (ticket.step, ticket.micro_batch, ticket.layer, share.queries.stop - share.queries.start)
-            if (reply.step, reply.micro_batch, reply.layer, len(reply.o)) != asked:
+            reply = ticket.early.pop(share, None) or self._expect(share.worker, self._recv(share.worker), Attended)
+            if not _answers(reply, ticket, share):
                 raise self._failed(share.worker, "answered something else than it was asked")
-            parts.append(reply.o)
-            waited_for_ns, attention_ns = time.monotonic_ns() - waited_ns, reply.ended_ns - reply.began_ns
-            took_ns = max(waited_for_ns, attention_ns)
-            self._patience[share.worker].took(took_ns / 1e9)
-            self.totals.wait_ns += waited_for_ns
-            totals = self.totals.workers[share.worker]
-            totals.attention_ns += attention_ns
-            totals.bytes_received += reply.o.nbytes
-            self._draw(ticket, share, reply, waited_ns)
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+            ticket.due.popleft()
+            if share.is_queried:
+                parts.append(reply.o)
+            self._account(ticket, share, reply, waited_ns)
+        if ticket.layer == self._last_layer:
+            self.void(ticket)
+        assert ticket.no_rows is not None, "it was submitted"
+        return parts[0] if len(parts) == 1 else np.concatenate([ticket.no_rows, *parts])
+
+    def void(self, ticket: Ticket) -> None:
+        """It is at its end, or was broken off: whoever answers it later is not heard."""
+        if self._tickets.get(ticket.lane) is ticket:
+            del self._tickets[ticket.lane]
 
     def settle(self, timeout_s: float | None = None) -> None:
         """Brings every R-worker to rest after a step was broken off, wherever that was.  Raises RWorkerError.
@@ -278,7 +308,7 @@ class RPool:
         in a step, for nothing goes on without it, and a machine may be busy.
 
         A barrier instead of a count of what is owed, which an interrupt may have left wrong: whatever comes before
-        the Pong belongs to the past.
+        the Pong belongs to the past, unless a step that goes on waits for it.
         """
         self._last_ping += 1
         for worker in self._alive:
@@ -288,9 +318,12 @@ class RPool:
             limit_s = self.timeout_s if timeout_s is None or self.is_vital(worker) else timeout_s
             deadline = asked_s + limit_s
             left_s = None if timeout_s is None else max(0.0, deadline - time.monotonic())
-            while self._recv(worker, left_s) != Pong(self._last_ping):
+            while (reply := self._recv(worker, left_s)) != Pong(self._last_ping):
                 if time.monotonic() > deadline:
                     raise self._failed(worker, "answers, but not what it was asked")
+                self._keep(worker, reply)
+            if any(share.worker == worker and share not in ticket.early for ticket, share in self._all_due()):
+                raise self._failed(worker, "did not answer what a step that goes on has asked")
 
     def close(self) -> None:
         """Says goodbye to whoever still listens and closes all channels."""
@@ -306,9 +339,28 @@ class RPool:
             except TransportError as error:
                 logger.debug("%s: %s", worker.name, error)
 
+    def _all_due(self) -> Iterator[tuple[Ticket, _Share]]:
+        """What steps under way wait for."""
+        return ((ticket, share) for ticket in self._tickets.values() for share in ticket.due)
+
+    def _keep(self, worker: int, reply: Message) -> None:
+        """An answer that a step which goes on will collect; others are of steps that were broken off."""
+        for ticket, share in self._all_due():
+            if share.worker == worker and isinstance(reply, Attended) and _answers(reply, ticket, share):
+                ticket.early[share] = reply
+
+    def _account(self, ticket: Ticket, share: _Share, reply: Attended, waited_ns: int) -> None:
+        waited_for_ns, attention_ns = time.monotonic_ns() - waited_ns, reply.ended_ns - reply.began_ns
+        self._patience[share.worker].took(max(waited_for_ns, attention_ns) / 1e9)
+        self.totals.wait_ns += waited_for_ns
+        totals = self.totals.workers[share.worker]
+        totals.attention_ns += attention_ns
+        totals.bytes_received += reply.o.nbytes
+        self._draw(ticket, share, reply, waited_ns)
+
     def _draw(self, ticket: Ticket, share: _Share, reply: Attended, waited_ns: int) -> None:
         """What the R-worker did, and what waiting for it was."""
-        now_ns, where = time.monotonic_ns(), (ticket.micro_batch, ticket.layer)
+        now_ns, where = time.monotonic_ns(), (ticket.lane, ticket.layer)
         began_ns, ended_ns = reply.began_ns, reply.ended_ns
         if not ticket.submitted_ns <= began_ns <= ended_ns <= now_ns:  # another machine's clock
             began_ns, ended_ns = now_ns - (ended_ns - began_ns), now_ns
@@ -352,6 +404,11 @@ class RPool:
             told = _as_ours(error, self._workers[worker].name, first_contact)
             told.r_worker = worker
             raise told from error
+
+
+def _answers(reply: Attended, ticket: Ticket, share: _Share) -> bool:
+    asked = (ticket.step, share.micro_batch, ticket.layer, share.queries.stop - share.queries.start)
+    return (reply.step, reply.micro_batch, reply.layer, len(reply.o)) == asked
 
 
 def _as_ours(error: TransportError, name: str, first_contact: bool) -> RWorkerError:

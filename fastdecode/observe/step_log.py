@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,11 +31,42 @@ class StepRecord:
     num_sampled: int = 0  # new tokens
     wait_s: float = 0.0  # the S-worker's thread, for answers; 0 in virtual time
     attention_s: tuple[float | None, ...] = ()  # [num_r_workers]; None: it does not serve; empty in virtual time
+    lane: int = 0
+    elapsed_s: float | None = None  # of it, what lies after the end of another lane's step; None: all of it
+
+    @property
+    def busy_s(self) -> float:
+        """Its own share of the time: of all steps together, that in which any was under way."""
+        return self.seconds if self.elapsed_s is None else self.elapsed_s
 
     @property
     def load(self) -> int:
         """W, of all R-workers together."""
         return sum(self.kv_tokens)
+
+
+def round_record(
+    steps: Sequence[Step],
+    *,
+    begin_s: float,
+    seconds: float,
+    num_running: int,
+    num_waiting: int,
+    kv_tokens: tuple[int, ...],
+) -> StepRecord:
+    """Of the steps of all lanes that were scheduled together, as if they were one."""
+    return StepRecord(
+        number=steps[0].number,
+        begin_s=begin_s,
+        seconds=seconds,
+        num_decodes=sum(len(step.decodes) for step in steps),
+        num_prompt_tokens=sum(step.num_prompt_tokens for step in steps),
+        num_running=num_running,
+        num_waiting=num_waiting,
+        num_preempted=sum(len(seq_ids) for step in steps for seq_ids in step.preempted.values()),
+        kv_tokens=kv_tokens,
+        num_sampled=sum(len(step.sampled) for step in steps),
+    )
 
 
 def make_record(
@@ -46,23 +77,25 @@ def make_record(
     num_running: int,
     num_waiting: int,
     kv_tokens: tuple[int, ...],
-    lap: Lap | None = None,
+    elapsed_s: float,
+    lap: Lap,
 ) -> StepRecord:
     """Of a step as it was scheduled; the numbers are those before it was committed."""
-    segments = [segment for micro_batch in step.micro_batches for segment in micro_batch.segments]
     return StepRecord(
         number=step.number,
         begin_s=begin_s,
         seconds=seconds,
-        num_decodes=sum(not segment.is_prompt for segment in segments),
-        num_prompt_tokens=sum(segment.num_tokens for segment in segments if segment.is_prompt),
+        num_decodes=len(step.decodes),
+        num_prompt_tokens=step.num_prompt_tokens,
         num_running=num_running,
         num_waiting=num_waiting,
         num_preempted=sum(map(len, step.preempted.values())),
         kv_tokens=kv_tokens,
-        num_sampled=sum(segment.is_sampled for segment in segments),
-        wait_s=lap.wait_s if lap else 0.0,
-        attention_s=lap.attention_s if lap else (),
+        num_sampled=len(step.sampled),
+        wait_s=lap.wait_s,
+        attention_s=lap.attention_s,
+        lane=step.lane,
+        elapsed_s=elapsed_s,
     )
 
 

@@ -84,30 +84,15 @@ class KVCredits:
         """The same in tokens that its blocks may take."""
         return Demand(demand.start, demand.end, demand.first + self._block_tokens - 1)
 
-    def count(self, running: Iterable[RunningSequence]) -> None:
+    def count(self, workers: np.ndarray, num_tokens: np.ndarray) -> None:
         """What is held in the step at hand, prompts on their way in as if they were there.
 
-        From nothing: what `start`, `grow` and `give_back` keep up with, `check_held` tells whether they did.
+        workers, num_tokens: [n], of each running sequence.
         """
-        for account, (held, tokens) in zip(self._accounts, self._counted(running), strict=True):
-            account.held, account.tokens = held, tokens
-
-    def grow(self, workers: np.ndarray, num_tokens: np.ndarray) -> None:
-        """Sequences that have got a token each: for the step to come it is theirs to hold.
-
-        workers: [n], where they are; num_tokens: [n], that each has now.
-        """
-        num_workers = len(self._accounts)
-        tokens = np.bincount(workers, minlength=num_workers).tolist()
-        is_in_new_block = num_tokens % self._block_tokens == 1 if self._block_tokens > 1 else num_tokens > 0
-        blocks = np.bincount(workers[is_in_new_block], minlength=num_workers).tolist()
-        for account, more_tokens, more_blocks in zip(self._accounts, tokens, blocks, strict=True):
-            account.tokens += more_tokens
-            account.held += more_blocks
-
-    def check_held(self, running: Iterable[RunningSequence]) -> None:
-        """Asserts that what is held is what `count` finds."""
-        assert [(account.held, account.tokens) for account in self._accounts] == self._counted(running)
+        blocks = -(-num_tokens // self._block_tokens)
+        for worker, account in enumerate(self._accounts):
+            own = workers == worker
+            account.held, account.tokens = int(blocks[own].sum()), int(num_tokens[own].sum())
 
     def overdrawn(self) -> int | None:
         """An R-worker that would have to hold more in this step than it can."""
@@ -188,16 +173,6 @@ class KVCredits:
         account.projection.add(self.with_slack(demand))
         account.reserved += self.blocks(demand.last)
         account.num_sequences += 1
-
-    def _counted(self, running: Iterable[RunningSequence]) -> list[tuple[int, int]]:
-        """Blocks and tokens of each R-worker."""
-        held, tokens = ([0] * len(self._accounts) for _ in range(2))
-        for sequence in running:
-            assert sequence.r_worker is not None, "a running sequence has a place"
-            num_tokens = sequence.num_tokens
-            held[sequence.r_worker] += self.blocks(num_tokens)
-            tokens[sequence.r_worker] += num_tokens
-        return list(zip(held, tokens, strict=True))
 
     def _hold(self, worker: int, num_tokens: int) -> None:
         self._accounts[worker].held += self.blocks(num_tokens)

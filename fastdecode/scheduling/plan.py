@@ -1,24 +1,23 @@
-"""What one step does: immutable, made by the scheduler, read by everybody else.
+"""What one step of a lane does: immutable, made by the scheduler, read by everybody else.
 
-Step ─┬─ MicroBatch 0 ── Segment, Segment, …     rows: by R-worker, then decodes before prompts
-      └─ MicroBatch 1 ── Segment, …
+Step ─┬─ decodes   a token of each sequence that decodes, as columns    rows 0 … n - 1, by R-worker
+      └─ prompts   Segment, Segment, …                                  rows n …, by R-worker
 
-Micro-batches pass every layer in their order, so one may go on with a prompt where the one before it stopped.
+So what an R-worker stores and what it attends to are slices of k, v, q and o.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import NamedTuple, Self
+
+import numpy as np
 
 
 class Segment(NamedTuple):
-    """Consecutive tokens of one sequence that go through the model together.
-
-    A tuple, because a step has one for every running sequence.
-    """
+    """Consecutive tokens of one sequence that go through the model together."""
 
     seq_id: int
     r_worker: int  # which R-worker holds the sequence
@@ -53,39 +52,23 @@ class Segment(NamedTuple):
     def num_tokens(self) -> int:
         return len(self.token_ids)
 
-    @property
-    def num_queries(self) -> int:
-        """Tokens that attend on the R-worker."""
-        return 0 if self.is_prompt else self.num_tokens
 
+@dataclass(frozen=True, eq=False)
+class Decodes:
+    """A token of each of n sequences, which was sampled last and goes through the model now."""
 
-@dataclass(frozen=True)
-class MicroBatch:
-    index: int
-    segments: tuple[Segment, ...]
+    seq_ids: np.ndarray  # [n] int64
+    r_workers: np.ndarray  # [n] int64, rising
+    positions: np.ndarray  # [n] int64
+    token_ids: np.ndarray  # [n] int64
 
-    def __post_init__(self) -> None:
-        keys = [(segment.r_worker, segment.prompt_tokens > 0) for segment in self.segments]
-        assert keys and keys == sorted(keys), "rows go by R-worker, decodes before prompts"
-        for segment in self.segments:
-            if segment.prompt_tokens:
-                assert segment.token_ids and segment.end <= segment.prompt_tokens, "a chunk is part of its prompt"
-            else:
-                assert len(segment.token_ids) == 1, "one token is decoded at a time"
+    @classmethod
+    def none(cls) -> Self:
+        nothing = np.empty(0, np.int64)
+        return cls(nothing, nothing, nothing, nothing)
 
-    @property
-    def num_tokens(self) -> int:
-        return sum(segment.num_tokens for segment in self.segments)
-
-    @cached_property
-    def sampled(self) -> tuple[Segment, ...]:
-        """Those whose next token is wanted, in the order of their rows."""
-        return tuple(segment for segment in self.segments if segment.is_sampled)
-
-    @cached_property
-    def scored(self) -> tuple[Segment, ...]:
-        """Those with positions whose logits score a prompt's tokens, in the order of their rows."""
-        return tuple(segment for segment in self.segments if segment.score_to and segment.scored)
+    def __len__(self) -> int:
+        return len(self.seq_ids)
 
 
 @dataclass(frozen=True)
@@ -97,9 +80,68 @@ class Admission:
     max_tokens: int  # the most KV it may come to hold
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Step:
-    number: int
+    number: int  # of all lanes' steps
+    lane: int
     preempted: Mapping[int, list[int]]  # R-worker -> sequences whose KV it frees before anything else
     admissions: tuple[Admission, ...]
-    micro_batches: tuple[MicroBatch, ...]
+    decodes: Decodes
+    prompts: tuple[Segment, ...]
+
+    def __post_init__(self) -> None:
+        workers = [segment.r_worker for segment in self.prompts]
+        assert workers == sorted(workers) and (np.diff(self.decodes.r_workers) >= 0).all(), "rows go by R-worker"
+        assert len(self.decodes) or self.prompts, "a step has work"
+        for segment in self.prompts:
+            assert segment.token_ids and segment.end <= segment.prompt_tokens, "a chunk is part of its prompt"
+
+    @classmethod
+    def of(cls, segments: Iterable[Segment], number: int = 0, lane: int = 0) -> Self:
+        """From the plain form, in any order."""
+        rows = sorted(segments, key=lambda segment: segment.r_worker)
+        decodes = [(s.seq_id, s.r_worker, s.start, *s.token_ids) for s in rows if not s.is_prompt]
+        columns = np.array(decodes, np.int64).reshape(-1, 4).T.copy()
+        return cls(number, lane, {}, (), Decodes(*columns), tuple(segment for segment in rows if segment.is_prompt))
+
+    @cached_property
+    def seq_ids(self) -> frozenset[int]:
+        """Of all whose tokens it has."""
+        return frozenset(self.decodes.seq_ids.tolist()) | {segment.seq_id for segment in self.prompts}
+
+    @cached_property
+    def r_workers(self) -> frozenset[int]:
+        """That have rows of it."""
+        return frozenset(np.unique(self.decodes.r_workers).tolist()) | {s.r_worker for s in self.prompts}
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return sum(segment.num_tokens for segment in self.prompts)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.decodes) + self.num_prompt_tokens
+
+    @cached_property
+    def sampled_prompts(self) -> tuple[Segment, ...]:
+        """Those whose next token is wanted.  It is, of all decodes, whose rows come before theirs."""
+        return tuple(segment for segment in self.prompts if segment.is_sampled)
+
+    @cached_property
+    def sampled(self) -> list[int]:
+        """Sequences whose next token is wanted, in the order of their rows."""
+        return self.decodes.seq_ids.tolist() + [segment.seq_id for segment in self.sampled_prompts]
+
+    @cached_property
+    def scored(self) -> tuple[Segment, ...]:
+        """Those with positions whose logits score a prompt's tokens, in the order of their rows."""
+        return tuple(segment for segment in self.prompts if segment.score_to and segment.scored)
+
+    @property
+    def segments(self) -> list[Segment]:
+        """The plain form of all rows, for whoever reads a step: what runs it goes by columns."""
+        d = self.decodes
+        columns = (column.tolist() for column in (d.seq_ids, d.r_workers, d.positions, d.token_ids))
+        return [Segment(i, worker, at, (token,), 0) for i, worker, at, token in zip(*columns, strict=True)] + [
+            *self.prompts
+        ]

@@ -39,6 +39,11 @@ class Request:
         return len(self.prompt_token_ids) + max(self.max_new_tokens - 1, 0)
 
     @property
+    def ends(self) -> frozenset[int]:
+        """Tokens of which any ends it."""
+        return self.eos_token_ids | self.stop_token_ids
+
+    @property
     def length_is_known(self) -> bool:
         """Nothing but its length can end it."""
         return not self.max_new_tokens or not (self.eos_token_ids or self.stop_token_ids or self.params.stop_strings)
@@ -53,8 +58,9 @@ class Sequence:
     index: int  # which continuation
     seed: int
     r_worker: int | None = None  # None: waiting, or finished
-    num_computed: int = 0  # tokens whose KV is on the R-worker
+    lane: int = 0  # whose steps it is in, while it runs
     prefill_tokens: int = 0  # how many it began with there: its prompt, and what was output before a preemption
+    num_prefilled: int = 0  # of them those whose KV is on the R-worker
     num_scored: int = 0  # positions of its prompt whose logits have been looked at; they outlive a preemption
     num_preemptions: int = 0
     prediction: Prediction | None = None  # of all its output tokens; None: nobody was asked yet
@@ -74,7 +80,7 @@ class Sequence:
 
     @property
     def is_prefilling(self) -> bool:
-        return self.num_computed < self.prefill_tokens
+        return self.num_prefilled < self.prefill_tokens
 
     @property
     def max_kv_tokens(self) -> int:
@@ -86,19 +92,24 @@ class Sequence:
         is_asked = self.index == 0 and self.request.params.prompt_logprobs is not None
         return len(self.request.prompt_token_ids) - 1 if is_asked else 0
 
-    def admit(self, r_worker: int) -> None:
+    def admit(self, r_worker: int, lane: int) -> None:
         assert self.r_worker is None and not self.finish_reason
-        self.r_worker, self.num_computed, self.prefill_tokens = r_worker, 0, self.num_tokens
+        self.r_worker, self.lane, self.num_prefilled, self.prefill_tokens = r_worker, lane, 0, self.num_tokens
 
     def preempt(self) -> None:
         """Back to waiting; its KV is gone."""
         assert self.r_worker is not None and not self.finish_reason
-        self.r_worker, self.num_computed = None, 0
+        self.r_worker, self.num_prefilled = None, 0
         self.num_preemptions += 1
 
     def append(self, token_id: int) -> None:
         """Takes the next token and finishes the sequence if that ends it."""
         self.output_token_ids.append(token_id)
+        self.look_for_end()
+
+    def look_for_end(self) -> None:
+        """Finishes the sequence if its last token ends it."""
+        token_id = self.output_token_ids[-1]
         if token_id in self.request.eos_token_ids:
             self.finish("stop", None)
         elif token_id in self.request.stop_token_ids:

@@ -1,25 +1,31 @@
 """Which tokens go through the model next.  Pure: no torch, no sockets, no clock but the steps.
 
-Continuous batching with SplitFuse: every step carries one token of each running sequence, and fills up with prompts,
-cut where the step's budget ends.  Sequences join and leave between any two steps.
+Continuous batching with SplitFuse: every step carries one token of each running sequence of its lane, and fills up with
+prompts, cut where the step's budget ends.  Sequences join and leave between any two steps of their lane.
 
     add ─► waiting ──schedule──► running: prefilling ─► decoding ──commit──► finished ──remove─►
               ▲  who is first?         │ may it start, and where?
               │  WaitingQueue          │ LoadControl, Predictor
               └──────preempted─────────┘ a guess was wrong, and its R-worker is full
+
+Lanes take turns: `schedule(lane)` while it has no step under way, `commit` when that has ended.  Memory, load and the
+queue are common to all of them.  Load is counted in rounds, in each of which every lane has one step.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
+import numpy as np
+
 from fastdecode.errors import RequestError
-from fastdecode.scheduling.compose import micro_batches
 from fastdecode.scheduling.kv_credits import KVCredits
+from fastdecode.scheduling.lane import Lane, hand_over
 from fastdecode.scheduling.load_control import LoadControl
-from fastdecode.scheduling.plan import Admission, Segment, Step
+from fastdecode.scheduling.plan import Admission, Decodes, Segment, Step
 from fastdecode.scheduling.predictor import Learned, Predictor
 from fastdecode.scheduling.prospects import Prospect, Prospects
 from fastdecode.scheduling.request import Sequence
@@ -33,8 +39,8 @@ class SchedulerConfig:
     """See `fastdecode.engine.config.EngineConfig` for what users choose."""
 
     max_num_seqs: int
-    max_num_batched_tokens: int
-    num_micro_batches: int
+    max_num_batched_tokens: int  # of a round
+    num_lanes: int
     block_tokens: int
     capacity_blocks: tuple[int, ...]  # [num_r_workers]
     max_num_waiting: int | None = None
@@ -50,17 +56,27 @@ class SchedulerConfig:
     split_fuse: bool = True  # False: prompts go whole, in steps of their own, before anything else (vLLM of 2023)
 
     @property
+    def lane_tokens(self) -> int:
+        """Of a lane's step, at most."""
+        return -(-self.max_num_batched_tokens // self.num_lanes)
+
+    @property
+    def lane_seats(self) -> int:
+        """Sequences of a lane, at most: an eighth of its tokens is kept for prompts, which decodes cannot starve so."""
+        seats = -(-self.max_num_seqs // self.num_lanes)
+        return max(1, min(seats, self.lane_tokens - -(-self.lane_tokens // 8))) if self.split_fuse else seats
+
+    @property
     def num_seats(self) -> int:
-        """Sequences that run at most: an eighth of the budget stays for prompts, so that decodes cannot starve them."""
-        if not self.split_fuse:
-            return self.max_num_seqs
-        return max(1, min(self.max_num_seqs, self.max_num_batched_tokens - -(-self.max_num_batched_tokens // 8)))
+        """Sequences that run at most."""
+        return min(self.max_num_seqs, self.num_lanes * self.lane_seats)
 
 
 @dataclass(frozen=True)
 class Loss:
-    """What is to be done on the R-workers that are left, after one was lost in the middle of a step."""
+    """What is to be done on the R-workers that are left, after one was lost."""
 
+    broken: frozenset[int]  # lanes whose steps did not happen
     released: dict[int, list[int]]  # R-worker, the lost one too -> sequences that start anew
     kept: dict[int, dict[int, int]]  # R-worker -> sequence -> how many tokens of it stay
 
@@ -84,7 +100,8 @@ class Scheduler:
         self._config = config
         self._prospects = Prospects(predictor or Learned(), config.length_quantile)
         self._num_steps = 0
-        self._load_step = 0  # the steps in which what runs grows
+        self._round = 1
+        self._lanes_in_round: set[int] = set()  # that had their step in it
         self._begin(config.capacity_blocks)
 
     def _begin(self, capacity_blocks: tuple[int, ...]) -> None:
@@ -92,6 +109,10 @@ class Scheduler:
         config = self._config
         self._waiting = WaitingQueue(config.order, config.order_window, self._prospects.job_length)
         self._running: dict[int, Sequence] = {}  # by seq_id, in order of admission
+        self._lanes = [Lane(index) for index in range(config.num_lanes)]
+        self._priorities: Counter[int] = Counter()  # of what runs
+        self._freed: dict[int, list[int]] = {}  # R-worker -> sequences that nobody was told to free yet
+        self._preempted: dict[int, list[int]] = {}  # likewise, by the next step
         self._credits = KVCredits(config.kv_policy, capacity_blocks, config.block_tokens)
         self._load = LoadControl(
             self._credits,
@@ -116,7 +137,7 @@ class Scheduler:
 
     @property
     def kv_tokens(self) -> tuple[int, ...]:
-        """Of what runs in the step scheduled last, per R-worker, prompts on their way in counted whole."""
+        """Of what ran when a step was scheduled last, per R-worker, prompts on their way in counted whole."""
         return self._credits.tokens
 
     @property
@@ -180,79 +201,128 @@ class Scheduler:
                 f"largest R-worker has {self._credits.largest}: raise kv_cache_memory or lower max_tokens",
             )
 
-    def schedule(self) -> Step | None:
-        """The next step; None if there is nothing to do."""
-        self._credits.count(self._running.values())
-        preempted = self._preempt()
-        decodes = [
-            Segment(s.seq_id, _place(s), s.num_computed, (s.output_token_ids[-1],), prompt_tokens=0)
-            for s in self._running.values()
-            if not s.is_prefilling
-        ]
-        admissions, prompts = self._prompts(len(decodes))
+    @property
+    def num_lanes(self) -> int:
+        return len(self._lanes)
+
+    @property
+    def under_way(self) -> list[int]:
+        """Lanes whose step is."""
+        return [lane.index for lane in self._lanes if lane.step]
+
+    def schedule(self, index: int = 0) -> Step | None:
+        """The next step of a lane that has none under way; None if there is nothing to do, or no memory for it before
+        another lane has had its step.
+        """
+        lane = self._lanes[index]
+        assert lane.step is None, "a lane has one step at a time"
+        self._balance(lane)
+        self._count()
+        if not self._preempt(self._round_of(lane)):
+            return None
+        decodes = lane.decodes()
+        admissions, prompts = self._prompts(lane)
         if prompts and not self._config.split_fuse:
-            decodes = []
-        if not decodes and not prompts:
+            decodes = Decodes.none()
+        if not len(decodes) and not prompts:
             return None
         self._num_steps += 1
-        if decodes or self._config.split_fuse:
-            self._load_step += 1
-        batches = micro_batches(decodes, prompts, self._config.num_micro_batches)
-        return Step(self._num_steps, preempted, tuple(admissions), batches)
+        if len(decodes) or self._config.split_fuse:
+            has_had_one = index in self._lanes_in_round
+            self._round = self._round_of(lane)
+            self._lanes_in_round = {index} if has_had_one else self._lanes_in_round | {index}
+        preempted, self._preempted = self._preempted, {}
+        prompts.sort(key=lambda segment: segment.r_worker)
+        lane.step = Step(self._num_steps, index, preempted, tuple(admissions), decodes, tuple(prompts))
+        return lane.step
 
-    def commit(self, step: Step, token_ids: Mapping[int, int]) -> list[Sequence]:
-        """Takes the token of every sequence of `step` that is due one; returns those that are finished now.
+    def commit(self, step: Step, token_ids: np.ndarray) -> list[Sequence]:
+        """Takes the tokens that are due after a step, in the order of `Step.sampled`; returns sequences that are
+        finished now.
 
         Their places are given back by `remove`, once nothing of them is in flight.
         """
+        lane = self._lanes[step.lane]
+        assert lane.step is step, "a step is committed once"
+        lane.step = None
         finished = []
-        for micro_batch in step.micro_batches:
-            for segment in micro_batch.segments:
-                sequence = self._running[segment.seq_id]
-                sequence.num_computed = segment.end
-                if not segment.is_continued and not sequence.is_prefilling:
-                    sequence.finish("length", None)
-                    finished.append(sequence)
-            for segment in micro_batch.scored:
-                self._running[segment.seq_id].num_scored = segment.scored.stop
-            for segment in micro_batch.sampled:
-                sequence = self._running[segment.seq_id]
-                sequence.append(token_ids[segment.seq_id])
-                if sequence.finish_reason:
-                    finished.append(sequence)
-                elif len(sequence.output_token_ids) >= sequence.expected_tokens:
+        for sequence in lane.decoded(step, token_ids[: len(step.decodes)]):
+            sequence.look_for_end()
+            if sequence.finish_reason:
+                finished.append(sequence)
+            elif len(sequence.output_token_ids) >= sequence.expected_tokens:
+                self._expect_more(sequence)
+                lane.expect(sequence)
+        for segment in step.scored:
+            self._running[segment.seq_id].num_scored = segment.scored.stop
+        first_tokens = iter(token_ids[len(step.decodes) :].tolist())
+        for segment in step.prompts:
+            sequence = lane.prefilled(segment)
+            if segment.is_sampled:
+                sequence.append(next(first_tokens))
+                if not sequence.finish_reason and len(sequence.output_token_ids) >= sequence.expected_tokens:
                     self._expect_more(sequence)
-        return finished
+                lane.begin_decoding(sequence)
+            elif not segment.is_continued and not sequence.is_prefilling:
+                sequence.finish("length", None)
+            if sequence.finish_reason:
+                finished.append(sequence)
+        gone, lane.leaving = lane.leaving, {}
+        for sequence in gone.values():
+            self._let_go(sequence, self._freed)
+        return [sequence for sequence in finished if sequence.seq_id not in gone]
 
     def remove(self, sequences: Iterable[Sequence]) -> dict[int, list[int]]:
-        """Forgets sequences, wherever they are or are not.  R-worker -> sequences whose KV it can free."""
-        released: dict[int, list[int]] = {}
-        for sequence in sequences:
-            if self._running.pop(sequence.seq_id, None) is None:
-                self._waiting.remove(sequence)
-                continue
-            self._load.end(sequence.seq_id)
-            released.setdefault(_place(sequence), []).append(sequence.seq_id)
-            sequence.r_worker = None
-            self._prospects.learn(sequence)
-        return released
+        """Forgets sequences, wherever they are or are not.  R-worker -> sequences whose KV it can free.
 
-    def lose(self, worker: int, step: Step | None) -> Loss:
-        """An R-worker is gone, in the middle of `step` or between two of them; the step did not happen.
-
-        What it held waits to be computed again from prompt and output, and so do prompts that the step was computing.
-        Whoever decodes elsewhere goes on from where it was before the step.
+        What a step under way has rows of is among those that a later call returns, after that step's commit.
         """
-        segments = [segment for batch in step.micro_batches for segment in batch.segments] if step else []
-        starts = {segment.seq_id: segment.start for segment in segments}
-        loss = Loss({}, {})
+        for sequence in sequences:
+            lane = self._lanes[sequence.lane]
+            if sequence.seq_id not in self._running or sequence.seq_id in lane.leaving:
+                self._waiting.remove(sequence)
+            elif lane.is_under_way(sequence.seq_id):
+                lane.leaving[sequence.seq_id] = sequence
+            else:
+                self._let_go(sequence, self._freed)
+        freed, self._freed = self._freed, {}
+        return freed
+
+    def lose(self, worker: int, unbegun: Collection[int] = ()) -> Loss:
+        """An R-worker is gone, and with it the steps under way that have rows there; those did not happen.
+
+        What it held waits to be computed again from prompt and output, and so do prompts that those steps were
+        computing.  Whoever decodes elsewhere goes on from where it was before its step.
+
+        unbegun: lanes whose steps were scheduled, and perhaps not told to all R-workers.
+        """
+        broken = [lane for lane in self._lanes if lane.step]
+        broken = [lane for lane in broken if lane.step and (worker in lane.step.r_workers or lane.index in unbegun)]
+        loss = Loss(frozenset(lane.index for lane in broken), {}, {})
+        for lane in broken:
+            assert lane.step
+            for segment in lane.step.segments:
+                if segment.seq_id in lane.leaving:
+                    continue
+                if segment.is_prompt or segment.r_worker == worker:
+                    loss.released.setdefault(segment.r_worker, []).append(segment.seq_id)
+                else:
+                    loss.kept.setdefault(segment.r_worker, {})[segment.seq_id] = segment.start
+            for place, seq_ids in lane.step.preempted.items():
+                loss.released.setdefault(place, []).extend(seq_ids)
+            lane.step = None
+            gone, lane.leaving = lane.leaving, {}
+            for sequence in gone.values():
+                self._let_go(sequence, loss.released)
+        to_wait = {seq_id for seq_ids in loss.released.values() for seq_id in seq_ids}
         for sequence in list(self._running.values()):
-            place, is_broken_off = _place(sequence), sequence.seq_id in starts
-            if place == worker or (is_broken_off and sequence.is_prefilling):
+            if sequence.seq_id in to_wait:
                 self._put_back(sequence)
-                loss.released.setdefault(place, []).append(sequence.seq_id)
-            elif is_broken_off:
-                loss.kept.setdefault(place, {})[sequence.seq_id] = starts[sequence.seq_id]
+            elif sequence.r_worker == worker:
+                self._put_back(sequence)
+                loss.released.setdefault(worker, []).append(sequence.seq_id)
+        for pending in (self._preempted, self._freed):
+            pending.pop(worker, None)
         self._credits.lose(worker)
         self._load.measure_memory()
         return loss
@@ -278,101 +348,158 @@ class Scheduler:
         self._load.measure_memory()
 
     def check_integrity(self) -> None:
-        """Asserts that credit is held by exactly the running sequences."""
+        """Asserts that credit is held by exactly the running sequences, and that each is in one lane."""
         assert len(self._running) <= self._config.num_seats
         self._credits.check_integrity(self._running.values())
         self._load.check_integrity()
+        assert sorted(self._running) == sorted(sequence.seq_id for lane in self._lanes for sequence in lane)
+        assert self._priorities == Counter(s.request.priority for s in self._running.values())
+        for lane in self._lanes:
+            lane.check_integrity()
+            assert len(lane) <= self._config.lane_seats
 
-    def _preempt(self) -> dict[int, list[int]]:
-        """Where an R-worker cannot hold the coming step, whoever ranks last goes back to waiting.
+    def _round_of(self, lane: Lane) -> int:
+        """Which one the lane's coming step is in: it has one in each."""
+        return self._round + (lane.index in self._lanes_in_round)
+
+    def _balance(self, giver: Lane) -> None:
+        """A lane that has more than another hands some over: they are in the other's next step."""
+        if len(self._lanes) == 1:
+            return
+        taker = min((lane for lane in self._lanes if lane is not giver), key=len)
+        hand_over(giver.surplus(taker, self._config.lane_seats - len(taker)), giver, taker)
+
+    def _count(self) -> None:
+        """What R-workers hold, in the steps under way and in those to come."""
+        held = [lane.held() for lane in self._lanes]
+        self._credits.count(np.concatenate([h.r_workers for h in held]), np.concatenate([h.tokens for h in held]))
+
+    def _preempt(self, number: int) -> bool:
+        """Where an R-worker cannot hold what is to come, whoever ranks last goes back to waiting.
 
         Whoever ranks first stays, and fits alone: so with every step something comes nearer to its end.  And who
         outranks others takes the seat, or the KV, of the last of them, if there is none left.  Before all, sequences
         whose KV is of no more use, because the model takes other positions for longer ones.
+
+        Whether there is room now: one whose step is under way can go back only when that has ended.
+        number: of the round that is to come.
         """
-        preempted: dict[int, list[int]] = {}
 
         def put_back(victim: Sequence) -> None:
             worker = _place(victim)
             self._credits.give_back(worker, victim.num_tokens)
             self._put_back(victim)
-            preempted.setdefault(worker, []).append(victim.seq_id)
+            self._preempted.setdefault(worker, []).append(victim.seq_id)
 
-        restart = self._config.restart_tokens or math.inf
-        for sequence in [s for s in self._running.values() if s.prefill_tokens < restart <= s.num_tokens]:
-            put_back(sequence)
+        restart = self._config.restart_tokens
+        if restart is not None:
+            for sequence in [s for s in self._running.values() if s.prefill_tokens < restart <= s.num_tokens]:
+                if not self._is_under_way(sequence):
+                    put_back(sequence)
         while (worker := self._credits.overdrawn()) is not None:
-            put_back(max((s for s in self._running.values() if s.r_worker == worker), key=_rank))
+            last = max((s for s in self._running.values() if s.r_worker == worker), key=_rank)
+            if self._is_under_way(last):
+                return False
+            put_back(last)
         first = self._waiting.first()
-        while first and not self._has_place(first):
+        while first and not self._has_place(first, number):
             last = max(self._running.values(), key=_rank, default=first)
-            if last.request.priority <= first.request.priority:
+            if last.request.priority <= first.request.priority or self._is_under_way(last):
                 break
             put_back(last)
-        return preempted
+        return True
 
-    def _has_place(self, first: Sequence) -> bool:
+    def _is_under_way(self, sequence: Sequence) -> bool:
+        return self._lanes[sequence.lane].is_under_way(sequence.seq_id)
+
+    def _has_place(self, first: Sequence, number: int) -> bool:
         """Or nobody has to make one for it."""
         if first.request.priority >= self._lowest_priority:
             return True
         has_seat = len(self._running) < self._config.num_seats
-        prospect = self._prospect(first, _Left(self._config.max_num_batched_tokens, self._config.max_scored_rows))
+        prospect = self._prospect(first, self._whole_step, number)
         return has_seat and self._load.place(prospect, is_urgent=True) is not None
+
+    @property
+    def _whole_step(self) -> _Left:
+        return _Left(self._config.lane_tokens, self._config.max_scored_rows)
 
     @property
     def _lowest_priority(self) -> float:
         """Of what runs; a waiting sequence with a lower number than that is urgent."""
-        return max((s.request.priority for s in self._running.values()), default=-math.inf)
+        return max(self._priorities, default=-math.inf)
+
+    def _let_go(self, sequence: Sequence, freed: dict[int, list[int]]) -> None:
+        """One that has ended, and nothing under way has rows of."""
+        freed.setdefault(_place(sequence), []).append(sequence.seq_id)
+        self._take_out(sequence)
+        sequence.r_worker = None
+        self._prospects.learn(sequence)
 
     def _put_back(self, sequence: Sequence) -> None:
-        del self._running[sequence.seq_id]
-        self._load.end(sequence.seq_id)
+        self._take_out(sequence)
         sequence.preempt()
         self._waiting.put_back(sequence)
 
-    def _prompts(self, num_decodes: int) -> tuple[list[Admission], list[Segment]]:
+    def _take_out(self, sequence: Sequence) -> None:
+        del self._running[sequence.seq_id]
+        self._lanes[sequence.lane].remove(sequence)
+        self._load.end(sequence.seq_id)
+        self._priorities[sequence.request.priority] -= 1
+        self._priorities += Counter()  # without those that nobody has
+
+    def _prompts(self, lane: Lane) -> tuple[list[Admission], list[Segment]]:
         """Goes on with the prompt that is on its way, then lets waiting sequences start, as far as the budget goes."""
         config = self._config
-        left = _Left(config.max_num_batched_tokens - (num_decodes if config.split_fuse else 0), config.max_scored_rows)
+        left = self._whole_step
+        left.tokens -= lane.num_decoding if config.split_fuse else 0
         admissions: list[Admission] = []
         prompts: list[Segment] = []
         first, lowest = self._waiting.first(), self._lowest_priority
         outranked: list[Sequence] = []
         # At most one of each priority: the next one starts when it has ended.
-        for sequence in sorted((s for s in self._running.values() if s.is_prefilling), key=_rank):
+        for sequence in sorted(lane.prefilling.values(), key=_rank):
             if first and first.request.priority < sequence.request.priority:
                 outranked.append(sequence)
             elif left.tokens > 0:
                 prompts.append(self._chunk(sequence, left))
+        number = self._round_of(lane)
         self._load.begin_step(
-            self._load_step + 1,
-            self._waiting.max_kv_tokens,
-            self._prospect(first, left) if first else None,
+            number, self._waiting.max_kv_tokens, self._prospect(first, left, number) if first else None
         )
+        is_for_others = False
         while left.tokens > 0 and len(self._running) < config.num_seats:
             first = self._waiting.first()
             if first is None or (prompts and not config.split_fuse and first.num_tokens > left.tokens):
                 break
             if outranked and first.request.priority >= outranked[0].request.priority:
                 break
-            prospect = self._prospect(first, left)
+            if is_for_others := len(lane) >= self._share:
+                break
+            prospect = self._prospect(first, left, number)
             worker = self._load.place(prospect, is_urgent=first.request.priority < lowest)
             if worker is None:
                 break
-            self._start(first, worker, prospect)
+            self._start(first, worker, lane, prospect)
             admissions.append(Admission(first.seq_id, worker, first.max_kv_tokens))
             prompts.append(self._chunk(first, left))
         for sequence in outranked:
             if left.tokens > 0:
                 prompts.append(self._chunk(sequence, left))
-        if left.tokens > 0 or len(self._running) >= config.num_seats:
+        if not is_for_others and (left.tokens > 0 or len(self._running) >= config.num_seats):
             self._load.close_batch()
             self._num_places = len(self._running) if self._waiting else config.num_seats
         return admissions, prompts
 
+    @property
+    def _share(self) -> int:
+        """Sequences that a lane has, at most, so that what waits is left for the others, too."""
+        fair = -(-(len(self._running) + len(self._waiting)) // len(self._lanes))
+        return min(fair, self._config.lane_seats)
+
     def _chunk(self, sequence: Sequence, left: _Left) -> Segment:
         """The next tokens of its prompt, as many as there may be; takes them from what is left."""
-        begin, end = sequence.num_computed, sequence.prefill_tokens
+        begin, end = sequence.num_prefilled, sequence.prefill_tokens
         if self._config.split_fuse:
             end = min(end, begin + left.tokens)
             score_begin = max(begin, sequence.num_scored)
@@ -393,19 +520,21 @@ class Scheduler:
         left.take(segment)
         return segment
 
-    def _start(self, sequence: Sequence, worker: int, prospect: Prospect) -> None:
+    def _start(self, sequence: Sequence, worker: int, lane: Lane, prospect: Prospect) -> None:
         self._waiting.remove(sequence)
         self._running[sequence.seq_id] = sequence
+        self._priorities[sequence.request.priority] += 1
         self._load.start(sequence.seq_id, worker, prospect)
-        sequence.admit(worker)
+        sequence.admit(worker, lane.index)
+        lane.add(sequence)
         sequence.expected_tokens = self._prospects.expected_tokens(sequence)
 
-    def _prospect(self, sequence: Sequence, left: _Left) -> Prospect:
-        """What it will hold from the coming step on, with what is left of the step's budget for its prompt."""
-        step = last_chunk = self._load_step + 1
+    def _prospect(self, sequence: Sequence, left: _Left, step: int) -> Prospect:
+        """What it will hold from `step` on, a round, with what is left of a step's budget there for its prompt."""
+        last_chunk = step
         if self._config.split_fuse:
             # Each later step has at least this for its prompt: nothing that starts after it goes before it.
-            each = max(1, self._config.max_num_batched_tokens - len(self._running))
+            each = max(1, self._config.lane_tokens - len(self._running) // len(self._lanes))
             now = left.tokens
             if sequence.num_scored < sequence.num_to_score:
                 each, now = min(each, self._config.max_scored_rows), min(now, left.scored_rows)

@@ -39,7 +39,7 @@ class _Second:
 
     def add(self, record: StepRecord) -> None:
         self.num_steps += 1
-        self.step_s += record.seconds
+        self.step_s += record.busy_s
         self.longest_step_s = max(self.longest_step_s, record.seconds)
         self.new_tokens += record.num_sampled
         self.prompt_tokens += record.num_prompt_tokens

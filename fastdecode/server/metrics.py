@@ -56,7 +56,7 @@ class Metrics:
         self._step_s = self._wait_s = 0.0
         self._kv_tokens: tuple[int, ...] = ()
         self._idle_s: list[float] = []  # [num_r_workers]
-        self._last_end_s = 0.0  # of the last step, since the first one's begin
+        self._last_end_s: dict[int, float] = {}  # of the last step, by lane
         self._finished = dict.fromkeys(_REASONS, 0)
         self._failed = dict.fromkeys(_FAILURES, 0)
         self._first_token, self._queue = Histogram(_FIRST_TOKEN_S), Histogram(_REQUEST_S)
@@ -80,7 +80,7 @@ class Metrics:
             self._num_preemptions += record.num_preempted
             self._prompt_tokens += record.num_prompt_tokens
             self._new_tokens += record.num_sampled
-            self._step_s += record.seconds
+            self._step_s += record.busy_s
             self._wait_s += record.wait_s
             self._kv_tokens = record.kv_tokens
             self._step_tokens.observe(record.num_decodes + record.num_prompt_tokens)
@@ -88,12 +88,12 @@ class Metrics:
             # it has to be computed again is no gap here: then it comes as a prompt.
             end_s = record.begin_s + record.seconds
             if record.num_decodes:
-                self._next_token.observe(end_s - self._last_end_s, record.num_decodes)
-            self._last_end_s = end_s
+                self._next_token.observe(end_s - self._last_end_s.get(record.lane, 0.0), record.num_decodes)
+            self._last_end_s[record.lane] = end_s
             self._idle_s += [0.0] * (len(record.attention_s) - len(self._idle_s))
             for worker, attention_s in enumerate(record.attention_s):
                 if attention_s is not None:  # that of a step broken off counts in the next one, and may exceed it
-                    self._idle_s[worker] += max(0.0, record.seconds - attention_s)
+                    self._idle_s[worker] += max(0.0, record.busy_s - attention_s)
 
     def on_finished(self, output: RequestOutput) -> None:
         """In the engine's thread.  What was cut short is not told; see `Service.num_cut_short`."""

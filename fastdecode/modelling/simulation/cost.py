@@ -14,13 +14,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+
 from fastdecode.modelling.perf_model import PerfModel
-from fastdecode.scheduling.plan import MicroBatch, Step
+from fastdecode.scheduling.plan import Step
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a micro-batch asks of the workers."""
+    """What a lane's step asks of the workers."""
 
     num_tokens: int
     num_decodes: int
@@ -29,20 +31,18 @@ class Work:
     prompt_pairs: float  # sum over chunks of end² - start²: twice the query-key pairs
 
     @classmethod
-    def of(cls, micro_batch: MicroBatch, num_r_workers: int) -> Work:
-        kv_tokens, prompt_tokens, pairs = [0] * num_r_workers, 0, 0.0
-        for segment in micro_batch.segments:
-            if segment.is_prompt:
-                prompt_tokens += segment.num_tokens
-                pairs += segment.end**2 - segment.start**2
-            else:
-                kv_tokens[segment.r_worker] += segment.end
-        num_tokens = micro_batch.num_tokens
-        return cls(num_tokens, num_tokens - prompt_tokens, tuple(kv_tokens), prompt_tokens, pairs)
+    def of(cls, step: Step, num_r_workers: int) -> Work:
+        decodes = step.decodes
+        kv_tokens = np.bincount(decodes.r_workers, decodes.positions + 1, minlength=num_r_workers)
+        pairs = sum(segment.end**2 - segment.start**2 for segment in step.prompts)
+        return cls(
+            step.num_tokens, len(decodes), tuple(kv_tokens.astype(int).tolist()), step.num_prompt_tokens, float(pairs)
+        )
 
 
 class Cost(Protocol):
-    def step_seconds(self, step: Step, num_r_workers: int) -> float: ...
+    def round_seconds(self, steps: Sequence[Step], num_r_workers: int) -> float:
+        """Of a step of each lane."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,8 @@ class SplitCost:
 
     model: PerfModel
 
-    def step_seconds(self, step: Step, num_r_workers: int) -> float:
-        works = [Work.of(micro_batch, num_r_workers) for micro_batch in step.micro_batches]
+    def round_seconds(self, steps: Sequence[Step], num_r_workers: int) -> float:
+        works = [Work.of(step, num_r_workers) for step in steps]
         return self.model.step_seconds(
             [(work.num_tokens, max(work.kv_tokens) * num_r_workers) for work in works], num_r_workers
         )
@@ -71,8 +71,8 @@ class WholeCost:
     large_decode: tuple[float, float, float]  # from `large_batch` sequences on
     large_batch: int = 95
 
-    def step_seconds(self, step: Step, num_r_workers: int) -> float:
-        works = [Work.of(micro_batch, num_r_workers) for micro_batch in step.micro_batches]
+    def round_seconds(self, steps: Sequence[Step], num_r_workers: int) -> float:
+        works = [Work.of(step, num_r_workers) for step in steps]
         num_decodes = sum(work.num_decodes for work in works)
         constants, milliseconds = [], 0.0
         if any(work.prompt_tokens for work in works):

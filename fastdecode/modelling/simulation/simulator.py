@@ -1,8 +1,8 @@
 """The engine's scheduler under a virtual clock: a cost model tells how long each step takes.
 
-    jobs ──arrive──► Scheduler.schedule ─► Step ─► Cost: seconds ─► the clock ─► Scheduler.commit ─► …
+    jobs ──arrive──► Scheduler.schedule ─► Step of each lane ─► Cost: seconds ─► the clock ─► Scheduler.commit ─► …
 
-The loop is `Engine.step` without workers: the same scheduler, the same steps, in the same order.
+The loop is `Engine.step` without workers: the same scheduler, the same steps, in the same order, a round at a time.
 """
 
 from __future__ import annotations
@@ -11,11 +11,14 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from fastdecode.api.sampling_params import SamplingParams
 from fastdecode.errors import RequestError
 from fastdecode.modelling.simulation.cost import Cost
 from fastdecode.modelling.simulation.workload import Arrivals, Job
-from fastdecode.observe.step_log import StepRecord, make_record
+from fastdecode.observe.step_log import StepRecord, round_record
+from fastdecode.scheduling.plan import Step
 from fastdecode.scheduling.request import Request
 from fastdecode.scheduling.request import Sequence as Running
 from fastdecode.scheduling.scheduler import Scheduler
@@ -51,7 +54,7 @@ def simulate(
     on_step: Callable[[StepRecord], None] | None = None,
 ) -> Simulation:
     """Runs all jobs to their ends."""
-    now, steps = 0.0, []
+    now, records = 0.0, list[StepRecord]()
     waiting, coming = _arrive(jobs, arrivals)
     served: list[Served] = []
     live: dict[int, tuple[Running, Served]] = {}
@@ -66,40 +69,45 @@ def simulate(
             except RequestError as error:
                 one.refused = error.code
                 _next_client(waiting, coming, now)
-        step = scheduler.schedule()
-        if step is None:
+        steps = [step for lane in range(scheduler.num_lanes) if (step := scheduler.schedule(lane))]
+        if not steps:
             assert not live, "jobs are live, and nothing is to be done"
             now = max(now, coming[0].arrived) if coming else now
             continue
-        seconds = cost.step_seconds(step, num_r_workers)
-        record = make_record(
-            step,
+        seconds = cost.round_seconds(steps, num_r_workers)
+        record = round_record(
+            steps,
             begin_s=now,
             seconds=seconds,
             num_running=scheduler.num_running,
             num_waiting=scheduler.num_waiting,
             kv_tokens=scheduler.kv_tokens,
         )
-        for admission in step.admissions:
+        for admission in (admission for step in steps for admission in step.admissions):
             one = live[admission.seq_id][1]
             one.started = now if one.started is None else one.started
         now += seconds
-        tokens = {}
-        for micro_batch in step.micro_batches:
-            for segment in micro_batch.sampled:
-                sequence, one = live[segment.seq_id]
-                one.tokens.append(now)
-                is_end = one.job.output_tokens == len(one.tokens) < one.job.max_tokens
-                tokens[segment.seq_id] = _END if is_end else _OTHER
-        finished = scheduler.commit(step, tokens)
-        scheduler.remove(finished)
-        for sequence in finished:
-            live.pop(sequence.seq_id)[1].num_preemptions = sequence.num_preemptions
-            _next_client(waiting, coming, now)
-        steps.append(record)
+        for step in steps:
+            finished = scheduler.commit(step, _tokens(step, live, now))
+            scheduler.remove(finished)
+            for sequence in finished:
+                live.pop(sequence.seq_id)[1].num_preemptions = sequence.num_preemptions
+                _next_client(waiting, coming, now)
+        records.append(record)
         if on_step:
             on_step(record)
-    return Simulation(served, steps, now)
+    return Simulation(served, records, now)
+
+
+def _tokens(step: Step, live: dict[int, tuple[Running, Served]], now: float) -> np.ndarray:
+    """That come after it.  # [num_sampled] int64"""
+    tokens = []
+    for seq_id in step.sampled:
+        _, one = live[seq_id]
+        one.tokens.append(now)
+        is_end = one.job.output_tokens == len(one.tokens) < one.job.max_tokens
+        tokens.append(_END if is_end else _OTHER)
+    return np.array(tokens, np.int64)
 
 
 def _arrive(jobs: Sequence[Job], arrivals: Arrivals) -> tuple[deque[Job], deque[Served]]:

@@ -1,0 +1,231 @@
+"""A lane: sequences that stay together, with steps of their own.  Pure.
+
+    lane A   schedule │ layers ───────────────── │ commit, schedule │ layers …
+    lane B       layers ──── │ commit, schedule │ layers ────────────────── │ …
+
+While one lane is committed and scheduled, the others are on the device and on the R-workers.  Those of its sequences
+that decode lie in columns, because a step has one token of each; prompts on their way in lie beside them.  What a step
+that is under way has rows of stays where it is until the step has ended.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from fastdecode.scheduling.plan import Decodes, Segment, Step
+from fastdecode.scheduling.request import Sequence as Running
+
+_SEQ_ID, _R_WORKER, _POSITION, _TOKEN, _LIMIT, _EXPECTED = range(6)  # the columns
+
+
+class Held(NamedTuple):
+    """KV tokens that sequences hold in their coming step, or in the one that is under way."""
+
+    r_workers: np.ndarray  # [n] int64
+    tokens: np.ndarray  # [n] int64
+
+
+class Lane:
+    def __init__(self, index: int) -> None:
+        self.index = index
+        self.step: Step | None = None  # that is under way
+        self.prefilling: dict[int, Running] = {}
+        self.leaving: dict[int, Running] = {}  # that ended while the step under way has rows of them
+        self._sequences: list[Running] = []
+        self._slots: dict[int, int] = {}  # seq_id -> its place in the list, and in the columns
+        self._columns = np.empty((6, 16), np.int64)
+        self._order = np.empty(0, np.int64)  # slots of the step's decodes
+        self._ends: Counter[frozenset[int]] = Counter()  # of those that decode
+        self._any_end: np.ndarray | None = None  # all of these tokens; None: to be made anew
+
+    def __len__(self) -> int:
+        """Sequences, those that are leaving included."""
+        return len(self._sequences) + len(self.prefilling)
+
+    def __iter__(self) -> Iterator[Running]:
+        yield from self._sequences
+        yield from self.prefilling.values()
+
+    @property
+    def num_decoding(self) -> int:
+        return len(self._sequences)
+
+    def is_under_way(self, seq_id: int) -> bool:
+        return self.step is not None and seq_id in self.step.seq_ids
+
+    def add(self, sequence: Running) -> None:
+        """One whose prompt is still to come, or that decodes."""
+        sequence.lane = self.index
+        if sequence.is_prefilling:
+            self.prefilling[sequence.seq_id] = sequence
+        else:
+            self._append(sequence)
+
+    def remove(self, sequence: Running) -> None:
+        """One that no step under way has rows of."""
+        assert not self.is_under_way(sequence.seq_id)
+        if self.prefilling.pop(sequence.seq_id, None):
+            return
+        slot, last = self._slots.pop(sequence.seq_id), len(self._sequences) - 1
+        moved = self._sequences.pop()
+        if slot != last:
+            self._sequences[slot] = moved
+            self._slots[moved.seq_id] = slot
+            self._columns[:, slot] = self._columns[:, last]
+        ends = sequence.request.ends
+        self._ends[ends] -= 1
+        if not self._ends[ends]:
+            del self._ends[ends]
+            self._any_end = None
+
+    def held(self) -> Held:
+        n, prompts = len(self._sequences), list(self.prefilling.values())
+        r_workers, positions = self._columns[_R_WORKER, :n], self._columns[_POSITION, :n]
+        more_workers = np.array([s.r_worker for s in prompts], np.int64)
+        more_tokens = np.array([s.num_tokens for s in prompts], np.int64)
+        return Held(np.concatenate([r_workers, more_workers]), np.concatenate([positions + 1, more_tokens]))
+
+    def decodes(self) -> Decodes:
+        """Of all that decode."""
+        assert self.step is None, "a lane has one step at a time"
+        n = len(self._sequences)
+        self._order = np.argsort(self._columns[_R_WORKER, :n], kind="stable")
+        columns = (self._columns[column, self._order] for column in (_SEQ_ID, _R_WORKER, _POSITION, _TOKEN))
+        return Decodes(*columns)
+
+    def decoded(self, step: Step, token_ids: np.ndarray) -> list[Running]:
+        """The tokens after its step's decodes are there.  Returns sequences that may have ended, or outlived what was
+        expected of them: they are to be looked at one by one.  token_ids: [n] int64, in the order of the rows
+        """
+        if not len(step.decodes):
+            return []
+        order, columns = self._order, self._columns
+        for slot, token_id in zip(order.tolist(), token_ids.tolist(), strict=True):
+            self._sequences[slot].output_token_ids.append(token_id)
+        columns[_POSITION, order] += 1
+        columns[_TOKEN, order] = token_ids
+        if self._any_end is None:
+            self._any_end = np.array(sorted(frozenset().union(*self._ends)), np.int64)
+        positions = columns[_POSITION, order]
+        is_due = (positions >= columns[_LIMIT, order]) | (positions >= columns[_EXPECTED, order])
+        if len(self._any_end):
+            is_due |= np.isin(token_ids, self._any_end)
+        return [self._sequences[slot] for slot in order[is_due].tolist()]
+
+    def prefilled(self, segment: Segment) -> Running:
+        """A chunk's KV is there."""
+        sequence = self.prefilling[segment.seq_id]
+        sequence.num_prefilled = segment.end
+        return sequence
+
+    def begin_decoding(self, sequence: Running) -> None:
+        """Its prompt is there, and its next token."""
+        del self.prefilling[sequence.seq_id]
+        self._append(sequence)
+
+    def expect(self, sequence: Running) -> None:
+        """What is expected of it has changed."""
+        self._columns[_EXPECTED, self._slots[sequence.seq_id]] = _position_of(sequence, sequence.expected_tokens)
+
+    def surplus(self, other: Lane, most: int) -> list[Running]:
+        """What this lane is to hand to the other, so that both have as many sequences on each R-worker, and as much
+        KV: for S-work is the number of tokens, and R-work the KV they read where the slowest R-worker sets the pace.
+
+        most: that the other can take.
+        """
+        own, others = self._decoding(), other._decoding()
+        num_workers = 1 + int(max(own.r_workers.max(initial=0), others.r_workers.max(initial=0)))
+        counts = np.bincount(own.r_workers, minlength=num_workers)
+        differences = counts - np.bincount(others.r_workers, minlength=num_workers)
+        quotas = np.maximum(differences // 2, 0)
+        missing = min((len(self) - len(other)) // 2, len(own.r_workers)) - int(quotas.sum())
+        for worker in np.argsort(quotas * 2 - differences, kind="stable").tolist():  # who has one more than the other
+            if missing > 0 and counts[worker] > quotas[worker]:
+                quotas[worker] += 1
+                missing -= 1
+        chosen: list[Running] = []
+        for worker in range(num_workers):
+            slots = np.flatnonzero(own.r_workers == worker)
+            lengths, of_others = own.tokens[slots], others.tokens[others.r_workers == worker]
+            quota = min(int(quotas[worker]), most - len(chosen))
+            picked = _choose(lengths, of_others, quota)
+            chosen += [self._sequences[slot] for slot in slots[picked].tolist()][: most - len(chosen)]
+        return chosen
+
+    def check_integrity(self) -> None:
+        n = len(self._sequences)
+        assert self._slots == {s.seq_id: slot for slot, s in enumerate(self._sequences)}
+        assert sum(self._ends.values()) == n
+        for slot, sequence in enumerate(self._sequences):
+            assert sequence.lane == self.index and not sequence.is_prefilling
+            row = self._columns[:, slot].tolist()
+            assert row == _row(sequence), f"the columns of sequence {sequence.seq_id} say {row}"
+        assert all(s.lane == self.index and s.is_prefilling for s in self.prefilling.values())
+        assert self.leaving.keys() <= {s.seq_id for s in self}
+
+    def _decoding(self) -> Held:
+        n = len(self._sequences)
+        return Held(self._columns[_R_WORKER, :n], self._columns[_POSITION, :n] + 1)
+
+    def _append(self, sequence: Running) -> None:
+        slot = len(self._sequences)
+        if slot == self._columns.shape[1]:
+            self._columns = np.concatenate([self._columns, np.empty_like(self._columns)], axis=1)
+        self._sequences.append(sequence)
+        self._slots[sequence.seq_id] = slot
+        self._columns[:, slot] = _row(sequence)
+        ends = sequence.request.ends
+        self._ends[ends] += 1
+        if self._ends[ends] == 1:
+            self._any_end = None
+
+
+def hand_over(sequences: Iterable[Running], giver: Lane, taker: Lane) -> None:
+    for sequence in sequences:
+        giver.remove(sequence)
+        taker.add(sequence)
+
+
+def _row(sequence: Running) -> list[int]:
+    assert sequence.r_worker is not None
+    return [
+        sequence.seq_id,
+        sequence.r_worker,
+        sequence.num_tokens - 1,
+        sequence.output_token_ids[-1],
+        _position_of(sequence, sequence.request.max_new_tokens),
+        _position_of(sequence, sequence.expected_tokens),
+    ]
+
+
+def _position_of(sequence: Running, num_output_tokens: int) -> int:
+    """Where the last of so many lies."""
+    return len(sequence.request.prompt_token_ids) + num_output_tokens - 1
+
+
+def _choose(own: np.ndarray, others: np.ndarray, quota: int) -> Sequence[int] | np.ndarray:
+    """Which of these to hand over, so that the KV of both comes out alike.
+
+    own, others: [n], [m] lengths on one R-worker.  Neighbours by length, whose sum is nearest to half the difference.
+    With none to hand over, one all the same if the other can give a shorter one back and they differ far less then.
+    """
+    excess = (int(own.sum()) - int(others.sum())) / 2
+    order = np.argsort(own, kind="stable")
+    if quota:
+        sums = np.concatenate([[0], np.cumsum(own[order])])
+        first = int(np.argmin(np.abs(sums[quota:] - sums[:-quota] - excess)))
+        return order[first : first + quota]
+    if not len(others) or excess <= _WORTH_A_SWAP * own.sum() or len(own) != len(others):
+        return order[:0]
+    theirs = np.sort(others)
+    best = np.clip(np.searchsorted(theirs, own - excess), 0, len(theirs) - 1)  # of theirs, for each of ours
+    left = np.abs(excess - (own - theirs[best]))
+    longest = int(np.argmin(left))
+    return np.array([longest]) if left[longest] < excess / 2 else order[:0]
+
+
+_WORTH_A_SWAP = 0.05  # of a lane's KV on an R-worker
