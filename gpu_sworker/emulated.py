@@ -27,7 +27,7 @@ from gpu_sworker.probe import AttentionSpec
 from gpu_sworker.rope import reach
 from gpu_sworker.sampler import RowFault, Sampled, SamplingRows, TokenLogprob, TokenLogprobs
 from gpu_sworker.staging import HostStaging
-from gpu_sworker.sworker import FlatBatch, ModelFacts
+from gpu_sworker.sworker import FlatBatch, KVRoom, ModelFacts
 
 _TOKEN_ID = 3
 _POOL_TOKENS = 4096  # of made-up q, k, v; longer micro-batches repeat them
@@ -112,6 +112,11 @@ class EmulatedSWorker:
 
     def prompt_kv_room(self, num_tokens: int) -> bool:
         return True
+
+    @property
+    def prompt_kv(self) -> KVRoom:
+        """Without end: nothing is kept."""
+        return KVRoom(num_blocks=1 << 30, num_free_blocks=1 << 30, block_tokens=64)
 
     def forget_prompts(self, seq_ids: Iterable[int]) -> None:
         pass
