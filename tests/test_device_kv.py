@@ -14,7 +14,6 @@ from cpu_attention import state as numpy_state
 from gpu_sworker import (
     AttentionSpec,
     DeviceKV,
-    DeviceKVError,
     DeviceKVFull,
     DeviceKVMisused,
     PartialState,
@@ -195,7 +194,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.values: dict[int, list[int]] = {}
         self.next_value = 1
 
-    @rule(seq_id=st.integers(0, 5), max_tokens=st.integers(0, 60), reserve=st.booleans())
+    @rule(seq_id=st.integers(0, 5), max_tokens=st.integers(0, 48), reserve=st.sampled_from([False, False, True]))
     def admit(self, seq_id: int, max_tokens: int, reserve: bool) -> None:
         needed = -(-max_tokens // BLOCK_TOKENS)
         if seq_id in self.limits or max_tokens < 1:
@@ -208,17 +207,18 @@ class StoreMachine(RuleBasedStateMachine):
             self.store.admit(seq_id, max_tokens, reserve=reserve)
             self.limits[seq_id], self.values[seq_id] = max_tokens, []
 
-    @rule(counts=st.dictionaries(st.integers(0, 5), st.integers(0, 11), min_size=1, max_size=3))
-    def extend_and_write(self, counts: dict[int, int]) -> None:
+    @precondition(lambda self: self.limits)
+    @rule(data=st.data())
+    def extend_and_write(self, data: st.DataObject) -> None:
+        chosen = data.draw(st.lists(st.sampled_from(sorted(self.limits)), unique=True, min_size=1, max_size=3))
+        room = {seq_id: self.limits[seq_id] - len(self.values[seq_id]) for seq_id in chosen}
+        counts = {seq_id: data.draw(st.integers(0, min(11, most))) for seq_id, most in room.items()}
         try:
             self.store.extend(counts)
-        except DeviceKVError as error:
-            if isinstance(error, DeviceKVFull):  # counted anew, with a copy for each block that is shared
-                missing = sum(-(-(len(self.values[i]) + n) // BLOCK_TOKENS) - -(-len(self.values[i]) // BLOCK_TOKENS)
-                              for i, n in counts.items())  # fmt: skip
-                assert missing + 3 * len(counts) > self.store.num_free_blocks
-            else:
-                assert any(i not in self.limits or len(self.values[i]) + n > self.limits[i] for i, n in counts.items())
+        except DeviceKVFull:  # a copy is counted for each block that is shared
+            blocks = sum(-(-(len(self.values[i]) + n) // BLOCK_TOKENS) - len(self.values[i]) // BLOCK_TOKENS
+                         for i, n in counts.items())  # fmt: skip
+            assert blocks > self.store.num_free_blocks
             return
         for seq_id, count in counts.items():
             self.values[seq_id] += range(self.next_value, self.next_value + count)
@@ -229,39 +229,59 @@ class StoreMachine(RuleBasedStateMachine):
             k = self.token(fresh, spec)
             self.store.write(layer, rows, k, -k)
 
-    @rule(pairs=st.dictionaries(st.integers(0, 5), st.tuples(st.integers(0, 5), st.integers(0, 30)), max_size=2))
-    def fork(self, pairs: dict[int, tuple[int, int]]) -> None:
-        children, parents, counts = list(pairs), [p for p, _ in pairs.values()], [n for _, n in pairs.values()]
-        counts = [min(n, len(self.values.get(p, []))) for p, n in zip(parents, counts, strict=True)]
+    @precondition(lambda self: self.limits)
+    @rule(data=st.data(), more=st.integers(1, 9))
+    def extend_too_far(self, data: st.DataObject, more: int) -> None:
+        seq_id = data.draw(st.sampled_from(sorted(self.limits)))
+        beyond = self.limits[seq_id] - len(self.values[seq_id]) + more
+        for wrong in ({seq_id: beyond}, {seq_id: -1}, {99: 1, seq_id: 0}):
+            with pytest.raises(DeviceKVMisused):
+                self.store.extend({**dict.fromkeys(self.limits, 0), **wrong})
+
+    @precondition(lambda self: any(self.values.values()))
+    @rule(data=st.data())
+    def fork(self, data: st.DataObject) -> None:
+        children = data.draw(st.lists(st.integers(6, 9), unique=True, min_size=1, max_size=2))
+        for child in children:
+            if child in self.limits:
+                self.store.release([child])
+            self.store.admit(child, 40)
+            self.limits[child], self.values[child] = 40, []
+        if not any(self.values.values()):
+            return
+        parents = [data.draw(st.sampled_from([i for i, values in self.values.items() if values])) for _ in children]
+        most = [min(len(self.values[p]), self.limits[c]) for c, p in zip(children, parents, strict=True)]
+        counts = [data.draw(st.integers(0, n)) for n in most]
+        for wrong in (most[0] + 1, -1):
+            with pytest.raises(DeviceKVMisused):
+                self.store.fork(children[:1], parents[:1], [wrong])
         try:
             self.store.fork(children, parents, counts)
         except DeviceKVFull:
             assert sum(n % BLOCK_TOKENS > 0 for n in counts) > self.store.num_free_blocks
-        except DeviceKVMisused:
-            pass
-        else:
-            for child, parent, count in zip(children, parents, counts, strict=True):
-                assert not self.values[child] and child not in parents
-                self.values[child] = self.values[parent][:count]
+            return
+        for child, parent, count in zip(children, parents, counts, strict=True):
+            self.values[child] = self.values[parent][:count]
 
-    @rule(seq_id=st.integers(0, 5), back=st.integers(0, 9))
-    def rewind(self, seq_id: int, back: int) -> None:
-        held = self.values.get(seq_id, [])
-        if seq_id not in self.values or back > len(held):
-            with pytest.raises(DeviceKVMisused):
-                self.store.rewind({**dict.fromkeys(self.values, 0), seq_id: len(held) - back})
-        else:
-            self.store.rewind({seq_id: len(held) - back})
-            del held[len(held) - back :]
+    @precondition(lambda self: self.limits)
+    @rule(data=st.data())
+    def rewind(self, data: st.DataObject) -> None:
+        seq_id = data.draw(st.sampled_from(sorted(self.limits)))
+        held = self.values[seq_id]
+        with pytest.raises(DeviceKVMisused):
+            self.store.rewind({**dict.fromkeys(self.values, 0), seq_id: len(held) + 1})
+        kept = data.draw(st.integers(0, len(held)))
+        self.store.rewind({seq_id: kept})
+        del held[kept:]
 
-    @rule(seq_id=st.integers(0, 5))
-    def release(self, seq_id: int) -> None:
-        if seq_id not in self.values:
-            with pytest.raises(DeviceKVMisused):
-                self.store.release([*self.values, seq_id])
-        else:
-            self.store.release([seq_id])
-            del self.values[seq_id], self.limits[seq_id]
+    @precondition(lambda self: self.limits)
+    @rule(data=st.data())
+    def release(self, data: st.DataObject) -> None:
+        seq_id = data.draw(st.sampled_from(sorted(self.limits)))
+        with pytest.raises(DeviceKVMisused):
+            self.store.release([*self.values, 99])
+        self.store.release([seq_id])
+        del self.values[seq_id], self.limits[seq_id]
 
     @invariant()
     def everything_holds(self) -> None:
@@ -352,4 +372,35 @@ def test_one_sequence_twice() -> None:
             act()
     with pytest.raises(DeviceKVMisused, match="holds tokens"):
         store.fork([1], [2], [0])
+    store.check_integrity()
+
+
+@pytest.mark.parametrize("reserve", [False, True])
+def test_whoever_goes_back_into_what_is_shared_writes_to_blocks_of_its_own(reserve: bool) -> None:
+    store = make_store()
+    store.admit(1, 12, reserve=reserve)
+    store.admit(2, 12)
+    store.extend({1: 12})
+    store.fork([2], [1], [12])
+    assert store._stored[2].blocks == store._stored[1].blocks and store.num_free_blocks == NUM_BLOCKS - 3
+    store.rewind({1: 2})
+    store.check_integrity()
+    store.extend({1: 9})
+    store.check_integrity()
+    assert not set(store._stored[1].blocks) & set(store._stored[2].blocks)
+    assert store.num_free_blocks == NUM_BLOCKS - 6
+
+
+def test_a_copy_that_finds_no_room_changes_nothing() -> None:
+    store = make_store(num_blocks=2)
+    store.admit(1, 8)
+    store.admit(2, 8)
+    store.extend({1: 8})
+    for count in (1, 5):
+        with pytest.raises(DeviceKVFull, match="1 forks need 1 blocks for what they do not share; 0 of 2 are free"):
+            store.fork([2], [1], [count])
+    store.fork([2], [1], [4])
+    store.rewind({1: 3})
+    store.release([2])
+    store.extend({1: 2})
     store.check_integrity()
