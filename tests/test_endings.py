@@ -124,6 +124,36 @@ def test_a_forked_child_removes_and_locks_nothing(place: Path) -> None:
     assert os.waitpid(child, 0)[1] == 0
 
 
+LATE_CHILD = """
+import os, signal, subprocess, sys, time
+os.register_at_fork(after_in_child=lambda: time.sleep(1))  # a busy machine
+from transport import Ping, Pong, connect
+command = [sys.executable, "-m", "cpu_attention", "--kv-cache-memory", "1MiB", "--bind", sys.argv[1]]
+worker = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+channel = connect(worker.stdout.readline().split()[-1])
+channel.send(Ping(7), timeout_s=20)
+assert channel.recv(timeout_s=20) == Pong(7)
+worker.send_signal(signal.SIGSTOP)
+channel.send(Ping(8), timeout_s=20)  # what is never read makes the end of a connection a reset
+time.sleep(0.5)
+if not (child := os.fork()):
+    held = [os.readlink(entry.path) for entry in os.scandir("/proc/self/fd") if os.path.islink(entry.path)]
+    os._exit(sum(link.startswith("socket:") for link in held))
+worker.kill()
+worker.wait()
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+os._exit(0)
+"""
+
+
+@pytest.mark.parametrize("address", ["tcp://127.0.0.1:0", "ipc://{place}/w", "shm://{place}/w"])
+def test_a_forked_child_that_comes_late_holds_nothing(address: str, place: Path) -> None:
+    """Its parent's R-worker has ended meanwhile, and where the connection led can be told no more."""
+    command = [sys.executable, "-c", LATE_CHILD, address.format(place=place)]
+    out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert out.stdout == "0\n", out.stdout + out.stderr
+
+
 @pytest.mark.parametrize(
     "environment, told",
     [

@@ -8,12 +8,18 @@ from __future__ import annotations
 
 import os
 import weakref
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 
 class LetsGo(Protocol):
     def let_go(self) -> None:
         """In a forked child, where no other thread runs: closes file descriptors, and ends nothing of the parent's."""
+
+
+@runtime_checkable
+class Notes(LetsGo, Protocol):
+    def note(self) -> None:
+        """Just before a fork, in the parent: what can be told no more once the child looks, which may be much later."""
 
 
 _held: weakref.WeakSet[LetsGo] = weakref.WeakSet()
@@ -24,10 +30,16 @@ def let_go_in_children(held: LetsGo) -> None:
     _held.add(held)
 
 
+def _note() -> None:
+    for held in list(_held):
+        if isinstance(held, Notes):
+            held.note()
+
+
 def _let_go() -> None:
     for held in list(_held):
         held.let_go()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_let_go)
+    os.register_at_fork(before=_note, after_in_child=_let_go)

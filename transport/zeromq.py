@@ -15,6 +15,7 @@ import socket
 import stat
 import time
 from collections.abc import Hashable, Sequence
+from contextlib import suppress
 from typing import cast
 
 import zmq
@@ -74,6 +75,7 @@ class ZeroMQLink:
         self._connected = self._has_shaken_hands = self._lost = self._closed = False
         self._num_hang_ups = 0  # before a connection came about
         self._refusal = ""  # why one never will
+        self._noted: dict[int, int] = {}
         let_go_in_children(self)
         try:
             self._socket.connect(address)
@@ -131,7 +133,14 @@ class ZeroMQLink:
         """libzmq, whose threads are not here, is left as it is (pyzmq does so, too); its connection is closed."""
         if not self._closed:
             self._closed = True
-            _close_connections(self._address)
+            for descriptor, inode in (self._noted | _connections(self._address)).items():
+                with suppress(OSError):
+                    if os.fstat(descriptor).st_ino == inode:
+                        os.close(descriptor)
+
+    def note(self) -> None:
+        """Of a connection whose peer has ended nobody can tell where it led."""
+        self._noted = {} if self._closed else _connections(self._address)
 
     def _wait(self, event: int, timeout_s: float, complaint: str) -> None:
         """Until the socket is ready for `event`; what arrived before a loss is still delivered."""
@@ -295,8 +304,8 @@ def _check_address(address: str) -> None:
         check_path(address)
 
 
-def _close_connections(address: str) -> None:
-    """Every file descriptor of this process that is connected to `address`; libzmq does not tell which they are.
+def _connections(address: str) -> dict[int, int]:
+    """File descriptors of this process that are connected to `address`, and their inodes; libzmq does not tell.
 
     A host that is given by name is not recognised.
     """
@@ -304,10 +313,12 @@ def _close_connections(address: str) -> None:
     try:
         descriptors = [int(name) for name in os.listdir("/proc/self/fd")]
     except OSError:  # not Linux
-        return
+        return {}
+    found = {}
     for descriptor in descriptors:
         try:
-            if not stat.S_ISSOCK(os.fstat(descriptor).st_mode):
+            what = os.fstat(descriptor)
+            if not stat.S_ISSOCK(what.st_mode):
                 continue
             with socket.socket(fileno=os.dup(descriptor)) as connection:
                 peer = connection.getpeername()
@@ -316,7 +327,8 @@ def _close_connections(address: str) -> None:
         is_path = isinstance(peer, str)
         host, port = ("", 0) if is_path or len(peer) < 2 else peer[:2]
         if (peer if is_path else f"[{host}]:{port}" if ":" in host else f"{host}:{port}") == where:
-            os.close(descriptor)
+            found[descriptor] = what.st_ino
+    return found
 
 
 def _origin(frame: zmq.Frame) -> str:
