@@ -37,6 +37,14 @@ headers = {"content-type": "application/json", "authorization": "Bearer sesame"}
 answer = json.load(urllib.request.urlopen(urllib.request.Request(url + "/v1/completions", body, headers), timeout=60))
 print(answer["choices"][0]["text"])
 """
+# As long as an R-worker is not there the server ends, and is started again by its own pod.
+_REACH = """
+import socket, sys, time
+deadline = time.monotonic() + 180
+while socket.socket().connect_ex(("127.0.0.1", int(sys.argv[1].rpartition(":")[2]))):
+    assert time.monotonic() < deadline, "no R-worker"
+    time.sleep(0.5)
+"""
 
 
 def kubernetes(model: str, port: int) -> str:
@@ -65,7 +73,7 @@ def kubernetes_r_workers(model: str, port: int) -> str:
     ]
     for address in addresses:
         command = _command(r_worker).replace("tcp://127.0.0.1:5555", address)
-        lines += [f'{command} & workers="$workers $!"']
+        lines += [f'{command} & workers="$workers $!"', shlex.join(["python", "-c", _REACH, address])]
     whole = {one["kind"]: one for one in yaml.safe_load_all((SCRIPTS / "kubernetes.yaml").read_text("utf-8"))}
     [server] = whole["Deployment"]["spec"]["template"]["spec"]["containers"]
     head = yaml.safe_load(
