@@ -206,6 +206,7 @@ def main() -> None:
     sides = {name: Side(directory) for name, directory in {**directories, "after": ROOT}.items()}
     threads = args.threads or sorted({1, len(available_cores())})
     print("threads KV heads context KV       wire             call ms  loop ms around   cpu ms  loop cpu around")
+    machine = {"processor": cpu_name(), "cores": len(available_cores()), "python": platform.python_version()}
     results = []
     for heads, context, count, wire in itertools.product(args.kv_heads, args.contexts, threads, args.wires):
         case = Case(wire, "float16", heads, context, count, args.rows)
@@ -224,11 +225,10 @@ def main() -> None:
         if len(sides) == 2:
             ratios = [result[f"{what}_before_over_after"] for what in ("call", "call_cpu")]
             print(f"{'':42} before / after {ratios[0]:.2f} by the clock, {ratios[1]:.2f} of CPU time", flush=True)
+        if args.json:  # as far as it has come
+            Path(args.json).write_text(json.dumps({"machine": machine, "results": results}, indent=1) + "\n")
     for side in sides.values():
         side.close()
-    if args.json:
-        machine = {"processor": cpu_name(), "cores": len(available_cores()), "python": platform.python_version()}
-        Path(args.json).write_text(json.dumps({"machine": machine, "results": results}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -575,7 +575,7 @@ TARGETS = {
 }
 
 
-ALL_STORAGE = "parts_make or sums_and or test_append or half or halves or not_finite or store or worker"
+ALL_STORAGE = "parts_make or sums_and or test_append or rounding or half or halves or not_finite or store or worker"
 SOME_STORAGE = "parts_make and (float16 or k8v4) and not bfloat16 or int4-float16 or prompt_then_decodes"
 
 
