@@ -75,7 +75,7 @@ def test_blocks_are_done_one_after_another(llama: Case) -> None:
     sworker = EmulatedSWorker(facts, lambda tokens: 0.05)
     batch = FlatBatch(np.zeros(1, np.int64), np.zeros(1, np.int64), np.array([0]))
     began = time.perf_counter()
-    first, second = [sworker.stage(next(sworker.forward(batch)), np.array([0])) for _ in range(2)]
+    first, second = [sworker.stage(next(sworker.forward(batch)), 1) for _ in range(2)]
     assert time.perf_counter() - began < 0.05
     second.wait()
     assert first.is_done() and time.perf_counter() - began >= 0.1

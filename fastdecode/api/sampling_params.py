@@ -27,6 +27,9 @@ class Draw(NamedTuple):
     num_logprobs: int  # -1: none
 
 
+NUM_DRAW_FIELDS = len(Draw._fields)
+
+
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
     """Every field has a range; a value outside it raises ValueError naming field, value and range.

@@ -371,12 +371,12 @@ class Engine:
 
     def _sample(self, step: Step, logits: torch.Tensor) -> StepResult:
         """logits: [num_sampled + num_scored, vocab]"""
-        sampled = [self._scheduler.running(seq_id) for seq_id in step.sampled]
+        num_sampled = len(step.sampled)
         to_score = scoring_rows(step.scored, [self._scheduler.running(segment.seq_id) for segment in step.scored])
         with self._sworker.inference():
             return StepResult(
-                self._sworker.sample(logits[: len(sampled)], sampling_rows(sampled)),
-                self._sworker.score(logits[len(sampled) :], to_score.token_ids, to_score.num_logprobs),
+                self._sworker.sample(logits[:num_sampled], sampling_rows(step, self._scheduler.running)),
+                self._sworker.score(logits[num_sampled:], to_score.token_ids, to_score.num_logprobs),
             )
 
     def _commit(self, step: Step, result: StepResult) -> list[RequestOutput]:
@@ -384,9 +384,8 @@ class Engine:
         now, seq_ids = time.monotonic(), step.sampled
         self._note_prompts(step, result, now)
         failed = self._failures(step, result)
-        for row, seq_id in enumerate(seq_ids):
-            if seq_id not in self._heard:
-                continue
+        heard = [(row, seq_id) for row, seq_id in enumerate(seq_ids) if seq_id in self._heard] if self._heard else []
+        for row, seq_id in heard:
             _, continuation = self._by_sequence[seq_id]
             try:
                 continuation.take(int(result.sampled.token_ids[row]), result.sampled.logprobs[row])
@@ -395,10 +394,10 @@ class Engine:
         finished = self._scheduler.commit(step, result.sampled.token_ids)
         for sequence, error in failed:
             self._fail(sequence, error)
-        heard = [seq_id for seq_id in seq_ids if seq_id in self._heard]
-        finished += self._stop_at_strings(heard)
-        for seq_id in {**dict.fromkeys(heard), **{sequence.seq_id: None for sequence in finished}}:
-            if seq_id in self._by_sequence:  # its request may have failed with another of its samples
+        still_heard = [seq_id for _, seq_id in heard if seq_id in self._heard]  # others failed, or samples of theirs
+        finished += self._stop_at_strings(still_heard)
+        for seq_id in dict.fromkeys([*still_heard, *(sequence.seq_id for sequence in finished)]):
+            if seq_id in self._by_sequence:
                 self._tell_delta(*self._by_sequence[seq_id])
         finished = [sequence for sequence in finished if sequence.seq_id in self._by_sequence]
         outputs = []

@@ -6,13 +6,14 @@ logits of a step           sampled ┬ sampling_rows ─► the next token of ea
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Sequence_
 from dataclasses import dataclass
 
 import numpy as np
 
 from fastdecode.api.token_rules import TokenCounts, TokenRules
-from fastdecode.scheduling.plan import Segment
+from fastdecode.scheduling.plan import Segment, Step
 from fastdecode.scheduling.request import Sequence
 from gpu_sworker import Penalties, Sampled, SamplingRows, TokenLogprobs, uniforms
 
@@ -43,13 +44,22 @@ def scoring_rows(segments: Sequence_[Segment], sequences: Sequence_[Sequence]) -
     return ScoringRows(np.array(token_ids, np.int64), np.array(num_logprobs, np.int64))
 
 
-def sampling_rows(sequences: Sequence_[Sequence]) -> SamplingRows:
-    """How to sample the next token of each sequence; draw number = tokens generated so far."""
-    draws = [sequence.request.params.draw for sequence in sequences]
-    one = draws[0] if draws and len(set(draws)) == 1 else None
-    # float64 holds all of them exactly.
-    table = np.full((len(draws), len(one)), one, np.float64) if one else np.array(draws, np.float64).reshape(-1, 5)
-    temperature, top_k, top_p, min_p, num_logprobs = table.T
+def sampling_rows(step: Step, running: Callable[[int], Sequence]) -> SamplingRows:
+    """How to sample the next token of each row of `Step.sampled`; draw number = tokens generated so far.
+
+    running: seq_id -> sequence; asked of those alone that have just begun, or rules of single tokens.
+    """
+    decodes, begun = step.decodes, [running(segment.seq_id) for segment in step.sampled_prompts]
+    assert decodes.draws is not None and decodes.seeds is not None, "a lane has them"
+    assert decodes.num_output_tokens is not None and decodes.has_rules is not None
+    draws, seeds, numbers = decodes.draws, decodes.seeds, decodes.num_output_tokens
+    with_rules = [(row, running(int(decodes.seq_ids[row]))) for row in np.flatnonzero(decodes.has_rules).tolist()]
+    if begun:
+        draws = np.concatenate([draws, np.array([sequence.request.params.draw for sequence in begun], np.float64)])
+        seeds = np.concatenate([seeds.view(np.uint64), np.array([sequence.seed for sequence in begun], np.uint64)])
+        numbers = np.concatenate([numbers, np.array([len(s.output_token_ids) for s in begun], np.int64)])
+        with_rules += [(row, s) for row, s in enumerate(begun, len(decodes)) if s.request.rules]
+    temperature, top_k, top_p, min_p, num_logprobs = draws.T  # float64 holds all of them exactly
     rows = SamplingRows(
         temperature=temperature.astype(np.float32),
         top_k=top_k.astype(np.int64),
@@ -60,12 +70,10 @@ def sampling_rows(sequences: Sequence_[Sequence]) -> SamplingRows:
     )
     random = np.flatnonzero(temperature > 0)
     if len(random):
-        drawn = [sequences[row] for row in random.tolist()]
-        seeds = np.array([sequence.seed for sequence in drawn], np.uint64)
-        rows.uniforms[random] = uniforms(seeds, np.array([len(s.output_token_ids) for s in drawn], np.uint64))
-    for row, sequence in enumerate(sequences):
-        if sequence.request.rules:
-            _add_rules(rows, row, sequence, sequence.request.rules)
+        rows.uniforms[random] = uniforms(seeds.view(np.uint64)[random], numbers[random].astype(np.uint64))
+    for row, sequence in with_rules:
+        assert sequence.request.rules
+        _add_rules(rows, row, sequence, sequence.request.rules)
     return rows
 
 

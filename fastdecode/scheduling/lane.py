@@ -16,10 +16,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from fastdecode.api.sampling_params import NUM_DRAW_FIELDS
 from fastdecode.scheduling.plan import Decodes, Segment, Step
 from fastdecode.scheduling.request import Sequence as Running
 
-_SEQ_ID, _R_WORKER, _POSITION, _TOKEN, _LIMIT, _EXPECTED = range(6)  # the columns
+_SEQ_ID, _R_WORKER, _POSITION, _TOKEN, _LIMIT, _EXPECTED, _PROMPT, _SEED, _RULES = range(9)  # the columns
 
 
 class Held(NamedTuple):
@@ -36,8 +37,10 @@ class Lane:
         self.prefilling: dict[int, Running] = {}
         self.leaving: dict[int, Running] = {}  # that ended while the step under way has rows of them
         self._sequences: list[Running] = []
+        self._outputs: list[list[int]] = []  # of each its tokens
         self._slots: dict[int, int] = {}  # seq_id -> its place in the list, and in the columns
-        self._columns = np.empty((6, 16), np.int64)
+        self._columns = np.empty((9, 16), np.int64)
+        self._draws = np.empty((16, NUM_DRAW_FIELDS))
         self._order = np.empty(0, np.int64)  # slots of the step's decodes
         self._ends: Counter[frozenset[int]] = Counter()  # of those that decode
         self._any_end: np.ndarray | None = None  # all of these tokens; None: to be made anew
@@ -71,11 +74,12 @@ class Lane:
         if self.prefilling.pop(sequence.seq_id, None):
             return
         slot, last = self._slots.pop(sequence.seq_id), len(self._sequences) - 1
-        moved = self._sequences.pop()
+        moved, output = self._sequences.pop(), self._outputs.pop()
         if slot != last:
-            self._sequences[slot] = moved
+            self._sequences[slot], self._outputs[slot] = moved, output
             self._slots[moved.seq_id] = slot
             self._columns[:, slot] = self._columns[:, last]
+            self._draws[slot] = self._draws[last]
         ends = sequence.request.ends
         self._ends[ends] -= 1
         if not self._ends[ends]:
@@ -94,8 +98,17 @@ class Lane:
         assert self.step is None, "a lane has one step at a time"
         n = len(self._sequences)
         self._order = np.argsort(self._columns[_R_WORKER, :n], kind="stable")
-        columns = (self._columns[column, self._order] for column in (_SEQ_ID, _R_WORKER, _POSITION, _TOKEN))
-        return Decodes(*columns)
+        columns = self._columns[:, self._order]
+        return Decodes(
+            seq_ids=columns[_SEQ_ID],
+            r_workers=columns[_R_WORKER],
+            positions=columns[_POSITION],
+            token_ids=columns[_TOKEN],
+            draws=self._draws[self._order],
+            seeds=columns[_SEED],
+            num_output_tokens=columns[_POSITION] + 1 - columns[_PROMPT],
+            has_rules=columns[_RULES] > 0,
+        )
 
     def decoded(self, step: Step, token_ids: np.ndarray) -> list[Running]:
         """The tokens after its step's decodes are there.  Returns sequences that may have ended, or outlived what was
@@ -104,8 +117,9 @@ class Lane:
         if not len(step.decodes):
             return []
         order, columns = self._order, self._columns
+        outputs = self._outputs
         for slot, token_id in zip(order.tolist(), token_ids.tolist(), strict=True):
-            self._sequences[slot].output_token_ids.append(token_id)
+            outputs[slot].append(token_id)
         columns[_POSITION, order] += 1
         columns[_TOKEN, order] = token_ids
         if self._any_end is None:
@@ -164,6 +178,8 @@ class Lane:
             assert sequence.lane == self.index and not sequence.is_prefilling
             row = self._columns[:, slot].tolist()
             assert row == _row(sequence), f"the columns of sequence {sequence.seq_id} say {row}"
+            assert self._outputs[slot] is sequence.output_token_ids
+            assert tuple(self._draws[slot]) == sequence.request.params.draw
         assert all(s.lane == self.index and s.is_prefilling for s in self.prefilling.values())
         assert self.leaving.keys() <= {s.seq_id for s in self}
 
@@ -175,9 +191,12 @@ class Lane:
         slot = len(self._sequences)
         if slot == self._columns.shape[1]:
             self._columns = np.concatenate([self._columns, np.empty_like(self._columns)], axis=1)
+            self._draws = np.concatenate([self._draws, np.empty_like(self._draws)])
         self._sequences.append(sequence)
+        self._outputs.append(sequence.output_token_ids)
         self._slots[sequence.seq_id] = slot
         self._columns[:, slot] = _row(sequence)
+        self._draws[slot] = sequence.request.params.draw
         ends = sequence.request.ends
         self._ends[ends] += 1
         if self._ends[ends] == 1:
@@ -199,6 +218,9 @@ def _row(sequence: Running) -> list[int]:
         sequence.output_token_ids[-1],
         _position_of(sequence, sequence.request.max_new_tokens),
         _position_of(sequence, sequence.expected_tokens),
+        len(sequence.request.prompt_token_ids),
+        int(np.uint64(sequence.seed).view(np.int64)),
+        sequence.request.rules is not None,
     ]
 
 
