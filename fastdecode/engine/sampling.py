@@ -6,8 +6,7 @@ logits of a step           sampled ┬ sampling_rows ─► the next token of ea
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from collections.abc import Sequence as Sequence_
+from collections import abc
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,7 +31,7 @@ class ScoringRows:
     num_logprobs: np.ndarray  # [n] int64, how many of the likeliest are wanted beside them
 
 
-def scoring_rows(segments: Sequence_[Segment], sequences: Sequence_[Sequence]) -> ScoringRows:
+def scoring_rows(segments: abc.Sequence[Segment], sequences: abc.Sequence[Sequence]) -> ScoringRows:
     """Of segments with scored positions.  sequences: of each segment."""
     token_ids: list[int] = []
     num_logprobs: list[int] = []
@@ -44,7 +43,7 @@ def scoring_rows(segments: Sequence_[Segment], sequences: Sequence_[Sequence]) -
     return ScoringRows(np.array(token_ids, np.int64), np.array(num_logprobs, np.int64))
 
 
-def sampling_rows(step: Step, running: Callable[[int], Sequence]) -> SamplingRows:
+def sampling_rows(step: Step, running: abc.Callable[[int], Sequence]) -> SamplingRows:
     """How to sample the next token of each row of `Step.sampled`; draw number = tokens generated so far.
 
     running: seq_id -> sequence; asked of those alone that have just begun, or rules of single tokens.

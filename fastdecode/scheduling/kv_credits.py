@@ -15,13 +15,13 @@ blocks, fits by reserve-dynamic, too.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections import abc
 from dataclasses import dataclass
 
 import numpy as np
 
 from fastdecode.scheduling.load import Demand, Projection
-from fastdecode.scheduling.request import Sequence as RunningSequence
+from fastdecode.scheduling.request import Sequence
 
 _LOOK_AHEAD = 32  # steps
 
@@ -41,7 +41,7 @@ class _Account:
 
 
 class KVCredits:
-    def __init__(self, policy: str, capacity_blocks: Sequence[int], block_tokens: int) -> None:
+    def __init__(self, policy: str, capacity_blocks: abc.Sequence[int], block_tokens: int) -> None:
         """capacity_blocks: [num_r_workers]"""
         assert policy in KV_POLICIES
         self._policy, self._block_tokens = policy, block_tokens
@@ -123,7 +123,7 @@ class KVCredits:
 
         return [worker for worker, account in enumerate(self._accounts) if fits(account)]
 
-    def lightest(self, workers: Iterable[int], until_mean: Demand | None) -> int | None:
+    def lightest(self, workers: abc.Iterable[int], until_mean: Demand | None) -> int | None:
         """Of these the R-worker with the least KV, now and until the sequence's mean end; None if there are none.
 
         By what is there now alone, loads swing: whoever has a sequence less gets all that start, which weigh little
@@ -159,7 +159,7 @@ class KVCredits:
         account.reserved -= self.blocks(demand.last)
         account.num_sequences -= 1
 
-    def check_integrity(self, running: Iterable[RunningSequence]) -> None:
+    def check_integrity(self, running: abc.Iterable[Sequence]) -> None:
         """Asserts that exactly the running sequences have credit, where they are."""
         assert {s.seq_id: s.r_worker for s in running} == {i: worker for i, (worker, _) in self._demands.items()}
         for worker, account in enumerate(self._accounts):

@@ -10,15 +10,14 @@ that is under way has rows of stays where it is until the step has ended.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter, abc
 from typing import NamedTuple
 
 import numpy as np
 
 from fastdecode.api.sampling_params import NUM_DRAW_FIELDS
 from fastdecode.scheduling.plan import Decodes, Segment, Step
-from fastdecode.scheduling.request import Sequence as Running
+from fastdecode.scheduling.request import Sequence
 
 _SEQ_ID, _R_WORKER, _POSITION, _TOKEN, _LIMIT, _EXPECTED, _PROMPT, _SEED, _RULES = range(9)  # the columns
 
@@ -34,9 +33,9 @@ class Lane:
     def __init__(self, index: int) -> None:
         self.index = index
         self.step: Step | None = None  # that is under way
-        self.prefilling: dict[int, Running] = {}
-        self.leaving: dict[int, Running] = {}  # that ended while the step under way has rows of them
-        self._sequences: list[Running] = []
+        self.prefilling: dict[int, Sequence] = {}
+        self.leaving: dict[int, Sequence] = {}  # that ended while the step under way has rows of them
+        self._sequences: list[Sequence] = []
         self._outputs: list[list[int]] = []  # of each its tokens
         self._slots: dict[int, int] = {}  # seq_id -> its place in the list, and in the columns
         self._columns = np.empty((9, 16), np.int64)
@@ -49,7 +48,7 @@ class Lane:
         """Sequences, those that are leaving included."""
         return len(self._sequences) + len(self.prefilling)
 
-    def __iter__(self) -> Iterator[Running]:
+    def __iter__(self) -> abc.Iterator[Sequence]:
         yield from self._sequences
         yield from self.prefilling.values()
 
@@ -60,7 +59,7 @@ class Lane:
     def is_under_way(self, seq_id: int) -> bool:
         return self.step is not None and seq_id in self.step.seq_ids
 
-    def add(self, sequence: Running) -> None:
+    def add(self, sequence: Sequence) -> None:
         """One whose prompt is still to come, or that decodes."""
         sequence.lane = self.index
         if sequence.is_prefilling:
@@ -68,7 +67,7 @@ class Lane:
         else:
             self._append(sequence)
 
-    def remove(self, sequence: Running) -> None:
+    def remove(self, sequence: Sequence) -> None:
         """One that no step under way has rows of."""
         assert not self.is_under_way(sequence.seq_id)
         if self.prefilling.pop(sequence.seq_id, None):
@@ -110,7 +109,7 @@ class Lane:
             has_rules=columns[_RULES] > 0,
         )
 
-    def decoded(self, step: Step, token_ids: np.ndarray) -> list[Running]:
+    def decoded(self, step: Step, token_ids: np.ndarray) -> list[Sequence]:
         """The tokens after its step's decodes are there.  Returns sequences that may have ended, or outlived what was
         expected of them: they are to be looked at one by one.  token_ids: [n] int64, in the order of the rows
         """
@@ -130,22 +129,22 @@ class Lane:
             is_due |= np.isin(token_ids, self._any_end)
         return [self._sequences[slot] for slot in order[is_due].tolist()]
 
-    def prefilled(self, segment: Segment) -> Running:
+    def prefilled(self, segment: Segment) -> Sequence:
         """A chunk's KV is there."""
         sequence = self.prefilling[segment.seq_id]
         sequence.num_prefilled = segment.end
         return sequence
 
-    def begin_decoding(self, sequence: Running) -> None:
+    def begin_decoding(self, sequence: Sequence) -> None:
         """Its prompt is there, and its next token."""
         del self.prefilling[sequence.seq_id]
         self._append(sequence)
 
-    def expect(self, sequence: Running) -> None:
+    def expect(self, sequence: Sequence) -> None:
         """What is expected of it has changed."""
         self._columns[_EXPECTED, self._slots[sequence.seq_id]] = _position_of(sequence, sequence.expected_tokens)
 
-    def surplus(self, other: Lane, most: int) -> list[Running]:
+    def surplus(self, other: Lane, most: int) -> list[Sequence]:
         """What this lane is to hand to the other, so that both have as many sequences on each R-worker, and as much
         KV: for S-work is the number of tokens, and R-work the KV they read where the slowest R-worker sets the pace.
 
@@ -161,7 +160,7 @@ class Lane:
             if missing > 0 and counts[worker] > quotas[worker]:
                 quotas[worker] += 1
                 missing -= 1
-        chosen: list[Running] = []
+        chosen: list[Sequence] = []
         for worker in range(num_workers):
             slots = np.flatnonzero(own.r_workers == worker)
             lengths, of_others = own.tokens[slots], others.tokens[others.r_workers == worker]
@@ -187,7 +186,7 @@ class Lane:
         n = len(self._sequences)
         return Held(self._columns[_R_WORKER, :n], self._columns[_POSITION, :n] + 1)
 
-    def _append(self, sequence: Running) -> None:
+    def _append(self, sequence: Sequence) -> None:
         slot = len(self._sequences)
         if slot == self._columns.shape[1]:
             self._columns = np.concatenate([self._columns, np.empty_like(self._columns)], axis=1)
@@ -203,13 +202,13 @@ class Lane:
             self._any_end = None
 
 
-def hand_over(sequences: Iterable[Running], giver: Lane, taker: Lane) -> None:
+def hand_over(sequences: abc.Iterable[Sequence], giver: Lane, taker: Lane) -> None:
     for sequence in sequences:
         giver.remove(sequence)
         taker.add(sequence)
 
 
-def _row(sequence: Running) -> list[int]:
+def _row(sequence: Sequence) -> list[int]:
     assert sequence.r_worker is not None
     return [
         sequence.seq_id,
@@ -224,12 +223,12 @@ def _row(sequence: Running) -> list[int]:
     ]
 
 
-def _position_of(sequence: Running, num_output_tokens: int) -> int:
+def _position_of(sequence: Sequence, num_output_tokens: int) -> int:
     """Where the last of so many lies."""
     return len(sequence.request.prompt_token_ids) + num_output_tokens - 1
 
 
-def _choose(own: np.ndarray, others: np.ndarray, quota: int) -> Sequence[int] | np.ndarray:
+def _choose(own: np.ndarray, others: np.ndarray, quota: int) -> abc.Sequence[int] | np.ndarray:
     """Which of these to hand over, so that the KV of both comes out alike.
 
     own, others: [n], [m] lengths on one R-worker.  Neighbours by length, whose sum is nearest to half the difference.

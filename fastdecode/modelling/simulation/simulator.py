@@ -7,8 +7,7 @@ The loop is `Engine.step` without workers: the same scheduler, the same steps, i
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections import abc, deque
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,8 +18,7 @@ from fastdecode.modelling.simulation.cost import Cost
 from fastdecode.modelling.simulation.workload import Arrivals, Job
 from fastdecode.observe.step_log import StepRecord, round_record
 from fastdecode.scheduling.plan import Step
-from fastdecode.scheduling.request import Request
-from fastdecode.scheduling.request import Sequence as Running
+from fastdecode.scheduling.request import Request, Sequence
 from fastdecode.scheduling.scheduler import Scheduler
 
 _END, _OTHER = 1, 2  # token ids
@@ -47,17 +45,17 @@ class Simulation:
 
 def simulate(
     scheduler: Scheduler,
-    jobs: Sequence[Job],
+    jobs: abc.Sequence[Job],
     arrivals: Arrivals,
     cost: Cost,
     num_r_workers: int,
-    on_step: Callable[[StepRecord], None] | None = None,
+    on_step: abc.Callable[[StepRecord], None] | None = None,
 ) -> Simulation:
     """Runs all jobs to their ends."""
     now, records = 0.0, list[StepRecord]()
     waiting, coming = _arrive(jobs, arrivals)
     served: list[Served] = []
-    live: dict[int, tuple[Running, Served]] = {}
+    live: dict[int, tuple[Sequence, Served]] = {}
     while waiting or coming or live:
         while coming and coming[0].arrived <= now:
             one = coming.popleft()
@@ -99,7 +97,7 @@ def simulate(
     return Simulation(served, records, now)
 
 
-def _tokens(step: Step, live: dict[int, tuple[Running, Served]], now: float) -> np.ndarray:
+def _tokens(step: Step, live: dict[int, tuple[Sequence, Served]], now: float) -> np.ndarray:
     """That come after it.  # [num_sampled] int64"""
     tokens = []
     for seq_id in step.sampled:
@@ -110,7 +108,7 @@ def _tokens(step: Step, live: dict[int, tuple[Running, Served]], now: float) -> 
     return np.array(tokens, np.int64)
 
 
-def _arrive(jobs: Sequence[Job], arrivals: Arrivals) -> tuple[deque[Job], deque[Served]]:
+def _arrive(jobs: abc.Sequence[Job], arrivals: Arrivals) -> tuple[deque[Job], deque[Served]]:
     """Those that wait for a client, and those whose time is known."""
     if arrivals.times is not None:
         return deque(), deque(Served(job, time) for job, time in zip(jobs, arrivals.times, strict=True))
@@ -124,7 +122,7 @@ def _next_client(waiting: deque[Job], coming: deque[Served], now: float) -> None
         coming.append(Served(waiting.popleft(), now))
 
 
-def _sequence(seq_id: int, job: Job) -> Running:
+def _sequence(seq_id: int, job: Job) -> Sequence:
     request = Request(
         request_id=str(seq_id),
         prompt_token_ids=(_OTHER,) * job.prompt_tokens,
@@ -134,4 +132,4 @@ def _sequence(seq_id: int, job: Job) -> Running:
         eos_token_ids=frozenset() if job.is_known else frozenset({_END}),
         true_output_tokens=job.output_tokens,
     )
-    return Running(seq_id, request, 0, 0)
+    return Sequence(seq_id, request, 0, 0)
