@@ -42,8 +42,8 @@ from cpu_attention import (
     pin_thread,
     reference,
 )
-from cpu_attention.attention import Attention, NewTokens
 from cpu_attention.machine import zeroed_pages
+from cpu_attention.multicore import Attention, NewTokens
 from cpu_attention.roofs import Roofs
 from cpu_attention.state import State
 

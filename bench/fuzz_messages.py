@@ -29,7 +29,7 @@ from transport import (
     Pong,
     Release,
     Rewind,
-    Step,
+    Rows,
     Welcome,
 )
 
@@ -93,9 +93,9 @@ class Maker:
         count = self._few()
         return Admit(self._ids(count), self._ints(count))
 
-    def step(self) -> Step:
+    def step(self) -> Rows:
         count = self._few()
-        return Step(self._count(), self._index(), self._ids(count), *(self._ints(count) for _ in range(3)))
+        return Rows(self._count(), self._index(), self._ids(count), *(self._ints(count) for _ in range(3)))
 
     def attend(self) -> Attend:
         rows, dim, dtype = self._few(), self.random.choice((1, 16, 24)), self.random.choice(FLOAT_DTYPES)

@@ -8,7 +8,7 @@ import numpy as np
 
 from bench.fuzz_messages import SPECS
 from cpu_attention import RWorker
-from transport import Admit, Attend, Attended, Hello, Message, Release, Step, Welcome
+from transport import Admit, Attend, Attended, Hello, Message, Release, Rows, Welcome
 
 KV_MIB = 64
 TIMEOUT_S = 120.0
@@ -45,7 +45,7 @@ def session(channel: Any) -> Any:
     channel.send(Admit(ids, np.array([100, 100], np.int32)), timeout_s=TIMEOUT_S)
     for step in range(6):
         counts = np.array([1, 1] if step else [40, 33], np.int32)
-        channel.send(Step(step, 0, ids, stored, counts, np.array([1, 1], np.int32)), timeout_s=TIMEOUT_S)
+        channel.send(Rows(step, 0, ids, stored, counts, np.array([1, 1], np.int32)), timeout_s=TIMEOUT_S)
         for layer, spec in enumerate(SPECS):
             shapes = ((2, spec.num_q_heads), (counts.sum(), spec.num_kv_heads), (counts.sum(), spec.num_kv_heads))
             q, k, v = (generator.standard_normal((*shape, spec.head_dim)).astype(np.float32) for shape in shapes)

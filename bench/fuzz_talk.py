@@ -7,7 +7,7 @@ from collections import deque
 import numpy as np
 
 from bench.fuzz_messages import SPECS, Frames, Maker
-from transport import Admit, Attend, Goodbye, Hello, Message, Ping, Release, Rewind, Step
+from transport import Admit, Attend, Goodbye, Hello, Message, Ping, Release, Rewind, Rows
 
 _MOST_TOKENS = 131_072  # of a sequence; what 64 MiB hold of these layers
 _SEQUENCES = 8
@@ -84,7 +84,7 @@ class Talk:
                 k, v = (maker.floats((sum(counts), spec.num_kv_heads, spec.head_dim)) for _ in "kv")
                 q = maker.floats((sum(queries), spec.num_q_heads, spec.head_dim))
                 self._due.append(Attend(self._step, micro_batch, layer, q, k, v))
-        return Step(self._step, micro_batch, _ids(chosen), _ints(starts), _ints(counts), _ints(queries))
+        return Rows(self._step, micro_batch, _ids(chosen), _ints(starts), _ints(counts), _ints(queries))
 
     def _ask_for_much(self) -> Message:
         """Small messages that ask for a lot of memory."""
@@ -95,7 +95,7 @@ class Talk:
         seq_id, count = r.randrange(50, 10**6), r.choice((_MOST_TOKENS, 20_000))
         queries = r.choice((0, 1, count, count))
         self._step += 1
-        self._due.append(Step(self._step, r.randrange(64), _ids([seq_id]), *(_ints([n]) for n in (0, count, queries))))
+        self._due.append(Rows(self._step, r.randrange(64), _ids([seq_id]), *(_ints([n]) for n in (0, count, queries))))
         self._due.append(Rewind(_ids([seq_id]), _ints([0])))
         return Admit(_ids([seq_id]), _ints([_MOST_TOKENS]))
 

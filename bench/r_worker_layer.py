@@ -55,9 +55,9 @@ class Layer:
         import numpy as np
 
         from cpu_attention import NUMBER_DTYPES, RWorker, available_cores, pin_thread
-        from transport import Admit, Attend, Hello, LayerSpec, Rewind, Step
+        from transport import Admit, Attend, Hello, LayerSpec, Rewind, Rows
 
-        self.case, self.np, self.messages, self.step = case, np, (Attend, Rewind, Step), 0
+        self.case, self.np, self.messages, self.step = case, np, (Attend, Rewind, Rows), 0
         cores = available_cores()
         pin_thread(cores[0])
         self.worker = RWorker(kv_cache_bytes=2 * case.kv_bytes, num_threads=case.num_threads, cores=cores)

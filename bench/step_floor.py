@@ -38,7 +38,7 @@ from fastdecode import LLM, SamplingParams
 from fastdecode.observe.step_log import read_step_log
 from gpu_sworker import SWorker
 from gpu_sworker.linear import PackedLinear
-from transport import Admit, Attend, Attended, Hello, LayerSpec, Step
+from transport import Admit, Attend, Attended, Hello, LayerSpec, Rows
 
 BLOCK_TOKENS = 64
 KV_DTYPE, KV_BYTES = "float16", 2
@@ -124,7 +124,7 @@ class Attention:
             return np.full(self._sequences, value, np.int32)
 
         self._step += 1
-        self._worker.handle(1, Step(self._step, 0, self._ids, column(start), column(tokens), column(queries)))
+        self._worker.handle(1, Rows(self._step, 0, self._ids, column(start), column(tokens), column(queries)))
         for layer, (q, kv) in enumerate(rows):
             answer = self._worker.handle(1, Attend(self._step, 0, layer, q, kv, kv))
             assert isinstance(answer, Attended), answer

@@ -3,7 +3,7 @@
 Never imports torch: a CPU node needs this package and `transport` alone.
 """
 
-from cpu_attention.errors import BadRequest, KVBudgetExceeded, RWorkerError, SequenceExists, UnknownSequence
+from cpu_attention.errors import BadRequest, KVBudgetExceeded, MessageRefused, SequenceExists, UnknownSequence
 from cpu_attention.kvstore import KVStore
 from cpu_attention.layout import KV_DTYPES, LANES, NUMBER_DTYPES, AttentionRule, HeadFormat, KVLayout, LayerShape
 from cpu_attention.machine import (
@@ -44,9 +44,9 @@ __all__ = [
     "KVLayout",
     "KVStore",
     "LayerShape",
+    "MessageRefused",
     "NumaNode",
     "RWorker",
-    "RWorkerError",
     "SequenceExists",
     "UnknownSequence",
     "add_process_arguments",

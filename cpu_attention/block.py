@@ -24,7 +24,7 @@ from typing import Any
 from llvmlite import ir
 
 from cpu_attention import emit
-from cpu_attention.emit import FLOAT, I32, I64, Rows
+from cpu_attention.emit import FLOAT, I32, I64, Sums
 from cpu_attention.layout import LANES, HeadFormat, Part
 
 MASKED = -1e30  # a score that counts for nothing, and still subtracts without becoming NaN
@@ -102,7 +102,7 @@ class HeadCode:
         places = [self._plus(self._times(tile, LANES * 4), g * self.block * 4) for g in range(self.count)]
 
         def products(first_row: Any, end_row: Any) -> list[Any]:
-            def body(row: Any, sums: Rows) -> Rows:
+            def body(row: Any, sums: Sums) -> Sums:
                 at = b.add(tile_at, self._times(row, row_bytes))
                 emit.prefetch(b, self.data, b.add(self.ahead, at), rows * row_bytes)
                 for r in range(rows):
@@ -156,7 +156,7 @@ class HeadCode:
         def places(tile: Any) -> list[Any]:
             return [b.add(row_at, self._times(self._plus(tile, x), LANES * 4)) for x in range(step)]
 
-        def find_largest(tile: Any, largest: Rows) -> Rows:
+        def find_largest(tile: Any, largest: Sums) -> Sums:
             for x, place in enumerate(places(tile)):
                 score = b.fmul(emit.load(b, self.scratch, place), emit.splat(b, self.values["scale"]))
                 if self.is_capped:
@@ -180,7 +180,7 @@ class HeadCode:
         new = emit.maximum(b, emit.reduce(b, emit.combine(b, largest, emit.maximum), emit.maximum), old)
         emit.store(b, new, self.values["maxima"], state_at)
 
-        def weigh(tile: Any, totals: Rows) -> Rows:
+        def weigh(tile: Any, totals: Sums) -> Sums:
             for x, place in enumerate(places(tile)):
                 weight = emit.exp(b, b.fsub(emit.load(b, self.scratch, place), emit.splat(b, new)))
                 emit.store(b, weight, self.scratch, place)
@@ -199,7 +199,7 @@ class HeadCode:
         b, f = self.b, self.v
         row_at = self._times(g, self.block * 4)
 
-        def fold(tile: Any, biases: Rows) -> Rows:
+        def fold(tile: Any, biases: Sums) -> Sums:
             tile_at = self._times(tile, LANES * 4)
             weight = emit.load(b, self.scratch, b.add(row_at, tile_at))
             for group in range(f.num_groups):
@@ -230,7 +230,7 @@ class HeadCode:
             places = [[self._plus(self.out_at, (g * f.stored_dim + x * LANES) * 4) for x in vectors]
                       for g in range(self.count)]  # fmt: skip
 
-            def body(row: Any, sums: Rows, vectors: range = vectors, groups: list[int] = groups) -> Rows:
+            def body(row: Any, sums: Sums, vectors: range = vectors, groups: list[int] = groups) -> Sums:
                 at = self._plus(self._times(row, row_bytes), f.numbers + vectors[0] * LANES * f.itemsize)
                 emit.prefetch(b, self.data, b.add(self.ahead, at), len(vectors) * LANES * f.itemsize)
                 here = b.add(self.unit, at)
@@ -275,7 +275,7 @@ class HeadCode:
         return emit.load_halves(self.b, self.data, self.b.add(self.unit, self._plus(at, begin)))
 
     def _for(self, begin: Any, end: Any, step: int, body: Callable[[Any], None]) -> None:
-        def call(i: Any, nothing: Rows) -> Rows:
+        def call(i: Any, nothing: Sums) -> Sums:
             body(i)
             return nothing
 

@@ -20,7 +20,7 @@ FLOAT, HALF, I8, I16, I32, I64 = ir.FloatType(), ir.HalfType(), *(ir.IntType(bit
 VECTOR, WORDS, SHORTS, BYTES = (ir.VectorType(kind, LANES) for kind in (FLOAT, I32, I16, I8))
 _LINE = 64  # bytes of a cache line
 
-Rows = list[list[Any]]  # per query head its accumulators
+Sums = list[list[Any]]  # per query head its accumulators
 
 
 def converts_half() -> bool:
@@ -240,7 +240,7 @@ def rotate(b: Any, vectors: list[Any], size: int) -> list[Any]:
     return [b.fmul(vector, constant(size**-0.5)) for vector in vectors] if size > 1 else vectors
 
 
-def loop(b: Any, begin: Any, end: Any, step: int, start: Rows, body: Callable[[Any, Rows], Rows]) -> Rows:
+def loop(b: Any, begin: Any, end: Any, step: int, start: Sums, body: Callable[[Any, Sums], Sums]) -> Sums:
     """for i in range(begin, end, step): sums = body(i, sums), at least once; the sums stay in registers."""
     before = b.block
     inside, after = b.append_basic_block("loop"), b.append_basic_block("after")

@@ -1,6 +1,6 @@
 """What an R-worker refuses.  All are the caller's fault except where said; the worker's state is as before.
 
-RWorkerError
+MessageRefused
 ├── KVBudgetExceeded     more KV than the budget holds; the text shows the arithmetic
 ├── UnknownSequence      a sequence that was never admitted, or is released
 ├── SequenceExists       admitted twice
@@ -10,22 +10,22 @@ RWorkerError
 from __future__ import annotations
 
 
-class RWorkerError(Exception):
+class MessageRefused(Exception):
     """Root of what an R-worker answers with a Failure."""
 
 
-class KVBudgetExceeded(RWorkerError):
+class KVBudgetExceeded(MessageRefused):
     pass
 
 
-class UnknownSequence(RWorkerError, KeyError):
+class UnknownSequence(MessageRefused, KeyError):
     def __str__(self) -> str:  # KeyError would show the repr of the text
         return str(self.args[0])
 
 
-class SequenceExists(RWorkerError):
+class SequenceExists(MessageRefused):
     pass
 
 
-class BadRequest(RWorkerError):
+class BadRequest(MessageRefused):
     pass

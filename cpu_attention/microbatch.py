@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cpu_attention.attention import Attention
 from cpu_attention.errors import BadRequest
 from cpu_attention.kvstore import KVStore
 from cpu_attention.machine import format_bytes
+from cpu_attention.multicore import Attention
 
 # All steps that are begun may take so much, and this part of the KV.  A step of 4096 sequences, one of them with
 # 250,000 tokens, takes 64 MiB.

@@ -95,7 +95,7 @@ def _fma_loop(typing_context, turns, numbers):  # type: ignore[no-untyped-def]
         places = [index * LANES * 4 for index in range(_ACCUMULATORS)]
         half = emit.constant(0.5)
 
-        def body(turn: Any, sums: emit.Rows) -> emit.Rows:
+        def body(turn: Any, sums: emit.Sums) -> emit.Sums:
             return [[emit.fma(b, value, half, half) for value in sums[0]]]
 
         start = [[emit.load(b, data, place) for place in places]]

@@ -3,13 +3,13 @@
     state             takes                              to
     ───────────────   ────────────────────────────────   ─────────────────────────────
     no session        Hello                              in session (a KV store exists)
-    in session        Admit, Step, Release, Rewind, Ping in session
-      per micro-batch   Step → Attend 0 → Attend 1 → …    one Attended each; layers in order; without queries one
+    in session        Admit, Rows, Release, Rewind, Ping in session
+      per micro-batch   Rows → Attend 0 → Attend 1 → …    one Attended each; layers in order; without queries one
                                                           at the end
     in session        Goodbye                            no session (the store is dropped)
 
 Everything else is answered with a Failure and changes nothing; but a Hello that fails leaves no session.
-A message without an answer (Admit, Step, Release, Rewind, an Attend without queries) fails at the next Attend that has
+A message without an answer (Admit, Rows, Release, Rewind, an Attend without queries) fails at the next Attend that has
 one.  What reaches a kernel has been
 checked here or in the message itself: numba would not.
 """
@@ -25,12 +25,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from cpu_attention import kernel as compiled
-from cpu_attention.attention import Attention, Kernel
-from cpu_attention.errors import BadRequest, KVBudgetExceeded, RWorkerError, UnknownSequence
+from cpu_attention.errors import BadRequest, KVBudgetExceeded, MessageRefused, UnknownSequence
 from cpu_attention.kvstore import KVStore
 from cpu_attention.layout import AttentionRule, KVLayout, LayerShape
 from cpu_attention.machine import available_memory_bytes, format_bytes
 from cpu_attention.microbatch import MAX_WINDOWS, MicroBatch, NewRows, check_room
+from cpu_attention.multicore import Attention, Kernel
 from cpu_attention.warm_kernels import WarmKernels
 from cpu_attention.work import NewTokens
 from transport import (
@@ -47,14 +47,14 @@ from transport import (
     Refusals,
     Release,
     Rewind,
-    Step,
+    Rows,
     Welcome,
 )
 
 logger = logging.getLogger(__name__)
 
 
-_UNANSWERED = (Admit, Step, Release, Rewind, Goodbye)
+_UNANSWERED = (Admit, Rows, Release, Rewind, Goodbye)
 
 
 @dataclass
@@ -88,7 +88,7 @@ class RWorker:
         """The answer to `message`, if it has one.  Never raises on account of the message."""
         try:
             return self._handle(session, message)
-        except RWorkerError as error:
+        except MessageRefused as error:
             failure = Failure(type(error).__name__, str(error)[:4096])
         except Exception as error:  # ours, not the peer's; the other sequences still deserve a worker
             logger.exception("failed on %s", type(message).__name__)
@@ -132,7 +132,7 @@ class RWorker:
                     return failure
                 answer = None if session.failure else self._append_and_attend(session, message)
                 return answer if is_answered else None
-            case Step():
+            case Rows():
                 self._begin_micro_batch(session, message)
             case Admit():
                 self._admit(session.store, message)
@@ -199,7 +199,7 @@ class RWorker:
             for seq_id, max_tokens in zip(message.seq_ids.tolist(), message.max_tokens.tolist(), strict=True):
                 store.admit(seq_id, max_tokens)
                 admitted.append(seq_id)
-        except RWorkerError:
+        except MessageRefused:
             for seq_id in admitted:
                 store.release(seq_id)
             raise
@@ -227,7 +227,7 @@ class RWorker:
         for seq_id, num_tokens in targets.items():
             session.store.truncate(seq_id, num_tokens)
 
-    def _begin_micro_batch(self, session: _Session, message: Step) -> None:
+    def _begin_micro_batch(self, session: _Session, message: Rows) -> None:
         store = session.store
         # A failure below leaves no half-begun micro-batch to attend to.
         session.micro_batches.pop(message.micro_batch, None)

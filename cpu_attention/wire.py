@@ -17,7 +17,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from cpu_attention import emit
-from cpu_attention.emit import I8, I64, Rows
+from cpu_attention.emit import I8, I64, Sums
 from cpu_attention.layout import LANES, NUMBER_DTYPES
 
 WIRES = {"float32": 0, "float16": 1, "bfloat16": 2}  # dtype -> its number in compiled code
@@ -83,7 +83,7 @@ def _each_vector(
     end = b.and_(count, I64(-LANES))
     for dtype, number in WIRES.items():
 
-        def body(first: Any, nothing: Rows, dtype: str = dtype) -> Rows:
+        def body(first: Any, nothing: Sums, dtype: str = dtype) -> Sums:
             whole(first, dtype)
             return nothing
 

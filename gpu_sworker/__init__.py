@@ -3,7 +3,6 @@
 Imports nothing else of this project; knows no requests, and holds K and V on the device, in a store with a budget.
 """
 
-from gpu_sworker.attention import AttentionCall
 from gpu_sworker.device_attention import attend_tokens, attend_tokens_plainly
 from gpu_sworker.device_kv import DeviceKV, DeviceRows
 from gpu_sworker.emulated import EmulatedSWorker, describe_model
@@ -32,6 +31,7 @@ from gpu_sworker.sampler import (
     uniforms,
 )
 from gpu_sworker.staging import Transfer
+from gpu_sworker.suspension import AttentionCall
 from gpu_sworker.sworker import PROMPT_KV_SHARE, FlatBatch, KVRoom, ModelFacts, SWorker
 
 __all__ = [

@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from gpu_sworker.attention import AttentionCall
 from gpu_sworker.errors import UnsupportedModel, foreign_errors
 from gpu_sworker.model import read_config
 from gpu_sworker.prefill import PromptChunk
@@ -27,6 +26,7 @@ from gpu_sworker.probe import AttentionSpec
 from gpu_sworker.rope import reach
 from gpu_sworker.sampler import RowFault, Sampled, SamplingRows, TokenLogprob, TokenLogprobs
 from gpu_sworker.staging import HostStaging
+from gpu_sworker.suspension import AttentionCall
 from gpu_sworker.sworker import FlatBatch, KVRoom, ModelFacts
 
 _TOKEN_ID = 3

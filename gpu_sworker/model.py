@@ -24,7 +24,6 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from gpu_sworker.attention import ATTENTION_NAME
 from gpu_sworker.checkpoint import (
     StoredTensor,
     refuse_adapter,
@@ -33,6 +32,7 @@ from gpu_sworker.checkpoint import (
     stored_dtype,
 )
 from gpu_sworker.errors import NOT_THROUGH_INTERFACE, ModelNotFound, UnsupportedModel, first_line, foreign_errors
+from gpu_sworker.suspension import ATTENTION_NAME
 
 logger = logging.getLogger(__name__)
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
-from gpu_sworker.attention import AttentionCall, Forward, MaskRequest
 from gpu_sworker.errors import NOT_THROUGH_INTERFACE
+from gpu_sworker.suspension import AttentionCall, Forward, MaskRequest
 
 NUM_PROBE_TOKENS = 4
 # Two sequences of the same two tokens, behind one another in one batch.

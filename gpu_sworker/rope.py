@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from transformers import PretrainedConfig
 
-from gpu_sworker.attention import current_forward
+from gpu_sworker.suspension import current_forward
 
 _BY_LENGTH = ("dynamic", "longrope")
 # ``generate`` of these drops its cache once a sequence outgrows the original length, and computes all of it again.

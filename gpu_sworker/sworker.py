@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from torch.nn.functional import pad
 
-from gpu_sworker.attention import AttentionCall, Forward
 from gpu_sworker.checkpoint import stored_tensors
 from gpu_sworker.device_kv import DeviceKV, token_bytes
 from gpu_sworker.errors import UnsupportedModel, foreign_errors
@@ -37,6 +36,7 @@ from gpu_sworker.probe import (
 from gpu_sworker.rope import make_rope_per_sequence, reach
 from gpu_sworker.sampler import Sampled, SamplingRows, TokenLogprobs, sample, score
 from gpu_sworker.staging import Transfer, make_staging
+from gpu_sworker.suspension import AttentionCall, Forward
 
 PROMPT_KV_SHARE = 0.125  # of the free memory of the device, for K and V of prompts on their way in
 _MOST_PROMPT_KV = 64  # of the longest prompts: no more are on their way in at a time
@@ -151,7 +151,7 @@ class SWorker:
 
     @contextmanager
     def inference(self) -> Iterator[None]:
-        """Enter once, around everything that drives forwards: it is thread state, see attention.py."""
+        """Enter once, around everything that drives forwards: it is thread state, see suspension.py."""
         with torch.inference_mode():
             yield
 

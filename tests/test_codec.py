@@ -27,7 +27,7 @@ from transport import (
     ProtocolError,
     Release,
     Rewind,
-    Step,
+    Rows,
     Welcome,
 )
 
@@ -86,7 +86,7 @@ def messages(draw: st.DrawFn) -> Message:
             st.builds(Welcome, positives, positives, positives, texts, positives, positives),
             st.builds(Admit, columns(n, "int64"), columns(n, "int32")),
             st.builds(
-                Step, tokens, counts, columns(n, "int64"), columns(n, "int32"), columns(n, "int32"), columns(n, "int32")
+                Rows, tokens, counts, columns(n, "int64"), columns(n, "int32"), columns(n, "int32"), columns(n, "int32")
             ),
             st.builds(
                 Attend,

@@ -28,7 +28,7 @@ from holder_conformance import (
 
 import transport
 from cpu_attention import KVLayout, LayerShape, RWorker, kernel, reference, serve
-from cpu_attention.attention import Kernel
+from cpu_attention.multicore import Kernel
 from gpu_sworker import AttentionSpec, DeviceKV, DeviceKVError
 from gpu_sworker.device_kv import token_bytes
 from transport import (
@@ -42,7 +42,7 @@ from transport import (
     Message,
     Release,
     Rewind,
-    Step,
+    Rows,
     Welcome,
     connect,
     listen,
@@ -133,7 +133,7 @@ class RWorkerHolder:
         self._step += 1
         seq_ids, starts = _ids(row.seq_id for row in rows), _ints(row.start for row in rows)
         counts, queries = _ints(row.num_tokens for row in rows), _ints(row.num_queries for row in rows)
-        self._tell(Step(self._step, 0, seq_ids, starts, counts, queries))
+        self._tell(Rows(self._step, 0, seq_ids, starts, counts, queries))
         answers = []
         for layer, tensors in enumerate(layers):
             reply = self._ask(Attend(self._step, 0, layer, tensors.q, tensors.k, tensors.v))

@@ -18,8 +18,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from cpu_attention import KV_DTYPES, NUMBER_DTYPES, AttentionRule, HeadFormat, kernel, reference
-from cpu_attention.attention import Attention, Kernel
 from cpu_attention.block import MASKED
+from cpu_attention.multicore import Attention, Kernel
 from cpu_attention.state import State, merge
 from cpu_attention.work import NewTokens, cut_work
 

@@ -22,7 +22,7 @@ from cpu_attention import (
     kernel,
     reference,
 )
-from cpu_attention.attention import Attention
+from cpu_attention.multicore import Attention
 
 LAYOUTS = {
     dtype: KVLayout((LayerShape(2, 16), LayerShape(1, 32)), dtype, block_tokens=16)

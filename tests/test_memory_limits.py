@@ -34,7 +34,7 @@ from transport import (
     Ping,
     Pong,
     Release,
-    Step,
+    Rows,
     Welcome,
     connect,
 )
@@ -86,7 +86,7 @@ def ask(channel: Channel, message: Message) -> Message:
 
 def begin(channel: Channel, seq_id: int, start: int, num_tokens: int, num_queries: int, *, step: int) -> None:
     columns = (np.array([number], np.int32) for number in (start, num_tokens, num_queries))
-    channel.send(Step(step, 0, np.array([seq_id]), *columns), timeout_s=60)
+    channel.send(Rows(step, 0, np.array([seq_id]), *columns), timeout_s=60)
 
 
 def attend(num_tokens: int, num_queries: int, layer: int, step: int, dtype: type = np.float32) -> Attend:

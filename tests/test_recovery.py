@@ -29,7 +29,7 @@ from transport import (
     ProtocolError,
     Release,
     Rewind,
-    Step,
+    Rows,
     Welcome,
 )
 
@@ -238,7 +238,7 @@ def test_a_step_that_is_redone(dtype: str) -> None:
     prompt, first, second = [(rows(4, n), rows(2, n), rows(2, n)) for n in (40, 2, 2)]
 
     def attend(worker: RWorker, step: int, starts: list[int], new: tuple[np.ndarray, ...]) -> np.ndarray:
-        worker.handle(1, Step(step, 0, ids, np.array(starts, np.int32), one, one))
+        worker.handle(1, Rows(step, 0, ids, np.array(starts, np.int32), one, one))
         answer = worker.handle(1, Attend(step, 0, 0, *new))
         assert isinstance(answer, Attended), answer
         return answer.o
@@ -248,7 +248,7 @@ def test_a_step_that_is_redone(dtype: str) -> None:
         assert isinstance(made.handle(1, Hello((SPEC,), dtype, 16)), Welcome)
         made.handle(1, Admit(ids, np.array([64, 64], np.int32)))
         lengths = np.array([16, 24], np.int32)
-        made.handle(1, Step(0, 0, ids, np.zeros(2, np.int32), lengths, lengths * 0))
+        made.handle(1, Rows(0, 0, ids, np.zeros(2, np.int32), lengths, lengths * 0))
         assert isinstance(made.handle(1, Attend(0, 0, 0, prompt[0][:0], *prompt[1:])), Attended)
         return made
 

@@ -15,8 +15,8 @@ from fastdecode import LLM, SamplingParams
 from fastdecode.errors import ConfigError
 from fastdecode.observe.step_log import read_step_log
 from gpu_sworker import generate_reference
-from gpu_sworker.attention import Forward
 from gpu_sworker.rope import make_rope_per_sequence, reach
+from gpu_sworker.suspension import Forward
 from models import VOCAB, make_model
 
 ORIGINAL, FACTOR = 64, 4.0

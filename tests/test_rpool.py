@@ -11,8 +11,7 @@ from fastdecode.errors import RWorkerFailed
 from fastdecode.holders.rejoin import RWorkerHandle
 from fastdecode.holders.rpool import RPool
 from fastdecode.scheduling.plan import Admission, Segment, Step
-from transport import Admit, Attend, Attended, Message, Pong
-from transport import Step as Rows
+from transport import Admit, Attend, Attended, Message, Pong, Rows
 
 
 class Recorder:

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from cpu_attention import RWorker, kernel, reference, serve
-from cpu_attention.attention import Kernel
+from cpu_attention import KV_DTYPES, RWorker, kernel, reference, serve
+from cpu_attention.multicore import Kernel
 from cpu_attention.warm_kernels import MAX_KINDS
 from transport import (
     Admit,
@@ -30,11 +30,12 @@ from transport import (
     Pong,
     Release,
     Rewind,
-    Step,
+    Rows,
     Welcome,
     connect,
     listen,
 )
+from transport.messages import KV_DTYPE_NAMES
 
 SPECS = (LayerSpec(4, 2, 16, 0.25), LayerSpec(2, 1, 24, 0.3, window=5, softcap=20.0, sinks=(0.5, -1.0)))
 HELLO = Hello(SPECS, "float32", 16)
@@ -102,7 +103,7 @@ def test_prompt_then_decodes(worker: RWorker) -> None:
     ]
     for step, rows in enumerate(plan):
         seqs, starts, counts, queries = zip(*rows, strict=True)
-        assert worker.handle(SESSION, Step(step, 0, ids(*seqs), ints(*starts), ints(*counts), ints(*queries))) is None
+        assert worker.handle(SESSION, Rows(step, 0, ids(*seqs), ints(*starts), ints(*counts), ints(*queries))) is None
         for layer, spec in enumerate(SPECS):
             message = attend_message(spec, layer, sum(counts), sum(queries), seed=10 * step + layer, step=step)
             reply = worker.handle(SESSION, message)
@@ -127,7 +128,7 @@ def test_reference_kernel_serves_too() -> None:
     for worker in workers:
         worker.handle(SESSION, HELLO)
         worker.handle(SESSION, Admit(ids(1), ints(20)))
-        worker.handle(SESSION, Step(1, 0, ids(1), ints(0), ints(20), ints(20)))
+        worker.handle(SESSION, Rows(1, 0, ids(1), ints(0), ints(20), ints(20)))
         replies.append(worker.handle(SESSION, attend_message(SPECS[0], 0, 20, 20, 0)))
         worker.close()
     np.testing.assert_allclose(replies[0].o, replies[1].o, atol=1e-5)  # type: ignore[union-attr]
@@ -135,7 +136,7 @@ def test_reference_kernel_serves_too() -> None:
 
 def test_half_precision_on_the_wire(worker: RWorker) -> None:
     worker.handle(SESSION, Admit(ids(1), ints(4)))
-    worker.handle(SESSION, Step(1, 0, ids(1), ints(0), ints(4), ints(4)))
+    worker.handle(SESSION, Rows(1, 0, ids(1), ints(0), ints(4), ints(4)))
     full = attend_message(SPECS[0], 0, 4, 4, 0)
     half = Attend(1, 0, 0, *(array.astype(np.float16) for array in (full.q, full.k, full.v)))
     reply = worker.handle(SESSION, half)
@@ -148,18 +149,18 @@ def test_out_of_turn(worker: RWorker) -> None:
     fails(worker, ok, "BadRequest", "was not begun")
     worker.handle(SESSION, Admit(ids(1, 2), ints(10, 10)))
     fails(worker, Admit(ids(2), ints(3)), "SequenceExists")
-    worker.handle(SESSION, Step(1, 0, ids(1), ints(0), ints(3), ints(1)))
+    worker.handle(SESSION, Rows(1, 0, ids(1), ints(0), ints(3), ints(1)))
     fails(worker, attend_message(SPECS[1], 1, 3, 1, 0), "BadRequest", "layer 0 was due")
     fails(worker, attend_message(SPECS[0], 0, 2, 1, 0), "BadRequest", "wants k (3, 2, 16)")
     fails(worker, attend_message(SPECS[1], 0, 3, 1, 0), "BadRequest", "wants k")
     fails(worker, attend_message(SPECS[0], 0, 3, 1, 0, step=2), "BadRequest", "step 2 was not begun")
     assert isinstance(worker.handle(SESSION, ok), Attended)
-    fails(worker, Step(2, 0, ids(1), ints(0), ints(1), ints(1)), "BadRequest", "holds 3 tokens")
-    fails(worker, Step(2, 0, ids(1, 1), ints(3, 4), ints(1, 1), ints(1, 1)), "BadRequest", "twice")
-    fails(worker, Step(2, 0, ids(5), ints(0), ints(1), ints(1)), "UnknownSequence")
-    fails(worker, Step(2, 0, ids(1), ints(3), ints(8), ints(1)), "KVBudgetExceeded", "admitted for 10")
-    fails(worker, Step(2, 0, ids(2), ints(0), ints(-1), ints(0)), "BadRequest")
-    fails(worker, Step(2, 0, ids(2), ints(0), ints(1), ints(2)), "BadRequest")
+    fails(worker, Rows(2, 0, ids(1), ints(0), ints(1), ints(1)), "BadRequest", "holds 3 tokens")
+    fails(worker, Rows(2, 0, ids(1, 1), ints(3, 4), ints(1, 1), ints(1, 1)), "BadRequest", "twice")
+    fails(worker, Rows(2, 0, ids(5), ints(0), ints(1), ints(1)), "UnknownSequence")
+    fails(worker, Rows(2, 0, ids(1), ints(3), ints(8), ints(1)), "KVBudgetExceeded", "admitted for 10")
+    fails(worker, Rows(2, 0, ids(2), ints(0), ints(-1), ints(0)), "BadRequest")
+    fails(worker, Rows(2, 0, ids(2), ints(0), ints(1), ints(2)), "BadRequest")
     fails(worker, Release(ids(2, 9)), "UnknownSequence")
     fails(worker, Welcome(1, 1, 1, "", 1, 1), "BadRequest", "not for an R-worker")
     assert worker.handle(SESSION, Release(ids(2, 1))) is None  # the refused release freed nothing
@@ -199,8 +200,8 @@ def test_small_messages_do_not_take_much(worker: RWorker) -> None:
     assert isinstance(roomy.handle(SESSION, HELLO), Welcome)
     tokens = 500_000  # x 31,250 blocks x 4 bytes
     roomy.handle(SESSION, Admit(ids(1, 2), ints(tokens, 16)))
-    fails(roomy, Step(1, 0, ids(1), ints(0), ints(tokens), ints(tokens)), "BadRequest", "58.3 GiB beside its KV")
-    assert roomy.handle(SESSION, Step(2, 0, ids(1), ints(0), ints(500), ints(500))) is None
+    fails(roomy, Rows(1, 0, ids(1), ints(0), ints(tokens), ints(tokens)), "BadRequest", "58.3 GiB beside its KV")
+    assert roomy.handle(SESSION, Rows(2, 0, ids(1), ints(0), ints(500), ints(500))) is None
     assert isinstance(roomy.handle(SESSION, attend_message(SPECS[0], 0, 500, 500, 0, step=2)), Attended)
     roomy.close()
 
@@ -209,9 +210,9 @@ def test_steps_that_are_never_finished_are_counted() -> None:
     roomy = RWorker(kv_cache_bytes=256 << 20)
     roomy.handle(SESSION, HELLO)
     roomy.handle(SESSION, Admit(ids(1), ints(500_000)))
-    roomy.handle(SESSION, Step(0, 0, ids(1), ints(0), ints(400_000), ints(0)))
+    roomy.handle(SESSION, Rows(0, 0, ids(1), ints(0), ints(400_000), ints(0)))
     for step in range(1, 2000):
-        roomy.handle(SESSION, Step(step, step, ids(1), ints(400_000 + 9 * (step - 1)), ints(9), ints(9)))
+        roomy.handle(SESSION, Rows(step, step, ids(1), ints(400_000 + 9 * (step - 1)), ints(9), ints(9)))
     reply = roomy.handle(SESSION, attend_message(SPECS[0], 0, 1, 1, 0))
     assert isinstance(reply, Failure) and "unfinished" in reply.text
     assert sum(batch.block_tables.nbytes for batch in roomy._session.micro_batches.values()) < 100 << 20  # type: ignore[union-attr]
@@ -236,32 +237,32 @@ def test_a_step_without_memory_changes_nothing(worker: RWorker, monkeypatch: pyt
     worker.handle(SESSION, Admit(ids(1), ints(40)))
     with monkeypatch.context() as patch:
         patch.setattr("cpu_attention.kvstore.KVStore.block_tables", no_memory)
-        fails(worker, Step(1, 0, ids(1), ints(0), ints(20), ints(1)), "InternalError", "none left")
+        fails(worker, Rows(1, 0, ids(1), ints(0), ints(20), ints(1)), "InternalError", "none left")
     worker._session.store.check_integrity()  # type: ignore[union-attr]
-    worker.handle(SESSION, Step(1, 0, ids(1), ints(0), ints(20), ints(1)))
+    worker.handle(SESSION, Rows(1, 0, ids(1), ints(0), ints(20), ints(1)))
     with monkeypatch.context() as patch:
-        patch.setattr("cpu_attention.attention.State.empty", no_memory)
+        patch.setattr("cpu_attention.multicore.State.empty", no_memory)
         fails(worker, attend_message(SPECS[0], 0, 20, 1, 0), "InternalError", "none left")
     assert isinstance(worker.handle(SESSION, attend_message(SPECS[0], 0, 20, 1, 0)), Attended)
 
 
 def test_one_answer_per_attend(worker: RWorker) -> None:
-    """A refused Admit spoils the Step that relies on it, too; the S-worker hears of it once, and the first cause."""
+    """A refused Admit spoils the Rows that relies on it, too; the S-worker hears of it once, and the first cause."""
     assert worker.handle(SESSION, Admit(ids(1), ints(10**9))) is None
-    assert worker.handle(SESSION, Step(1, 0, ids(1), ints(0), ints(3), ints(1))) is None
+    assert worker.handle(SESSION, Rows(1, 0, ids(1), ints(0), ints(3), ints(1))) is None
     reply = worker.handle(SESSION, attend_message(SPECS[0], 0, 3, 1, 0))
     assert isinstance(reply, Failure) and reply.kind == "KVBudgetExceeded"
     assert worker.handle(SESSION, Ping(1)) == Pong(1)
     worker.handle(SESSION, Admit(ids(1), ints(10)))
-    worker.handle(SESSION, Step(2, 0, ids(1), ints(0), ints(3), ints(1)))
+    worker.handle(SESSION, Rows(2, 0, ids(1), ints(0), ints(3), ints(1)))
     assert isinstance(worker.handle(SESSION, attend_message(SPECS[0], 0, 3, 1, 0, step=2)), Attended)
 
 
 def test_refused_step_changes_nothing(worker: RWorker) -> None:
     """The first row would be fine; it must not be extended for the second one's sake."""
     worker.handle(SESSION, Admit(ids(1, 2), ints(10, 10)))
-    fails(worker, Step(1, 0, ids(1, 2), ints(0, 0), ints(5, 11), ints(0, 0)), "KVBudgetExceeded", "sequence 2")
-    assert worker.handle(SESSION, Step(2, 0, ids(1, 2), ints(0, 0), ints(5, 10), ints(0, 0))) is None
+    fails(worker, Rows(1, 0, ids(1, 2), ints(0, 0), ints(5, 11), ints(0, 0)), "KVBudgetExceeded", "sequence 2")
+    assert worker.handle(SESSION, Rows(2, 0, ids(1, 2), ints(0, 0), ints(5, 10), ints(0, 0))) is None
     made = [attend_message(spec, layer, 15, 0, 0, step=2) for layer, spec in enumerate(SPECS)]
     *others, last = (worker.handle(SESSION, message) for message in made)
     assert not any(others) and isinstance(last, Attended) and len(last.o) == 0
@@ -269,8 +270,8 @@ def test_refused_step_changes_nothing(worker: RWorker) -> None:
 
 def test_what_was_written_behind_and_failed_is_told_by_the_next_answer(worker: RWorker) -> None:
     worker.handle(SESSION, Admit(ids(1, 2), ints(10, 10)))
-    worker.handle(SESSION, Step(1, 0, ids(1), ints(0), ints(5), ints(0)))
-    worker.handle(SESSION, Step(1, 1, ids(2), ints(0), ints(1), ints(1)))
+    worker.handle(SESSION, Rows(1, 0, ids(1), ints(0), ints(5), ints(0)))
+    worker.handle(SESSION, Rows(1, 1, ids(2), ints(0), ints(1), ints(1)))
     assert worker.handle(SESSION, attend_message(SPECS[0], 0, 4, 0, 0, step=1)) is None  # a token is missing
     made = attend_message(SPECS[0], 0, 1, 1, 0, step=1)
     reply = worker.handle(SESSION, Attend(1, 1, 0, made.q, made.k, made.v))
@@ -280,7 +281,7 @@ def test_what_was_written_behind_and_failed_is_told_by_the_next_answer(worker: R
 def test_released_blocks_are_out_of_reach(worker: RWorker) -> None:
     """A micro-batch left unfinished cannot write into blocks that have a new owner."""
     worker.handle(SESSION, Admit(ids(1), ints(8)))
-    worker.handle(SESSION, Step(1, 0, ids(1), ints(0), ints(8), ints(0)))
+    worker.handle(SESSION, Rows(1, 0, ids(1), ints(0), ints(8), ints(0)))
     worker.handle(SESSION, Release(ids(1)))
     fails(worker, attend_message(SPECS[0], 0, 8, 1, 0), "BadRequest", "was not begun")
 
@@ -288,7 +289,7 @@ def test_released_blocks_are_out_of_reach(worker: RWorker) -> None:
 def test_finished_micro_batches_are_forgotten(worker: RWorker) -> None:
     worker.handle(SESSION, Admit(ids(1), ints(100)))
     for step in range(50):
-        worker.handle(SESSION, Step(step, step, ids(1), ints(step), ints(1), ints(1)))
+        worker.handle(SESSION, Rows(step, step, ids(1), ints(step), ints(1), ints(1)))
         for layer, spec in enumerate(SPECS):
             made = attend_message(spec, layer, 1, 1, 0, step=step)
             assert isinstance(worker.handle(SESSION, Attend(step, step, layer, made.q, made.k, made.v)), Attended)
@@ -329,7 +330,7 @@ def test_any_conversation(steps: list[list[tuple[int, int]]], data: st.DataObjec
             replies = []
             for worker in workers:
                 if layer == 0:
-                    step = Step(number, 0, ids(*columns[0]), *(ints(*column) for column in columns[1:]))
+                    step = Rows(number, 0, ids(*columns[0]), *(ints(*column) for column in columns[1:]))
                     assert worker.handle(SESSION, step) is None
                 replies.append(worker.handle(SESSION, made))
                 worker._session.store.check_integrity()  # type: ignore[union-attr]
@@ -371,7 +372,7 @@ def test_rewound_tokens_leave_no_trace(dtype: str, which: Kernel, turns: list[tu
     stays: list[list[Attend]] = []  # of each token that stays, one for each layer
 
     def tell(worker: RWorker, number: int, start: int, made: list[Attend], num_layers: int) -> list[np.ndarray]:
-        worker.handle(SESSION, Step(number, 0, ids(0), ints(start), ints(len(made[0].k)), ints(len(made[0].q))))
+        worker.handle(SESSION, Rows(number, 0, ids(0), ints(start), ints(len(made[0].k)), ints(len(made[0].q))))
         replies = [worker.handle(SESSION, message) for message in made[:num_layers]]
         answers = [reply for reply in replies if isinstance(reply, Attended)]
         is_queried = len(made[0].q) > 0
@@ -450,7 +451,7 @@ def test_answers_there_is_no_memory_for(served: Served, monkeypatch: pytest.Monk
     """Their place is taken by a Failure; what came and cannot be read for want of memory is refused."""
     assert isinstance(ask(served.channel, HELLO), Welcome)
     served.channel.send(Admit(ids(1), ints(3)), timeout_s=5)
-    served.channel.send(Step(1, 0, ids(1), ints(0), ints(3), ints(1)), timeout_s=5)
+    served.channel.send(Rows(1, 0, ids(1), ints(0), ints(3), ints(1)), timeout_s=5)
     attend, send = attend_message(SPECS[0], 0, 3, 1, 0), Listener.send
 
     def send_little(self: Listener, peer: Any, session: int, message: Message, *, timeout_s: float) -> None:
@@ -484,3 +485,7 @@ def test_not_everybody_may_dismiss(served: Served) -> None:
     refusal = ask(served.channel, Goodbye(dismiss=True))
     assert isinstance(refusal, Failure) and "dismissed" in refusal.text
     assert ask(served.channel, Ping(1)) == Pong(1)
+
+
+def test_what_a_hello_may_ask_for_is_what_can_be_stored() -> None:
+    assert tuple(KV_DTYPES) == KV_DTYPE_NAMES

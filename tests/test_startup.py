@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from cpu_attention import RWorker, available_memory_bytes, machine
-from transport import Admit, Attend, Attended, Hello, LayerSpec, Step, Welcome, connect
+from transport import Admit, Attend, Attended, Hello, LayerSpec, Rows, Welcome, connect
 
 # Bounds that docs/figures.md states.  Compiling takes 3 s on the machine it was tried on, loading 0.2 s, all of it in
 # this process; so the processor's time is measured, which does not grow when others want the cores.
@@ -167,7 +167,7 @@ def test_threads_are_pinned_to_their_cores(tmp_path: Path) -> None:
             assert isinstance(channel.recv(timeout_s=60), Welcome)
             channel.send(Admit(np.arange(4), np.full(4, 300, np.int32)), timeout_s=5)
             columns = (np.zeros(4, np.int32), np.full(4, 300, np.int32), np.ones(4, np.int32))
-            channel.send(Step(1, 0, np.arange(4), *columns), timeout_s=5)
+            channel.send(Rows(1, 0, np.arange(4), *columns), timeout_s=5)
             kv = np.zeros((1200, 2, 16), np.float32)
             channel.send(Attend(1, 0, 0, np.zeros((4, 2, 16), np.float32), kv, kv), timeout_s=5)
             assert isinstance(channel.recv(timeout_s=60), Attended)

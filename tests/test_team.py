@@ -172,7 +172,7 @@ SCRIPT = """
 import os, sys, threading
 import numpy as np
 from cpu_attention import AttentionRule, HeadFormat, kernel
-from cpu_attention.attention import Attention
+from cpu_attention.multicore import Attention
 head, attention = HeadFormat("float32", 16, 16), Attention(3)
 data, q = np.zeros((4, 1, head.nbytes), np.uint8), np.ones((64, 1, 16), np.float32)
 work, tables = attention.cut(np.full(64, 40, np.int32), None, 16), np.zeros((64, 3), np.int32)

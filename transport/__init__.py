@@ -36,7 +36,7 @@ from transport.messages import (
     Pong,
     Release,
     Rewind,
-    Step,
+    Rows,
     Welcome,
 )
 from transport.mpi_start import import_mpi
@@ -80,7 +80,7 @@ __all__ = [
     "Refusals",
     "Release",
     "Rewind",
-    "Step",
+    "Rows",
     "TransportError",
     "Welcome",
     "connect",

@@ -9,7 +9,7 @@ Hq/Hkv = query/KV heads, D = head_dim, n = sequences.
     Hello(layers, dtype, budget)        ─────►  builds its KV store
                                         ◄─────  Welcome(num_blocks, ...)   or Failure
     Admit(seq_ids, max_tokens)          ─────►  knows the sequences from now on          (no answer)
-    Step(seq_ids, starts, num_tokens)   ─────►  once per step and micro-batch            (no answer)
+    Rows(seq_ids, starts, num_tokens)   ─────►  once per step and micro-batch            (no answer)
     Attend(layer 0; q, k, v)            ─────►  appends k, v; then attends q
                                         ◄─────  Attended(layer 0; o)       exactly one answer per Attend with queries;
                                                                            without, one after the last layer
@@ -46,7 +46,7 @@ DTYPES: dict[str, np.dtype] = {
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 FLOAT_DTYPES = ("float32", "float16", "bfloat16")
-KV_DTYPES = (*FLOAT_DTYPES, "int8", "k8v4", "int4")  # in an R-worker's store
+KV_DTYPE_NAMES = (*FLOAT_DTYPES, "int8", "k8v4", "int4")  # in an R-worker's store
 
 Count = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 Positive = Annotated[int, Meta(ge=1, le=2**31 - 1)]
@@ -92,7 +92,7 @@ class Hello(Message, frozen=True):
     kv_cache_bytes: Bytes | None = None  # None: whatever the R-worker was started with
 
     def __post_init__(self) -> None:
-        _require(self.kv_dtype in KV_DTYPES, f"kv_dtype {self.kv_dtype!r} is none of {', '.join(KV_DTYPES)}")
+        _require(self.kv_dtype in KV_DTYPE_NAMES, f"kv_dtype {self.kv_dtype!r} is none of {', '.join(KV_DTYPE_NAMES)}")
 
 
 class Welcome(Message, frozen=True):
@@ -112,7 +112,7 @@ class Admit(Message, frozen=True):
         _require_columns(seq_ids=(self.seq_ids, "int64"), max_tokens=(self.max_tokens, "int32"))
 
 
-class Step(Message, frozen=True):
+class Rows(Message, frozen=True):
     """Whose tokens the next Attend of every layer of this micro-batch carries, in row order."""
 
     step: Token
@@ -197,7 +197,7 @@ class Failure(Message, frozen=True):
     text: Text
 
 
-ANY_MESSAGE = Hello | Welcome | Admit | Step | Attend | Attended | Release | Rewind | Ping | Pong | Goodbye | Failure
+ANY_MESSAGE = Hello | Welcome | Admit | Rows | Attend | Attended | Release | Rewind | Ping | Pong | Goodbye | Failure
 
 
 def _require(condition: object, text: str) -> None:

@@ -41,10 +41,10 @@ from transport import (
     Pong,
     Release,
     Rewind,
+    Rows,
     TransportError,
     Welcome,
 )
-from transport import Step as Rows
 
 logger = logging.getLogger(__name__)
 
