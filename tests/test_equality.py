@@ -118,6 +118,18 @@ def test_a_device_that_works_by_itself(
         assert tokens(llm, made) == made.reference
 
 
+@pytest.mark.parametrize("family", [*FAMILIES][::3])
+def test_prompts_without_room_on_the_s_worker(family: str, case: Callable[[str], Case]) -> None:
+    """They attend on their R-workers, chunk by chunk."""
+    made = case(family)
+    for workers, micro_batches in ((1, 1), (2, 2)):
+        with LLM(
+            made.directory, num_r_workers=workers, micro_batches=micro_batches, max_num_batched_tokens=24,
+            prompt_kv_memory=0, skip_tokenizer_init=True,
+        ) as llm:  # fmt: skip
+            assert tokens(llm, made) == made.reference, (workers, micro_batches)
+
+
 SCHEMES = ("shm", "ipc", "tcp")
 
 

@@ -90,6 +90,7 @@ class World:
         self.scored: defaultdict[int, list[int]] = defaultdict(list)  # seq_id -> positions, as they came
         self.sequences: dict[int, Sequence] = {}
         self.stored: dict[int, tuple[int, int]] = {}  # seq_id -> R-worker, tokens: what R-workers hold
+        self.is_remote: dict[tuple[int, int], bool] = {}  # (sequence, how often it was preempted) -> where it attends
         self.skipped: Counter[int] = Counter()  # seq_id that decodes -> ends of steps since it had one
         self.num_preempted = 0
         self.under_way: list[Step] = []
@@ -138,8 +139,13 @@ class World:
         for admission in step.admissions:
             assert admission.seq_id not in self.stored
             self.stored[admission.seq_id] = admission.r_worker, 0
+        admitted = {seq_id: self.sequences[seq_id].num_preemptions for seq_id in step.seq_ids}
         for segment in segments:
             self._store(segment)
+            if segment.is_prompt:
+                first = self.is_remote.setdefault((segment.seq_id, admitted[segment.seq_id]), segment.is_remote)
+                assert first == segment.is_remote, "a prompt attends in one place"
+                assert not segment.is_remote or segment.num_tokens < segment.prompt_tokens, "a whole one needs no room"
         self._check_budget(segments)
         assert len(set(step.sampled)) == len(step.sampled)
 
@@ -217,6 +223,7 @@ PREDICTORS = {
     split_fuse=st.booleans(),
     restart=st.one_of(st.none(), st.integers(1, 50)),
     scored_rows=st.integers(1, 50),
+    prompt_room=st.integers(0, 12),
 )
 def test_whatever_comes(
     sizes: list[tuple[int, int, int | None, int, bool]],
@@ -237,6 +244,7 @@ def test_whatever_comes(
     split_fuse: bool,
     restart: int | None,
     scored_rows: int,
+    prompt_room: int,
 ) -> None:
     """Budgets are kept in every step (see World), nobody running is skipped, no credit leaks, everything ends.
 
@@ -258,6 +266,8 @@ def test_whatever_comes(
         split_fuse=split_fuse,
         restart_tokens=restart,
         max_scored_rows=scored_rows,
+        prompt_kv_blocks=prompt_room,
+        prompt_kv_block_tokens=3,
     )
     world = World(scheduler, budget, capacity, split_fuse, scored_rows)
     coming = [
@@ -363,6 +373,21 @@ def test_decodes_cannot_starve_prompts() -> None:
     world.run()
     decodes = [len(step.decodes) for step in world.steps]
     assert max(decodes) == 56
+
+
+def test_a_prompt_that_finds_no_room_attends_on_its_r_worker() -> None:
+    """All of its chunks; who comes after the end of another finds its room, and one that comes whole needs none."""
+    scheduler = create_scheduler(max_num_batched_tokens=32, prompt_kv_blocks=5, prompt_kv_block_tokens=8, num_lanes=2)
+    world = World(scheduler, 32, (50, 50))
+    for i in range(2):
+        world.add(a_sequence(i, prompt=40, output=2))
+    for _ in range(8):
+        world.step()
+    for i, prompt in ((2, 16), (3, 33)):
+        world.add(a_sequence(i, prompt=prompt, output=2))
+    world.run()
+    where = {i: {s.is_remote for step in world.steps for s in step.prompts if s.seq_id == i} for i in range(4)}
+    assert where == {0: {False}, 1: {True}, 2: {False}, 3: {False}}
 
 
 @pytest.mark.parametrize("num_lanes", [2, 3])

@@ -11,7 +11,7 @@ from fastdecode.errors import ConfigError
 from fastdecode.modelling.calibration import read_calibration
 from fastdecode.scheduling.predictor import Learned, MaxTokens
 from fastdecode.scheduling.scheduler import Scheduler, SchedulerConfig
-from gpu_sworker import PROMPT_KV_SHARE, ModelFacts, choose_device
+from gpu_sworker import PROMPT_KV_SHARE, KVRoom, ModelFacts, choose_device
 from transport import Welcome
 
 logger = logging.getLogger(__name__)
@@ -87,8 +87,10 @@ def max_model_len(config: EngineConfig, facts: ModelFacts, layout: KVLayout, wel
     return limit
 
 
-def make_scheduler(config: EngineConfig, facts: ModelFacts, capacity_blocks: Sequence[int]) -> Scheduler:
-    """The scheduler of an engine.  capacity_blocks: [num_r_workers].  Raises ConfigError."""
+def make_scheduler(
+    config: EngineConfig, facts: ModelFacts, capacity_blocks: Sequence[int], prompt_kv: KVRoom
+) -> Scheduler:
+    """capacity_blocks: [num_r_workers]; prompt_kv: the S-worker's room for prompts.  Raises ConfigError."""
     return Scheduler(
         SchedulerConfig(
             max_num_seqs=config.max_num_seqs,
@@ -105,6 +107,8 @@ def make_scheduler(config: EngineConfig, facts: ModelFacts, capacity_blocks: Seq
             order=config.order,
             order_window=config.order_window,
             restart_tokens=facts.restart_tokens,
+            prompt_kv_blocks=prompt_kv.num_blocks,
+            prompt_kv_block_tokens=prompt_kv.block_tokens,
             max_scored_rows=max(_SCORES_BYTES // (4 * facts.vocab_size), _LEAST_SCORED_ROWS),
         ),
         Learned() if config.length_predictor == "learned" else MaxTokens(),

@@ -34,7 +34,8 @@ class EngineConfig:
     kv_cache_memory: bytes of KV per R-worker, like ``"4GiB"``; None: a share of what is free, or what the
         R-worker was started with.
     prompt_kv_memory: bytes on the S-worker's device, like ``"2GiB"``, for K and V of prompts on their way in, as far
-        as they take more than one step; None: an eighth of what is free there.
+        as they take more than one step; those that find no room attend on their R-workers. None: an eighth of what is
+        free there.
     num_r_workers: how many to start on this machine.
     r_worker_threads: attention threads of each; None: this machine's cores, shared among them.
     transport: ``inproc`` (threads of this process), ``ipc`` or ``tcp`` (processes, ZeroMQ), ``mpi`` (ranks).

@@ -74,7 +74,9 @@ def open_engine(config: EngineConfig, on_step: Callable[[StepRecord], None] | No
             max_model_len=longest,
             seed=config.seed,
             eos_token_ids=_eos_token_ids(runtime.sworker, tokenizer),
-            scheduler=make_scheduler(config, facts, [welcome.num_blocks for welcome in runtime.welcomes]),
+            scheduler=make_scheduler(
+                config, facts, [welcome.num_blocks for welcome in runtime.welcomes], runtime.sworker.prompt_kv
+            ),
             on_step=_all_of(listeners),
             timeline=timeline,
         )

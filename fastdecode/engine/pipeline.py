@@ -39,7 +39,7 @@ class _Flight:
     step: Step
     ticket: Ticket
     forward: _Forward
-    prompts: tuple[PromptChunk, ...]  # the rows that attend on the S-worker; they come after all others
+    prompts: tuple[PromptChunk, ...]  # those that attend on the S-worker; their rows come after all others
     call: AttentionCall | None = None  # that it is at; None: before the first one
     transfer: Transfer | None = None  # of that call's q, k, v to the host
     in_use: list[np.ndarray] = field(default_factory=list)  # what was sent, until it is answered
@@ -209,8 +209,8 @@ def flatten(step: Step) -> FlatBatch:
 
 
 def _prompts(step: Step) -> tuple[PromptChunk, ...]:
-    row, chunks = len(step.decodes), []
-    for s in step.prompts:
+    row, chunks = step.num_queries, []
+    for s in step.local_prompts:
         chunks.append(PromptChunk(s.seq_id, row, s.num_tokens, s.start, s.prompt_tokens))
         row += s.num_tokens
     return tuple(chunks)

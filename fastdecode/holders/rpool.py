@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import groupby
 from typing import TypeVar
 
 import numpy as np
@@ -50,11 +51,12 @@ logger = logging.getLogger(__name__)
 
 _Result = TypeVar("_Result")
 _NO_TIMELINE = NoTimeline()
+_KINDS = 3  # of rows that one R-worker has of a step: decodes, prompts that attend there, prompts that do not
 
 
 @dataclass(frozen=True, eq=False)
 class _Share:
-    """Rows of a step that go to one R-worker, and attend there (decodes) or do not (prompts)."""
+    """Rows of a step that go to one R-worker, and attend there (decodes, some prompts) or do not (other prompts)."""
 
     worker: int
     micro_batch: int  # as the R-worker knows them
@@ -220,24 +222,20 @@ class RPool:
             if begin == end:
                 continue
             rows, ones = slice(begin, end), np.ones(end - begin, np.int32)
-            share = _Share(worker, 2 * step.lane, rows, is_queried=True)
+            share = _Share(worker, _KINDS * step.lane, rows, is_queried=True)
             self._tell_rows(step, share, decodes.seq_ids[rows], decodes.positions[rows], ones)
             shares.append(share)
         row = len(decodes)
-        for worker in self._alive:
-            own = [segment for segment in step.prompts if segment.r_worker == worker]
-            if not own:
-                continue
-            num_tokens = np.array([segment.num_tokens for segment in own], np.int32)
-            share = _Share(worker, 2 * step.lane + 1, slice(row, row + int(num_tokens.sum())), is_queried=False)
-            seq_ids, starts = (
-                np.array(column, np.int64) for column in zip(*((s.seq_id, s.start) for s in own), strict=True)
-            )
-            self._tell_rows(step, share, seq_ids, starts, num_tokens)
-            shares.append(share)
-            row = share.rows.stop
+        for kind, prompts in enumerate((step.remote_prompts, step.local_prompts), 1):
+            for worker, own in groupby(prompts, key=lambda segment: segment.r_worker):
+                columns = np.array([(s.seq_id, s.start, s.num_tokens) for s in own], np.int64).T.copy()
+                rows = slice(row, row + int(columns[2].sum()))
+                share = _Share(worker, _KINDS * step.lane + kind, rows, is_queried=kind == 1)
+                self._tell_rows(step, share, columns[0], columns[1], columns[2].astype(np.int32))
+                shares.append(share)
+                row = rows.stop
         assert row == step.num_tokens, "every row has its R-worker"
-        ticket = self._tickets[step.lane] = Ticket(step.number, step.lane, tuple(shares), len(decodes))
+        ticket = self._tickets[step.lane] = Ticket(step.number, step.lane, tuple(shares), step.num_queries)
         return ticket
 
     def _tell_rows(

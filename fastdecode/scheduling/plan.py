@@ -1,9 +1,10 @@
 """What one step of a lane does: immutable, made by the scheduler, read by everybody else.
 
 Step ─┬─ decodes   a token of each sequence that decodes, as columns    rows 0 … n - 1, by R-worker
-      └─ prompts   Segment, Segment, …                                  rows n …, by R-worker
+      └─ prompts   Segment, Segment, …                                  rows n …: those that attend on R-workers, by
+                                                                        R-worker, then those that attend on the S-worker
 
-So what an R-worker stores and what it attends to are slices of k, v, q and o.
+So what an R-worker stores and what it attends to are slices of k, v, q and o, and all queries of R-workers come first.
 """
 
 from __future__ import annotations
@@ -30,10 +31,11 @@ class Segment(NamedTuple):
     score_from: int = 0  # positions of the prompt, from this one
     score_to: int = 0  # to before this one, whose logits are wanted: they score the token that follows
     is_continued: bool = True  # False: of a prompt after which nothing is to be generated
+    is_remote: bool = False  # of a prompt that attends on its R-worker, because the S-worker has no room for it
 
     @property
     def is_prompt(self) -> bool:
-        """It attends on the S-worker; otherwise on the R-worker."""
+        """It attends on the S-worker, unless it is remote; a token that was sampled on the R-worker."""
         return self.prompt_tokens > 0
 
     @property
@@ -99,8 +101,8 @@ class Step:
     prompts: tuple[Segment, ...]
 
     def __post_init__(self) -> None:
-        workers = [segment.r_worker for segment in self.prompts]
-        assert workers == sorted(workers) and (np.diff(self.decodes.r_workers) >= 0).all(), "rows go by R-worker"
+        keys = [_row_order(segment) for segment in self.prompts]
+        assert keys == sorted(keys) and (np.diff(self.decodes.r_workers) >= 0).all(), "rows go by R-worker"
         assert len(self.decodes) or self.prompts, "a step has work"
         for segment in self.prompts:
             assert segment.token_ids and segment.end <= segment.prompt_tokens, "a chunk is part of its prompt"
@@ -111,7 +113,7 @@ class Step:
         rows = sorted(segments, key=lambda segment: segment.r_worker)
         decodes = [(s.seq_id, s.r_worker, s.start, *s.token_ids) for s in rows if not s.is_prompt]
         columns = np.array(decodes, np.int64).reshape(-1, 4).T.copy()
-        return cls(number, lane, {}, (), Decodes(*columns), tuple(segment for segment in rows if segment.is_prompt))
+        return cls(number, lane, {}, (), Decodes(*columns), in_row_order(s for s in rows if s.is_prompt))
 
     @cached_property
     def seq_ids(self) -> frozenset[int]:
@@ -130,6 +132,21 @@ class Step:
     @property
     def num_tokens(self) -> int:
         return len(self.decodes) + self.num_prompt_tokens
+
+    @cached_property
+    def remote_prompts(self) -> tuple[Segment, ...]:
+        """Those that attend on R-workers."""
+        return tuple(segment for segment in self.prompts if segment.is_remote)
+
+    @cached_property
+    def local_prompts(self) -> tuple[Segment, ...]:
+        """Those that attend on the S-worker; their rows are the last ones."""
+        return self.prompts[len(self.remote_prompts) :]
+
+    @property
+    def num_queries(self) -> int:
+        """Rows that attend on R-workers: the first ones."""
+        return len(self.decodes) + sum(segment.num_tokens for segment in self.remote_prompts)
 
     @cached_property
     def sampled_prompts(self) -> tuple[Segment, ...]:
@@ -154,3 +171,11 @@ class Step:
         return [Segment(i, worker, at, (token,), 0) for i, worker, at, token in zip(*columns, strict=True)] + [
             *self.prompts
         ]
+
+
+def in_row_order(prompts: Iterable[Segment]) -> tuple[Segment, ...]:
+    return tuple(sorted(prompts, key=_row_order))
+
+
+def _row_order(prompt: Segment) -> tuple[bool, int]:
+    return not prompt.is_remote, prompt.r_worker

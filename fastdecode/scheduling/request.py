@@ -61,6 +61,7 @@ class Sequence:
     lane: int = 0  # whose steps it is in, while it runs
     prefill_tokens: int = 0  # how many it began with there: its prompt, and what was output before a preemption
     num_prefilled: int = 0  # of them those whose KV is on the R-worker
+    is_remote: bool = False  # its prompt attends on the R-worker, because the S-worker had no room for it
     num_scored: int = 0  # positions of its prompt whose logits have been looked at; they outlive a preemption
     num_preemptions: int = 0
     prediction: Prediction | None = None  # of all its output tokens; None: nobody was asked yet
@@ -95,6 +96,7 @@ class Sequence:
     def admit(self, r_worker: int, lane: int) -> None:
         assert self.r_worker is None and not self.finish_reason
         self.r_worker, self.lane, self.num_prefilled, self.prefill_tokens = r_worker, lane, 0, self.num_tokens
+        self.is_remote = False
 
     def preempt(self) -> None:
         """Back to waiting; its KV is gone."""

@@ -25,13 +25,15 @@ from fastdecode.errors import RequestError
 from fastdecode.scheduling.kv_credits import KVCredits
 from fastdecode.scheduling.lane import Lane, hand_over
 from fastdecode.scheduling.load_control import LoadControl
-from fastdecode.scheduling.plan import Admission, Decodes, Segment, Step
+from fastdecode.scheduling.plan import Admission, Decodes, Segment, Step, in_row_order
 from fastdecode.scheduling.predictor import Learned, Predictor
+from fastdecode.scheduling.prompt_room import PromptRoom
 from fastdecode.scheduling.prospects import Prospect, Prospects
 from fastdecode.scheduling.request import Sequence
 from fastdecode.scheduling.waiting import WaitingQueue
 
 _MOST_FILLINGS = 4  # of all seats, that wait
+_MOST_LOOKED_UP = 1 << 22  # blocks, for the queries of a chunk that attends on its R-worker
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +55,8 @@ class SchedulerConfig:
     order_window: int = 64
     restart_tokens: int | None = None  # a sequence that grows to so many is computed anew; see ModelFacts
     max_scored_rows: int = 1 << 30  # logits that score tokens of prompts, in a step; they are all there at a time
+    prompt_kv_blocks: int = 1 << 40  # on the S-worker, for prompts that come in chunks
+    prompt_kv_block_tokens: int = 16
     split_fuse: bool = True  # False: prompts go whole, in steps of their own, before anything else (vLLM of 2023)
 
     @property
@@ -120,6 +124,7 @@ class Scheduler:
             start_interval=config.start_interval,
             max_kv_load=config.max_kv_load,
         )
+        self._prompt_room = PromptRoom(config.prompt_kv_blocks, config.prompt_kv_block_tokens)
         self._num_places = config.num_seats
 
     @property
@@ -232,8 +237,7 @@ class Scheduler:
             self._round = self._round_of(lane)
             self._lanes_in_round = {index} if has_had_one else self._lanes_in_round | {index}
         preempted, self._preempted = self._preempted, {}
-        prompts.sort(key=lambda segment: segment.r_worker)
-        lane.step = Step(self._num_steps, index, preempted, tuple(admissions), decodes, tuple(prompts))
+        lane.step = Step(self._num_steps, index, preempted, tuple(admissions), decodes, in_row_order(prompts))
         return lane.step
 
     def commit(self, step: Step, token_ids: np.ndarray) -> list[Sequence]:
@@ -258,6 +262,8 @@ class Scheduler:
         first_tokens = iter(token_ids[len(step.decodes) :].tolist())
         for segment in step.prompts:
             sequence = lane.prefilled(segment)
+            if not sequence.is_prefilling:
+                self._prompt_room.give_back(segment.seq_id)
             if segment.is_sampled:
                 sequence.append(next(first_tokens))
                 if not sequence.finish_reason and len(sequence.output_token_ids) >= sequence.expected_tokens:
@@ -354,6 +360,7 @@ class Scheduler:
         self._load.check_integrity()
         assert sorted(self._running) == sorted(sequence.seq_id for lane in self._lanes for sequence in lane)
         assert self._priorities == Counter(s.request.priority for s in self._running.values())
+        self._prompt_room.check_integrity({seq_id for lane in self._lanes for seq_id in lane.prefilling})
         for lane in self._lanes:
             lane.check_integrity()
             assert len(lane) <= self._config.lane_seats
@@ -444,6 +451,7 @@ class Scheduler:
     def _take_out(self, sequence: Sequence) -> None:
         del self._running[sequence.seq_id]
         self._lanes[sequence.lane].remove(sequence)
+        self._prompt_room.give_back(sequence.seq_id)
         self._load.end(sequence.seq_id)
         self._priorities[sequence.request.priority] -= 1
         self._priorities += Counter()  # without those that nobody has
@@ -505,6 +513,10 @@ class Scheduler:
             score_begin = max(begin, sequence.num_scored)
             if min(end, sequence.num_to_score) - score_begin > left.scored_rows:
                 end = score_begin + left.scored_rows
+        if begin == 0 and end < sequence.prefill_tokens:
+            sequence.is_remote = not self._prompt_room.take(sequence.seq_id, sequence.prefill_tokens)
+        if sequence.is_remote:  # its R-worker looks up the blocks of every query
+            end = min(end, begin + max(1, _MOST_LOOKED_UP // self._credits.blocks(sequence.prefill_tokens)))
         restarts = self._config.restart_tokens is not None
         segment = Segment(
             sequence.seq_id,
@@ -516,6 +528,7 @@ class Scheduler:
             score_from=sequence.num_scored,
             score_to=sequence.num_to_score,
             is_continued=sequence.request.max_new_tokens > 0,
+            is_remote=sequence.is_remote,
         )
         left.take(segment)
         return segment
