@@ -21,6 +21,8 @@ setup(
     description="Decode large language models with the KV cache, and the attention over it, on CPUs",
     long_description=Path(__file__).with_name("README.md").read_text(),
     long_description_content_type="text/markdown",
+    license_expression="Apache-2.0",
+    license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["fastdecode*", "cpu_attention*", "gpu_sworker*", "transport*"]),
     package_data={"fastdecode.server": ["dashboard.html"]},

@@ -14,7 +14,7 @@ import pytest
 from fastdecode.cli import COMMANDS
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def commands(page: Path) -> Iterator[list[str]]:
@@ -33,6 +33,19 @@ def test_links_lead_somewhere(page: Path) -> None:
     targets = re.findall(r"\]\(([^)#]+)", page.read_text())
     missing = [target for target in targets if "://" not in target and not (page.parent / target).exists()]
     assert not missing
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_in_commands_are_there(page: Path) -> None:
+    """Of this repository: scripts, tests and measurements that a shell block names."""
+    blocks = "\n".join(re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL))
+    named = re.findall(r"(?<![\w/.])(?:scripts|bench|tests)/[\w/]+\.(?:sh|py|yaml)\b", blocks)
+    assert not [name for name in named if not (ROOT / name).exists()]
+
+
+def test_the_readme_leads_to_every_page() -> None:
+    linked = {(ROOT / target).resolve() for target in re.findall(r"\]\(([^)#]+)", (ROOT / "README.md").read_text())}
+    assert {*PAGES, ROOT / "LICENSE"} - linked == {ROOT / "README.md"}
 
 
 def test_the_pages_have_commands() -> None:
