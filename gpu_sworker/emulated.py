@@ -25,7 +25,7 @@ from gpu_sworker.prefill import PromptChunk
 from gpu_sworker.probe import AttentionSpec
 from gpu_sworker.rope import reach
 from gpu_sworker.sampler import RowFault, Sampled, SamplingRows, TokenLogprob, TokenLogprobs
-from gpu_sworker.staging import HostStaging
+from gpu_sworker.staging import HostGathering, HostStaging
 from gpu_sworker.suspension import AttentionCall
 from gpu_sworker.sworker import FlatBatch, KVRoom, ModelFacts
 
@@ -124,8 +124,8 @@ class EmulatedSWorker:
     def stage(self, call: AttentionCall, num_queries: int) -> EmulatedTransfer:
         return EmulatedTransfer(self._staging.to_host((call.q[:num_queries], call.k, call.v)).arrays, self._block_ns)
 
-    def to_device(self, array: np.ndarray) -> torch.Tensor:
-        return self._staging.to_device(array)
+    def gather(self, call: AttentionCall) -> HostGathering:
+        return self._staging.gather(tuple(call.q.shape), call.q.dtype)
 
     def sample(self, logits: torch.Tensor, rows: SamplingRows) -> Sampled:
         token_ids = np.full(len(logits), _TOKEN_ID)

@@ -10,7 +10,7 @@ On a GPU nothing here waits: `Transfer.is_done` tells when q, k, v are there.  O
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -41,8 +41,20 @@ class Staging(Protocol):
 
     def to_host(self, tensors: Sequence[torch.Tensor]) -> Transfer: ...
 
-    def to_device(self, array: np.ndarray) -> torch.Tensor:
-        """May share the array's memory, so it is for reading."""
+    def gather(self, shape: tuple[int, ...], dtype: torch.dtype) -> Gathering: ...
+
+
+class Gathering(Protocol):
+    """o of a call, put together on the device; rows that nobody puts are zeros."""
+
+    def put(self, rows: slice, o: np.ndarray) -> None:
+        """Of R-workers, as it arrives.  Its memory is held for as long as the model may read it, or not at all."""
+
+    def finish(self, others: Iterable[tuple[slice, torch.Tensor]]) -> torch.Tensor:
+        """o of all rows, for reading.  # [T, num_q_heads, head_dim]
+
+        others: rows that were made on the device, which come after all that was put.
+        """
 
 
 def make_staging(device: torch.device) -> Staging:
@@ -72,8 +84,45 @@ class HostStaging:
     def to_host(self, tensors: Sequence[torch.Tensor]) -> Arrived:
         return Arrived([_array(tensor.detach().contiguous()) for tensor in tensors])
 
-    def to_device(self, array: np.ndarray) -> torch.Tensor:
-        return _tensor(array)
+    def gather(self, shape: tuple[int, ...], dtype: torch.dtype) -> HostGathering:
+        return HostGathering(shape, dtype)
+
+
+class HostGathering:
+    """What makes up all rows is read where it lies; parts are copied once, into their places."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        self._shape, self._dtype = shape, dtype
+        self._all: torch.Tensor | None = None
+        self._end = 0  # rows that are there: the first ones
+
+    def put(self, rows: slice, o: np.ndarray) -> None:
+        # A tensor of memory that is not to be written would be one that torch lets everybody write to.
+        if o.flags.writeable:
+            self._put(rows, _tensor(o))
+        else:
+            _copy(o, self._place(rows))
+
+    def finish(self, others: Iterable[tuple[slice, torch.Tensor]]) -> torch.Tensor:
+        for rows, o in others:
+            self._put(rows, o)
+        if self._all is None or self._end < self._shape[0]:
+            self._place(slice(self._end, self._shape[0])).zero_()
+        assert self._all is not None
+        return self._all
+
+    def _put(self, rows: slice, o: torch.Tensor) -> None:
+        if len(o) == self._shape[0] and o.dtype == self._dtype and o.is_contiguous():
+            self._all, self._end = o, len(o)
+        else:
+            self._place(rows).copy_(o)
+
+    def _place(self, rows: slice) -> torch.Tensor:
+        assert rows.start == self._end, "rows come in order, so that those which nobody puts are the last ones"
+        if self._all is None:
+            self._all = torch.empty(self._shape, dtype=self._dtype)
+        self._end = rows.stop
+        return self._all[rows]
 
 
 class CudaStaging:
@@ -102,14 +151,37 @@ class CudaStaging:
             copied.record(self._out)
         return _CudaTransfer(pinned, self._began, computed, copied)
 
-    def to_device(self, array: np.ndarray) -> torch.Tensor:
-        source = _tensor(array).pin_memory()
-        compute = torch.cuda.current_stream(self._device)
+    def gather(self, shape: tuple[int, ...], dtype: torch.dtype) -> CudaGathering:
+        return CudaGathering(shape, dtype, self._device, self._in)
+
+
+class CudaGathering:
+    """Each part is copied once on the host, into pinned memory, and is on its way while the next one is waited for."""
+
+    def __init__(
+        self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, incoming: torch.cuda.Stream
+    ) -> None:
+        self._device, self._in = device, incoming
+        with torch.cuda.stream(incoming):
+            self._all = torch.empty(shape, dtype=dtype, device=device)
+        self._end = 0  # rows that are there, or on their way: the first ones
+
+    def put(self, rows: slice, o: np.ndarray) -> None:
         with torch.cuda.stream(self._in):
-            tensor = source.to(self._device, non_blocking=True)
+            pinned = torch.empty(o.shape, dtype=self._all.dtype, pin_memory=True)
+            _copy(o, pinned)
+            self._all[rows].copy_(pinned, non_blocking=True)
+        self._end = rows.stop
+
+    def finish(self, others: Iterable[tuple[slice, torch.Tensor]]) -> torch.Tensor:
+        compute = torch.cuda.current_stream(self._device)
         compute.wait_stream(self._in)
-        tensor.record_stream(compute)
-        return tensor
+        self._all.record_stream(compute)
+        for rows, o in others:
+            self._all[rows].copy_(o)
+            self._end = rows.stop
+        self._all[self._end :].zero_()
+        return self._all
 
 
 @dataclass
@@ -137,9 +209,12 @@ def _array(tensor: torch.Tensor) -> np.ndarray:
     return tensor.numpy()
 
 
+def _copy(array: np.ndarray, to: torch.Tensor) -> None:
+    """Of the same shape, on the host."""
+    np.copyto(_array(to), array, casting="unsafe")  # numpy has bfloat16 and float16 in no order; rounded as by torch
+
+
 def _tensor(array: np.ndarray) -> torch.Tensor:
-    if not array.flags.writeable:
-        array = array.copy()
     if array.dtype == _BFLOAT16:
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(array)

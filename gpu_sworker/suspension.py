@@ -62,10 +62,14 @@ class AttentionCall:
     mask: torch.Tensor | None  # only while probing
     is_causal: bool  # what the call or its module says; the mask rule, if there is one, is what counts
     other_tensors: tuple[str, ...]  # names of tensor arguments this seam does not understand
+    num_padding: int = 0  # rows that o may have besides: zeros, which nobody looks at
 
     def first(self, num_tokens: int) -> AttentionCall:
-        """The same, of no more tokens than these."""
-        return replace(self, q=self.q[:num_tokens], k=self.k[:num_tokens], v=self.v[:num_tokens])
+        """The same, of no more tokens than these; the others are padding."""
+        num_padding = len(self.q) - num_tokens
+        return replace(
+            self, q=self.q[:num_tokens], k=self.k[:num_tokens], v=self.v[:num_tokens], num_padding=num_padding
+        )
 
 
 @dataclass

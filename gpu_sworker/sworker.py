@@ -35,7 +35,7 @@ from gpu_sworker.probe import (
 )
 from gpu_sworker.rope import make_rope_per_sequence, reach
 from gpu_sworker.sampler import Sampled, SamplingRows, TokenLogprobs, sample, score
-from gpu_sworker.staging import Transfer, make_staging
+from gpu_sworker.staging import Gathering, Transfer, make_staging
 from gpu_sworker.suspension import AttentionCall, Forward
 
 PROMPT_KV_SHARE = 0.125  # of the free memory of the device, for K and V of prompts on their way in
@@ -156,7 +156,10 @@ class SWorker:
             yield
 
     def forward(self, batch: FlatBatch) -> Generator[AttentionCall, torch.Tensor, torch.Tensor]:
-        """Yields at every attention, wants o [T, num_q_heads, head_dim], returns logits [num_samples, vocab]."""
+        """Yields at every attention, wants o [T, num_q_heads, head_dim], returns logits [num_samples, vocab].
+
+        o may bring the rows of the call's padding, as that of `gather` does; otherwise it is copied to get them.
+        """
         given = batch.padded() if self.facts.linear_kernel == "onednn" else batch
         num_tokens, num_more = len(batch.token_ids), len(given.token_ids) - len(batch.token_ids)
         forward = self._start(given)
@@ -166,7 +169,8 @@ class SWorker:
             while call is not None:
                 o = yield call.first(num_tokens) if num_more else call
                 self._staging.begin()
-                call = forward.resume(pad(o, (0, 0, 0, 0, 0, num_more)) if num_more else o)
+                call = forward.resume(pad(o, (0, 0, 0, 0, 0, num_more)) if num_more and len(o) == num_tokens else o)
+                del o  # its memory may be a transport's, and is wanted back
         finally:
             forward.abandon()
         assert forward.result is not None
@@ -199,8 +203,10 @@ class SWorker:
         """
         return self._staging.to_host((call.q[:num_queries], call.k, call.v))
 
-    def to_device(self, array: np.ndarray) -> torch.Tensor:
-        return self._staging.to_device(array).to(self.dtype)
+    def gather(self, call: AttentionCall) -> Gathering:
+        """Where o of the call just staged is put together."""
+        num_tokens, *others = call.q.shape
+        return self._staging.gather((num_tokens + call.num_padding, *others), self.dtype)
 
     def sample(self, logits: torch.Tensor, rows: SamplingRows) -> Sampled:
         """The next token of each row.  logits: [num_samples, vocab]"""

@@ -9,7 +9,7 @@ import pytest
 
 from fastdecode.errors import RWorkerFailed
 from fastdecode.holders.rejoin import RWorkerHandle
-from fastdecode.holders.rpool import RPool
+from fastdecode.holders.rpool import RPool, Ticket
 from fastdecode.scheduling.plan import Admission, Segment, Step
 from transport import Admit, Attend, Attended, Message, Pong, Rows
 
@@ -44,6 +44,13 @@ def rpool(channels: list[Any]) -> RPool:
     return RPool([RWorkerHandle(f"R-worker {i}", channel) for i, channel in enumerate(channels)], 1.0)
 
 
+def collected(rpool: RPool, ticket: Ticket) -> list[tuple[slice, np.ndarray]]:
+    """Rows and their o."""
+    parts: list[tuple[slice, np.ndarray]] = []
+    rpool.collect(ticket, lambda rows, o: parts.append((rows, o)))
+    return parts
+
+
 # Two that decode on each R-worker.
 STEP = Step.of([Segment(10 * worker + i, worker, 5, (1,), 0) for worker in range(3) for i in range(2)])
 
@@ -56,6 +63,24 @@ def test_everybody_is_told_of_its_rows(rpool: RPool, channels: list[Any]) -> Non
     for worker, channel in enumerate(channels):
         [rows] = channel.sent
         assert isinstance(rows, Rows) and rows.seq_ids.tolist() == [10 * worker, 10 * worker + 1]
+
+
+def test_answers_are_handed_on_as_they_come(rpool: RPool, channels: list[Any]) -> None:
+    """In row order, each where it arrived: nothing is put together, or copied, between."""
+    ticket, rows = rpool.begin(STEP), np.arange(6 * 4 * 8, dtype=np.float32).reshape(6, 4, 8)
+    rpool.submit(ticket, rows, rows, rows)
+    answers = [-rows[2 * worker : 2 * worker + 2] for worker in range(3)]
+    for channel, o in zip(channels, answers, strict=True):
+        assert np.shares_memory(channel.sent[-1].q, rows) and np.shares_memory(channel.sent[-1].k, rows)
+        channel.answers = [Attended(0, 0, 0, o)]
+    still_to_come = []
+
+    def put(rows: slice, o: np.ndarray) -> None:
+        still_to_come.append(sum(len(channel.answers) for channel in channels))
+        assert o is answers[rows.start // 2] and rows.stop == rows.start + 2
+
+    rpool.collect(ticket, put)
+    assert still_to_come == [2, 1, 0]
 
 
 @pytest.mark.parametrize("dead", [0, 1, 2])
@@ -89,7 +114,7 @@ def test_prompts_are_written_behind(rpool: RPool, channels: list[Any]) -> None:
                 for m in channel.sent
                 if isinstance(m, Attend) and m.layer == layer and (len(m.q) or layer == 1)
             ]
-        assert rpool.is_answered(ticket) and rpool.collect(ticket).shape == q.shape
+        assert rpool.is_answered(ticket) and [o.shape for _, o in collected(rpool, ticket)] == [(1, 4, 8), (1, 4, 8)]
         assert not any(channel.answers for channel in channels)
 
 
@@ -104,7 +129,7 @@ def test_a_barrier_keeps_the_answers_of_steps_that_go_on(rpool: RPool, channels:
         channel.answers = [Pong(1)]
     channels[0].answers = [*answers, Pong(1)]
     rpool.settle()
-    assert rpool.is_answered(goes_on) and rpool.collect(goes_on).shape == (1, 4, 8)
+    assert rpool.is_answered(goes_on) and [o.shape for _, o in collected(rpool, goes_on)] == [(1, 4, 8)]
 
 
 def test_a_barrier_tells_who_did_not_answer_a_step_that_goes_on(rpool: RPool, channels: list[Any]) -> None:

@@ -87,7 +87,7 @@ def test_spans_of_another_clock_end_with_the_answer() -> None:
     ticket = rpool.begin(Step.of([Segment(0, 0, 5, (1,), 0)]))
     rows = np.zeros((1, 2, 8), np.float32)
     rpool.submit(ticket, rows, rows, rows)
-    rpool.collect(ticket)
+    rpool.collect(ticket, lambda _, o: None)
     attention, wait, receive = timeline.spans
     assert (attention.name, wait.name, receive.name) == ("attention", "wait", "receive")
     assert attention.end_ns - attention.begin_ns == 2_000 and attention.end_ns == receive.end_ns

@@ -133,5 +133,5 @@ def run_step(runtime: Runtime, segments: list[Segment]) -> float:
     ticket = rpool.begin(step)
     for q, kv in arrays:
         rpool.submit(ticket, q, kv, kv)
-        rpool.collect(ticket)
+        rpool.collect(ticket, lambda _, o: None)
     return time.perf_counter() - began

@@ -163,12 +163,17 @@ class Pipeline:
             return [self._sworker.attend_prompt(flight.call, chunk) for chunk in flight.prompts]
 
     def _collect(self, flight: _Flight) -> torch.Tensor:
-        """o of all rows.  # [T, num_q_heads, head_dim]"""
+        """o of all rows, each R-worker's put into its place as it comes.  # [T, num_q_heads, head_dim]"""
         assert flight.call and flight.of_prompts is not None
-        on_host = self._rpool.collect(flight.ticket)
-        with self._timeline.span("stage", flight.lane, flight.call.layer):
-            queried = self._sworker.to_device(on_host)
-            return torch.cat([queried, *flight.of_prompts]) if flight.prompts else queried
+        gathering, where = self._sworker.gather(flight.call), (flight.lane, flight.call.layer)
+
+        def put(rows: slice, o: np.ndarray) -> None:
+            with self._timeline.span("stage", *where):
+                gathering.put(rows, o)
+
+        self._rpool.collect(flight.ticket, put)
+        with self._timeline.span("stage", *where):
+            return gathering.finish((p.rows, o) for p, o in zip(flight.prompts, flight.of_prompts, strict=True))
 
     def _await(self, computing: _Flight, attending: _Flight | None) -> None:
         """Until the device is done with the one, or the R-workers are with the other."""

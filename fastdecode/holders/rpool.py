@@ -79,7 +79,6 @@ class Ticket:
     num_queries: int  # rows that attend on R-workers: the first ones
     layer: int = -1  # the one submitted last
     submitted_ns: int = 0  # when
-    no_rows: np.ndarray | None = None  # [0, num_q_heads, head_dim] of the layer
     due: deque[_Share] = field(default_factory=deque)  # that are to answer it, in order
     early: dict[_Share, Attended] = field(default_factory=dict)  # answers that came while something else was waited for
 
@@ -254,7 +253,7 @@ class RPool:
     ) -> None:
         """Sends the next layer.  The arrays are not copied: leave them alone from now on."""
         ticket.layer += 1
-        ticket.submitted_ns, ticket.no_rows = time.monotonic_ns(), q[:0]
+        ticket.submitted_ns = time.monotonic_ns()
         for share in ticket.shares:
             message = Attend(
                 step=ticket.step,
@@ -276,9 +275,12 @@ class RPool:
         """
         return all(share in ticket.early or self._workers[share.worker].channel.is_readable() for share in ticket.due)
 
-    def collect(self, ticket: Ticket) -> np.ndarray:
-        """Waits for the layer submitted last.  # [num_queries, num_q_heads, head_dim]"""
-        parts = []
+    def collect(self, ticket: Ticket, put: Callable[[slice, np.ndarray], None]) -> None:
+        """Waits for the layer submitted last.
+
+        put: is given rows and their o [rows, num_q_heads, head_dim] as they come, in order; together they are
+        `num_queries`.  o lies where it arrived, which is used again once nobody holds the array any more.
+        """
         while ticket.due:
             share = ticket.due[0]
             waited_ns = time.monotonic_ns()
@@ -286,13 +288,11 @@ class RPool:
             if not _answers(reply, ticket, share):
                 raise self._failed(share.worker, "answered something else than it was asked")
             ticket.due.popleft()
-            if share.is_queried:
-                parts.append(reply.o)
             self._account(ticket, share, reply, waited_ns)
+            if share.is_queried:
+                put(share.rows, reply.o)
         if ticket.layer == self._last_layer:
             self.void(ticket)
-        assert ticket.no_rows is not None, "it was submitted"
-        return parts[0] if len(parts) == 1 else np.concatenate([ticket.no_rows, *parts])
 
     def void(self, ticket: Ticket) -> None:
         """It is at its end, or was broken off: whoever answers it later is not heard."""
