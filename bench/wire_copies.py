@@ -57,7 +57,7 @@ SEQUENCES, CONTEXT, PROMPT = 97, 3, 24  # how many decode (padded to 98 by oneDN
 HEADS, KV_HEADS, HEAD_DIM, LAYERS = 8, 2, 64, 2
 OUT = Path(__file__).parent / "results" / "wire_copies.json"
 
-_TORCH_COPIES_NOT = {"empty", "zero_"}
+_COPY_NOTHING = {"empty", "zero_"}
 
 
 @dataclass
@@ -95,9 +95,8 @@ class _Dispatched(TorchDispatchMode):
         name, given = func.overloadpacket.__name__, [t for t in tree_leaves(args) if isinstance(t, torch.Tensor)]
         if name == "copy_":
             self._note("torch.copy_", given[0].nbytes)
-        elif isinstance(out, torch.Tensor) and name not in _TORCH_COPIES_NOT:
-            if _storage(out) not in map(_storage, given):  # no view
-                self._note(f"torch.{name}", out.nbytes)
+        elif isinstance(out, torch.Tensor) and name not in _COPY_NOTHING and _storage(out) not in map(_storage, given):
+            self._note(f"torch.{name}", out.nbytes)  # no view
         return out
 
 
