@@ -200,7 +200,7 @@ def serve(args: argparse.Namespace, model: str, seed: int | None) -> Run:
             start_policy="eager", max_num_batched_tokens=512,
         ) as llm:  # fmt: skip
             llm.generate(prompts[:4], SamplingParams(max_tokens=8, ignore_eos=True), use_tqdm=False)
-            llm._engine._on_step = lambda record: run.steps.append((time.monotonic(), record.num_decodes))
+            llm._engine._records.on_step = lambda record: run.steps.append((time.monotonic(), record.num_decodes))
             chaos = Chaos(run, llm, workers, link, seed or 0, args.blows if seed is not None else 0)
             chaos.start()
             outputs = llm.generate(prompts, params, use_tqdm=False)

@@ -71,7 +71,7 @@ def serve(args: argparse.Namespace, model: str, blow: signal.Signals | None, aft
 
             def step() -> Any:
                 done = run_step()
-                running = [c.sequence for live in engine._live.values() for c in live.continuations]
+                running = engine._requests.sequences
                 steps.append((time.monotonic(), sum(not s.is_prefilling and s.r_worker is not None for s in running)))
                 return done
 

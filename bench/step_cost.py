@@ -168,7 +168,7 @@ class Rig:
         results = self._sample(steps, [len(batch.logits_rows) for batch in batches])
         with self._measured("commit"):
             for step, result in zip(steps, results, strict=True):
-                self._engine._began[step.lane] = 0.0
+                self._engine._records.began[step.lane] = 0.0
                 self._engine._commit(step, result)
 
     def _sample(self, steps: list[Step], num_rows: list[int]) -> list[Any]:

@@ -132,7 +132,7 @@ class Live:
         self.service._engine._scheduler.check_integrity()
         assert self.service.num_running == 0 and self.service.num_waiting == 0 and self.service._num_inside == 0
         assert [store.num_sequences for store in self.stores] == [0] * len(self.stores)
-        assert not self.service._live and not self.service._engine._by_sequence
+        assert not self.service._live and not self.service._engine._requests.sequences
 
     def _is_idle(self) -> bool:
         is_empty = not any(store.num_sequences for store in self.stores)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -13,7 +13,7 @@ from conftest import Case, quiet
 from interrupts import Interrupted, interrupted, run_until
 
 from fastdecode import LLM, SamplingParams
-from fastdecode.engine.engine import Engine
+from fastdecode.engine.guard import Guard
 from fastdecode.engine.pipeline import Pipeline
 from fastdecode.errors import ConfigError
 from fastdecode.scheduling.load_control import LoadControl
@@ -43,7 +43,8 @@ def check(llm: LLM, llama: Case) -> None:
     assert [output.outputs[0].token_ids for output in outputs] == [llama.reference[i][:5] for i in (1, 2, 5)]
     engine = llm._engine
     assert not engine._rpool.lost and not engine._rpool.totals.num_lost and not engine.has_work
-    assert not engine._rpool.held and not engine._live and not engine._by_sequence
+    assert not engine._rpool.held and not engine._requests and not engine._requests.sequences
+    engine._requests.check_integrity()
     engine._scheduler.check_integrity()
 
 
@@ -67,16 +68,16 @@ class MendInterrupted:
     """The engine's clean-up, whose `number`-th line raises the first time that there is something to do."""
 
     def __init__(self, number: int) -> None:
-        self._number, self._mend = number, Engine._mend
+        self._number, self._mend = number, Guard.mend
         self.is_begun = self.came = False
 
-    def __call__(self, engine: Engine) -> None:
-        if not engine._is_torn or self.is_begun:
-            return self._mend(engine)
+    def __call__(self, guard: Guard, begin_anew: Callable[[], None]) -> None:
+        if not guard.is_torn or self.is_begun:
+            return self._mend(guard, begin_anew)
         self.is_begun = True
         with interrupted(self._number, *FILES, by="line") as interruption:
             try:
-                self._mend(engine)
+                self._mend(guard, begin_anew)
             finally:
                 self.came = interruption.came
 
@@ -93,7 +94,7 @@ def test_interrupted_again_while_it_cleans_up(llm: LLM, llama: Case, monkeypatch
             return collect(pipeline, flight)
 
         with monkeypatch.context() as patch, suppress(Interrupted):
-            patch.setattr(Engine, "_mend", lambda engine, mend=mend: mend(engine))
+            patch.setattr(Guard, "mend", lambda guard, begin_anew, mend=mend: mend(guard, begin_anew))
             patch.setattr(Pipeline, "_collect", broken_off)
             quiet(llm, prompts_of(llama), GREEDY)
         assert mend.is_begun
@@ -131,8 +132,9 @@ def test_every_line_that_adds_a_request(llm: LLM, llama: Case) -> None:
     while came:
         engine.add_request(engine.next_request_id(), llama.prompts[1], GREEDY)
         add = partial(engine.add_request, engine.next_request_id(), llama.prompts[2], GREEDY)
-        came = run_until(number, add, "fastdecode/engine/engine.py", "fastdecode/scheduling", by="line")
-        assert len(engine._by_sequence) == engine.num_waiting == len(engine._live)
+        came = run_until(number, add, "fastdecode/engine", "fastdecode/scheduling", by="line")
+        assert len(engine._requests.sequences) == engine.num_waiting == len(engine._requests)
+        engine._requests.check_integrity()
         engine.abort_all()
         assert not engine.has_work
         number += 1

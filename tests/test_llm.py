@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import shutil
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -358,3 +360,17 @@ def test_chat(llm: LLM) -> None:
     assert bad.error and bad.error.param == "messages[0]" and "a message is an object" in bad.error.message
     with pytest.raises(ConfigError, match="no chat template"):
         llm.chat(conversation, GREEDY)
+
+
+def test_an_engine_goes_with_its_last_reference(demo_model: Path) -> None:
+    """And with it the memory of its model: no cycle keeps it until garbage is collected."""
+    with LLM(demo_model, num_r_workers=1, kv_cache_memory="16MiB") as llm:
+        quiet(llm, [CODE], GREEDY)
+        engine = weakref.ref(llm._engine)
+    gc.collect()
+    gc.disable()
+    try:
+        del llm
+        assert engine() is None
+    finally:
+        gc.enable()

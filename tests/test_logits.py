@@ -80,7 +80,7 @@ def test_such_a_request_ends_alone(kv_cache_dtype: str, fragile: Path) -> None:
                 assert "weights are whole" in error.message and "another dtype" not in error.message
                 assert [each.finish_reason for each in outputs[place].outputs] == ["error"] * params.n
             engine = llm._engine
-            assert not (engine.has_work or engine._live or engine._by_sequence)
+            assert not (engine.has_work or engine._requests or engine._requests.sequences)
             engine._scheduler.check_integrity()
             assert tokens(llm, GOOD * 4, params) == expected[params] * 4
 
@@ -91,7 +91,7 @@ def test_one_sample_of_several_ends_its_request(fragile: Path) -> None:
     with LLM(fragile, skip_tokenizer_init=True) as llm:
         (output,) = quiet(llm, [[5, 6]], params)
         assert output.error and output.error.code == "invalid_logits" and len(output.outputs) == 8
-        assert not llm._engine.has_work and not llm._engine._by_sequence
+        assert not llm._engine.has_work and not llm._engine._requests.sequences
 
 
 def test_scores_of_a_prompt_that_are_nan(fragile: Path) -> None:

@@ -44,7 +44,7 @@ def test_such_a_request_ends_alone(more: dict[str, int | str], model: Path) -> N
             assert [each.finish_reason for each in outputs[i].outputs] == ["error"] * params.n
         assert [each.text for i in (0, 2, 4) for each in outputs[i].outputs] == ["aaaa"] * 3 * params.n
         engine = llm._engine
-        assert not (engine.has_work or engine._live or engine._by_sequence)
+        assert not (engine.has_work or engine._requests or engine._requests.sequences)
         engine._scheduler.check_integrity()
 
 

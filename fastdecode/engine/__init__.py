@@ -4,6 +4,8 @@ opening ── runtime, capacity, config     everything an engine needs, found a
 engine  ── intake                        a request becomes sequences
         ├─ pipeline                      the layers of a step
         ├─ sampling, row_faults          tokens from logits
-        ├─ results                       tokens become outputs
-        └─ recovery                      an R-worker was lost
+        ├─ requests, results             tokens become outputs
+        ├─ recovery                      an R-worker was lost
+        ├─ guard                         an exception between any two lines
+        └─ step_records                  what each step did, and when
 """

@@ -9,36 +9,33 @@ Lanes take turns: what is done here for one lies beside the R-workers' work for 
 
 from __future__ import annotations
 
-import logging
-import math
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 
-import numpy as np
 import torch
 
 from fastdecode.api.outputs import Delta, RequestOutput
 from fastdecode.api.sampling_params import SamplingParams
+from fastdecode.engine.guard import Guard
 from fastdecode.engine.intake import Intake
 from fastdecode.engine.pipeline import Pipeline
 from fastdecode.engine.recovery import Recovery, pairs
-from fastdecode.engine.results import Continuation, LiveRequest, failed_output, finished_output, next_delta
+from fastdecode.engine.requests import Failure, LiveRequests
 from fastdecode.engine.row_faults import RowFaults
 from fastdecode.engine.sampling import StepResult, sampling_rows, scoring_rows
-from fastdecode.errors import RequestError, RWorkerError
+from fastdecode.engine.step_records import StepRecords
+from fastdecode.errors import RWorkerError
 from fastdecode.holders.rejoin import RWorkerHandle
 from fastdecode.holders.rpool import RPool
-from fastdecode.observe.step_log import StepRecord, make_record
+from fastdecode.observe.step_log import StepRecord
 from fastdecode.observe.timeline import NoTimeline, Timeline
 from fastdecode.observe.totals import PoolTotals, Standing
 from fastdecode.scheduling.plan import Step
 from fastdecode.scheduling.request import Sequence
 from fastdecode.scheduling.scheduler import Scheduler
 from fastdecode.text.tokenizer import Tokenizer
-from gpu_sworker import EmulatedSWorker, RowFault, SWorker
-
-logger = logging.getLogger(__name__)
+from gpu_sworker import EmulatedSWorker, SWorker
 
 
 class Engine:
@@ -59,7 +56,7 @@ class Engine:
 
         eos_token_ids: that end a sequence; None: the model's own.
         """
-        self._sworker, self._rpool, self._scheduler, self._tokenizer = sworker, rpool, scheduler, tokenizer
+        self._sworker, self._rpool, self._scheduler = sworker, rpool, scheduler
         self._timeline = timeline or NoTimeline()
         self._pipeline = Pipeline(sworker, rpool, self._timeline)
         self._intake = Intake(
@@ -69,18 +66,12 @@ class Engine:
             seed,
             frozenset(sworker.facts.eos_token_ids) if eos_token_ids is None else eos_token_ids,
         )
-        self._live: dict[str, LiveRequest] = {}
-        self._by_sequence: dict[int, tuple[LiveRequest, Continuation]] = {}
-        self._heard: set[int] = set()  # sequences whose every token somebody wants to see when it comes
+        self._requests = LiveRequests(tokenizer)
         self._num_requests = 0
         self._recovery = Recovery(rpool, self._pipeline, scheduler)
         self._faults = RowFaults(sworker.facts.dtype)
-        self._failed: list[RequestOutput] = []  # requests that ended with an error, and are not handed out yet
-        self._on_step = on_step
-        self._began: dict[int, float] = {}  # lane -> when its step under way did
-        self._first_step: float | None = None  # when it began
-        self._last_end = 0.0  # when a step was over last
-        self._is_torn = False  # something was begun, and not ended: see `_whole`
+        self._guard = Guard()
+        self._records = StepRecords(scheduler, rpool, on_step)
         self._put_down()
 
     @property
@@ -160,64 +151,7 @@ class Engine:
         with self._whole():
             live = self._intake.take(request_id, prompt_token_ids, params, prompt, priority, on_delta)
             self._scheduler.add(*(continuation.sequence for continuation in live.continuations))
-            for continuation in live.continuations:
-                self._by_sequence[continuation.sequence.seq_id] = live, continuation
-                if continuation.is_watched:
-                    self._heard.add(continuation.sequence.seq_id)
-            self._live[request_id] = live
-
-    def step(self) -> list[RequestOutput]:
-        """A step of one lane: a token for each of its running sequences; returns the requests that are finished now.
-
-        A lost R-worker costs its sequences' KV: they are computed again on the others, from prompt and output, and go
-        on with the same tokens.  While none is left and one may come back, a step is a short wait for it.  Raises
-        RWorkerError when none is left or comes back, and from then on always.  Broken off by anything else (Ctrl-C, out
-        of memory), it ends all requests without an output, and the engine goes on.
-        """
-        with self._whole():
-            return self._step()
-
-    def _step(self) -> list[RequestOutput]:
-        self._recover()
-        self._begin_lanes()
-        passed = self._run()
-        if passed is None:
-            return self._take_failed()
-        step, logits = passed
-        with self._timeline.span("sample", step.lane):
-            result = self._sample(step, logits)
-        self._tell(step)
-        with self._timeline.span("commit", step.lane):
-            return self._commit(step, result) + self._take_failed()
-
-    def _begin_lanes(self) -> None:
-        """Each lane that has no step under way begins its next one."""
-        for lane in range(self._scheduler.num_lanes):
-            if lane in self._pipeline.under_way or not self._rpool.alive:
-                continue
-            began = time.monotonic()
-            with self._timeline.span("schedule", lane):
-                step = self._scheduler.schedule(lane)
-            if step is None:
-                continue
-            self._began[lane] = began
-            try:
-                self._pipeline.begin(step)
-            except RWorkerError as error:
-                self._recovery.note(error)
-                self._recover()
-        self._put_down()
-
-    def _run(self) -> tuple[Step, torch.Tensor] | None:
-        """The lane that is through next, and its logits; None if there is none, or an R-worker was lost on the way."""
-        if not self._pipeline.under_way:
-            return None
-        try:
-            return self._pipeline.run()
-        except RWorkerError as error:
-            self._recovery.note(error)
-        self._recover()
-        return None
+            self._requests.add(live)
 
     def add_r_worker(self, find: Callable[[int], RWorkerHandle]) -> None:
         """One more, found beside the steps under the number it will have; it is used once it is there."""
@@ -242,28 +176,109 @@ class Engine:
         An R-worker that is lost while it is told so is reported by the next `step`.
         """
         with self._whole():
-            self._abort(request_ids)
+            self._let_go(self._requests.forget(request_ids))
 
     def abort_all(self) -> None:
         """Whatever there is: also what somebody who was interrupted could not abort."""
         with self._whole():
-            self._abort(list(self._live))
+            self._let_go(self._requests.forget(self._requests.request_ids))
 
-    def _abort(self, request_ids: Iterable[str]) -> None:
-        sequences = []
-        for request_id in request_ids:
-            live = self._live.pop(request_id, None)
-            for continuation in live.continuations if live else ():
-                if self._forget(continuation.sequence.seq_id):
-                    sequences.append(continuation.sequence)
-        self._release(sequences)
-        if not self._live and self._pipeline.under_way:  # nobody is there whom the steps under way were for
+    def step(self) -> list[RequestOutput]:
+        """A step of one lane: a token for each of its running sequences; returns the requests that are finished now.
+
+        A lost R-worker costs its sequences' KV: they are computed again on the others, from prompt and output, and go
+        on with the same tokens.  While none is left and one may come back, a step is a short wait for it.  Raises
+        RWorkerError when none is left or comes back, and from then on always.  Broken off by anything else (Ctrl-C, out
+        of memory), it ends all requests without an output, and the engine goes on.
+        """
+        with self._whole():
+            return self._step()
+
+    def _step(self) -> list[RequestOutput]:
+        self._recover()
+        self._begin_lanes()
+        passed = self._run()
+        if passed is None:
+            return self._requests.take_failed()
+        step, logits = passed
+        with self._timeline.span("sample", step.lane):
+            result = self._sample(step, logits)
+        self._timeline.count("live KV tokens", sum(self._scheduler.kv_tokens))
+        self._records.tell(step)
+        with self._timeline.span("commit", step.lane):
+            return self._commit(step, result) + self._requests.take_failed()
+
+    def _begin_lanes(self) -> None:
+        """Each lane that has no step under way begins its next one."""
+        for lane in range(self._scheduler.num_lanes):
+            if lane in self._pipeline.under_way or not self._rpool.alive:
+                continue
+            began = time.monotonic()
+            with self._timeline.span("schedule", lane):
+                step = self._scheduler.schedule(lane)
+            if step is None:
+                continue
+            self._records.began[lane] = began
+            try:
+                self._pipeline.begin(step)
+            except RWorkerError as error:
+                self._recovery.note(error)
+                self._recover()
+        self._put_down()
+
+    def _run(self) -> tuple[Step, torch.Tensor] | None:
+        """The lane that is through next, and its logits; None if there is none, or an R-worker was lost on the way."""
+        if not self._pipeline.under_way:
+            return None
+        try:
+            return self._pipeline.run()
+        except RWorkerError as error:
+            self._recovery.note(error)
+        self._recover()
+        return None
+
+    def _sample(self, step: Step, logits: torch.Tensor) -> StepResult:
+        """logits: [num_sampled + num_scored, vocab]"""
+        num_sampled = len(step.sampled)
+        to_score = scoring_rows(step.scored, [self._scheduler.running(segment.seq_id) for segment in step.scored])
+        with self._sworker.inference():
+            return StepResult(
+                self._sworker.sample(logits[:num_sampled], sampling_rows(step, self._scheduler.running)),
+                self._sworker.score(logits[num_sampled:], to_score.token_ids, to_score.num_logprobs),
+            )
+
+    def _commit(self, step: Step, result: StepResult) -> list[RequestOutput]:
+        """Hands tokens to sequences, looks for ends, gives back what sequences held that are finished or failed."""
+        now, requests = time.monotonic(), self._requests
+        requests.note_prompts(step.prompts, result.scores, self._records.began[step.lane], now)
+        faults = self._faults.failures(step, result, requests.sequence)
+        heard = requests.hear(step.sampled, result.sampled)
+        finished = self._scheduler.commit(step, result.sampled.token_ids)
+        self._fail([*faults, *heard.failures])
+        finished += requests.stop_at_strings(heard.seq_ids)
+        if gone := requests.tell(dict.fromkeys([*heard.seq_ids, *(sequence.seq_id for sequence in finished)])):
+            self._let_go(gone)
+        finished = [sequence for sequence in finished if requests.sequence(sequence.seq_id)]  # others have failed
+        outputs = requests.finish(finished, now)
+        self._release(finished)
+        return outputs
+
+    def _recover(self) -> None:
+        """After losses.  Raises RWorkerError if no R-worker is left."""
+        homeless = self._recovery.run()
+        self._put_down()
+        self._fail(homeless)
+
+    def _fail(self, failures: Iterable[Failure]) -> None:
+        """Ends their requests, with all their samples."""
+        if gone := self._requests.fail(failures):
+            self._let_go(gone)
+
+    def _let_go(self, gone: list[Sequence]) -> None:
+        """After requests ended before their sequences were finished."""
+        self._release(gone)
+        if not self._requests and self._pipeline.under_way:  # nobody is there whom the steps under way were for
             self._forget_all()
-
-    def _forget(self, seq_id: int) -> bool:
-        """Whether it was known."""
-        self._heard.discard(seq_id)
-        return self._by_sequence.pop(seq_id, None) is not None
 
     def _release(self, sequences: list[Sequence]) -> None:
         """Gives back what sequences held, unless a step under way has rows of them: then after it.
@@ -278,38 +293,18 @@ class Engine:
         except RWorkerError as error:
             self._recovery.note(error, pairs(released))
 
-    @contextmanager
-    def _whole(self) -> Iterator[None]:
-        """Around whatever changes several things that have to agree with one another.
+    def _whole(self) -> AbstractContextManager[None]:
+        """Around whatever changes requests, schedule and R-workers: broken off, it ends all requests."""
+        return self._guard.whole(self._begin_anew)
 
-        An exception can come between any two of them (Ctrl-C).  So that something was begun is written first, and
-        unless it is ended all sequences are forgotten, here and on the R-workers, whose word for it is a barrier.
-        Interrupted in that, too, whoever calls next does it before anything else.
-        """
-        self._mend()
-        self._is_torn = True
-        try:
-            yield
-        except (RequestError, RWorkerError):  # which leave nothing half done
-            self._is_torn = False
-            raise
-        except GeneratorExit:  # interrupted in the `with` itself: nobody is in it, and whoever calls next mends
-            raise
-        except BaseException:
-            self._mend()
-            raise
-        self._is_torn = False
-
-    def _mend(self) -> None:
-        if not self._is_torn:
-            return
-        self._failed = []
+    def _begin_anew(self) -> None:
+        """After an exception between any two lines: the R-workers' word for it is a barrier."""
+        self._requests.take_failed()  # whoever would have got them has the exception
         self._forget_all()
-        self._is_torn = False
 
     def _forget_all(self) -> None:
         """All sequences, here and on the R-workers, and the steps under way."""
-        self._live, self._by_sequence, self._heard = {}, {}, set()
+        self._requests.forget_all()
         num_blocks = self._rpool.num_blocks
         self._scheduler.begin_anew(num_blocks, set(range(len(num_blocks))).difference(self._rpool.alive))
         self._recovery.rest()
@@ -324,144 +319,3 @@ class Engine:
             kv_load_limit=self.kv_load_limit,
             totals=self.totals.copy(),
         )
-
-    def _recover(self) -> None:
-        """After losses.  Raises RWorkerError if no R-worker is left."""
-        homeless = self._recovery.run()
-        self._put_down()
-        for sequence, error in homeless:
-            self._refuse(sequence, error)
-
-    def _refuse(self, sequence: Sequence, error: RWorkerError) -> None:
-        """No R-worker that is left has room for it."""
-        told = f"{error}; no other has room for {sequence.max_kv_tokens} tokens of KV"
-        self._fail(sequence, RequestError("worker_lost", told))
-
-    def _fail(self, sequence: Sequence, error: RequestError) -> None:
-        """Ends its request, with all its samples."""
-        live = self._live.get(sequence.request.request_id)
-        if live is None:
-            return  # another of its continuations came before
-        self._failed.append(failed_output(live, error))
-        self._abort([live.request.request_id])
-
-    def _take_failed(self) -> list[RequestOutput]:
-        taken, self._failed = self._failed, []
-        return taken
-
-    def _tell(self, step: Step) -> None:
-        self._timeline.count("live KV tokens", sum(self._scheduler.kv_tokens))
-        if self._on_step is None:
-            return
-        began, now = self._began[step.lane], time.monotonic()
-        self._first_step = began if self._first_step is None else self._first_step
-        elapsed_s, self._last_end = now - max(began, self._last_end), now
-        self._on_step(
-            make_record(
-                step,
-                begin_s=began - self._first_step,
-                seconds=now - began,
-                elapsed_s=elapsed_s,
-                num_running=self._scheduler.num_running,
-                num_waiting=self._scheduler.num_waiting,
-                kv_tokens=self._scheduler.kv_tokens,
-                lap=self._rpool.totals.lap(self._rpool.alive),
-            )
-        )
-
-    def _sample(self, step: Step, logits: torch.Tensor) -> StepResult:
-        """logits: [num_sampled + num_scored, vocab]"""
-        num_sampled = len(step.sampled)
-        to_score = scoring_rows(step.scored, [self._scheduler.running(segment.seq_id) for segment in step.scored])
-        with self._sworker.inference():
-            return StepResult(
-                self._sworker.sample(logits[:num_sampled], sampling_rows(step, self._scheduler.running)),
-                self._sworker.score(logits[num_sampled:], to_score.token_ids, to_score.num_logprobs),
-            )
-
-    def _commit(self, step: Step, result: StepResult) -> list[RequestOutput]:
-        """Hands tokens to sequences, looks for ends, gives back what finished sequences held."""
-        now, seq_ids = time.monotonic(), step.sampled
-        self._note_prompts(step, result, now)
-        failed = self._failures(step, result)
-        heard = [(row, seq_id) for row, seq_id in enumerate(seq_ids) if seq_id in self._heard] if self._heard else []
-        for row, seq_id in heard:
-            _, continuation = self._by_sequence[seq_id]
-            try:
-                continuation.take(int(result.sampled.token_ids[row]), result.sampled.logprobs[row])
-            except RequestError as why:
-                failed.append((continuation.sequence, why))
-        finished = self._scheduler.commit(step, result.sampled.token_ids)
-        for sequence, error in failed:
-            self._fail(sequence, error)
-        still_heard = [seq_id for _, seq_id in heard if seq_id in self._heard]  # others failed, or samples of theirs
-        finished += self._stop_at_strings(still_heard)
-        for seq_id in dict.fromkeys([*still_heard, *(sequence.seq_id for sequence in finished)]):
-            if seq_id in self._by_sequence:
-                self._tell_delta(*self._by_sequence[seq_id])
-        finished = [sequence for sequence in finished if sequence.seq_id in self._by_sequence]
-        outputs = []
-        for sequence in finished:
-            live, _ = self._by_sequence[sequence.seq_id]
-            self._forget(sequence.seq_id)
-            live.num_unfinished -= 1
-            if live.num_unfinished == 0:
-                del self._live[live.request.request_id]
-                outputs.append(finished_output(live, now, self._tokenizer))
-        self._release(finished)
-        return outputs
-
-    def _note_prompts(self, step: Step, result: StepResult, now: float) -> None:
-        """When each was begun and had its first token, and how likely its own tokens are."""
-        scores = iter(result.scores)
-        for segment in step.prompts:
-            known = self._by_sequence.get(segment.seq_id)
-            for position in segment.scored if segment.score_to else ():
-                score = next(scores)
-                if known:
-                    known[0].prompt_scores[position + 1] = score
-            if known:
-                known[0].first_scheduled = known[0].first_scheduled or self._began[step.lane]
-                if segment.is_sampled:
-                    known[0].first_token = known[0].first_token or now
-
-    def _tell_delta(self, live: LiveRequest, continuation: Continuation) -> None:
-        if live.on_delta is None:
-            return
-        try:
-            delta = next_delta(live, continuation, self._tokenizer)
-        except RequestError as error:
-            self._fail(continuation.sequence, error)
-        else:
-            live.on_delta(delta)
-
-    def _failures(self, step: Step, result: StepResult) -> list[tuple[Sequence, RequestError]]:
-        """Sequences whose logits are no distribution, or leave nothing that their request may take."""
-        faults: dict[int, RowFault] = {}
-        scores = iter(result.scores)
-        for segment in step.scored:
-            of_segment = [next(scores)[0].logprob for _ in segment.scored]
-            if any(map(math.isnan, of_segment)):
-                faults[segment.seq_id] = RowFault.NOT_FINITE
-        for row in np.flatnonzero(result.sampled.faults).tolist():
-            faults[step.sampled[row]] = RowFault(result.sampled.faults[row])
-        known = (
-            (self._by_sequence[seq_id][1], fault) for seq_id, fault in faults.items() if seq_id in self._by_sequence
-        )
-        return [(one.sequence, self._faults.explain(fault, one.sequence, step.number)) for one, fault in known]
-
-    def _stop_at_strings(self, seq_ids: Iterable[int]) -> list[Sequence]:
-        """Ends sequences whose text has come to a stop string; returns those that were not ended already."""
-        stopped = []
-        for seq_id in seq_ids:
-            _, continuation = self._by_sequence[seq_id]
-            sequence, match = continuation.sequence, continuation.stop_match
-            if match is None or sequence.finish_reason == "stop":
-                continue
-            if len(sequence.output_token_ids) < sequence.request.params.min_tokens:
-                continuation.stop_match = None  # too early to count
-                continue
-            if sequence.finish_reason is None:
-                stopped.append(sequence)
-            sequence.finish("stop", match.stop)
-        return stopped

@@ -21,7 +21,8 @@ from collections import deque
 from collections.abc import Iterable, Mapping
 
 from fastdecode.engine.pipeline import Pipeline
-from fastdecode.errors import RWorkerError
+from fastdecode.engine.requests import Failure
+from fastdecode.errors import RequestError, RWorkerError
 from fastdecode.holders.rpool import RPool
 from fastdecode.scheduling.request import Sequence
 from fastdecode.scheduling.scheduler import Scheduler
@@ -68,10 +69,10 @@ class Recovery:
         if not self._final:
             self._settle()
 
-    def run(self) -> list[tuple[Sequence, RWorkerError]]:
+    def run(self) -> list[Failure]:
         """Deals with what was noted, and lets in who has come back.
 
-        Returns sequences that fit on no R-worker any more, and on account of which loss.  Raises RWorkerError if none
+        Returns sequences that fit on no R-worker any more, with the loss that is to blame.  Raises RWorkerError if none
         is left or comes back, and from then on always.  Interrupted, it is begun anew by the next call; all sequences
         have to have ended by then, and `rest` be called.
         """
@@ -101,7 +102,7 @@ class Recovery:
         if self._is_checked or self._last_loss is None:
             return []
         self._is_checked = True
-        return [(sequence, self._last_loss) for sequence in self._scheduler.homeless()]
+        return [_no_room(sequence, self._last_loss) for sequence in self._scheduler.homeless()]
 
     def _settle(self) -> bool:
         """Whether all came to rest; who did not is lost, and noted."""
@@ -133,6 +134,11 @@ class Recovery:
             self._final = self._last_loss
             assert self._final, "a pool begins with R-workers"
             raise self._final
+
+
+def _no_room(sequence: Sequence, loss: RWorkerError) -> Failure:
+    why = f"{loss}; no other has room for {sequence.max_kv_tokens} tokens of KV"
+    return Failure(sequence, RequestError("worker_lost", why))
 
 
 def pairs(sequences: Mapping[int, Iterable[int]]) -> list[tuple[int, int]]:

@@ -5,8 +5,14 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections.abc import Callable
 
+import numpy as np
+
+from fastdecode.engine.requests import Failure
+from fastdecode.engine.sampling import StepResult
 from fastdecode.errors import RequestError
+from fastdecode.scheduling.plan import Step
 from fastdecode.scheduling.request import Sequence
 from gpu_sworker import RowFault
 
@@ -22,6 +28,22 @@ class RowFaults:
         self._dtype = dtype
         self._logged = -math.inf  # when, of the monotonic clock
         self._num_unlogged = 0
+
+    def failures(self, step: Step, result: StepResult, live: Callable[[int], Sequence | None]) -> list[Failure]:
+        """Sequences whose logits are no distribution, or leave nothing that their request may take.
+
+        live: seq_id -> sequence; None: nobody wants to know of it any more.
+        """
+        faults: dict[int, RowFault] = {}
+        scores = iter(result.scores)
+        for segment in step.scored:
+            of_segment = [next(scores)[0].logprob for _ in segment.scored]
+            if any(map(math.isnan, of_segment)):
+                faults[segment.seq_id] = RowFault.NOT_FINITE
+        for row in np.flatnonzero(result.sampled.faults).tolist():
+            faults[step.sampled[row]] = RowFault(result.sampled.faults[row])
+        found = ((live(seq_id), fault) for seq_id, fault in faults.items())
+        return [Failure(one, self.explain(fault, one, step.number)) for one, fault in found if one]
 
     def explain(self, fault: RowFault, sequence: Sequence, step: int) -> RequestError:
         """What the request of `sequence` is told; the model's faults are logged, too."""
