@@ -1,6 +1,6 @@
 """Bytes copied on the S-worker's side for each byte that goes to the R-workers and each byte of o: counted, not timed.
 
-    python bench/wire_copies.py [--out bench/results/wire_copies.json] [--label after]
+    python bench/wire_copies.py [--out bench/results/wire_copies.json] [--label after] [--model-type phi3]
 
     sent       q, k, v from the model's tensors to what the operating system, or the R-worker, is given
     received   o from where it arrived to the tensor that the model reads: rows of R-workers, of prompts, and padding
@@ -314,7 +314,10 @@ def main() -> None:
                         )
     records[args.label] = rows
     if args.out:
-        args.out.write_text(json.dumps(records, indent=1) + "\n")
+        of_labels = [
+            f"{json.dumps(label)}: [\n" + ",\n".join(map(json.dumps, of)) + "\n]" for label, of in records.items()
+        ]
+        args.out.write_text("{" + ",\n".join(of_labels) + "}\n")  # a line for each
 
 
 if __name__ == "__main__":
