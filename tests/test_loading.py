@@ -18,8 +18,9 @@ from tokenizers import models as token_models
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
-from fastdecode import LLM, SamplingParams, cli, tokenizer_loading
+from fastdecode import LLM, SamplingParams, cli
 from fastdecode.errors import ConfigError
+from fastdecode.text import loading
 from fastdecode.text.tokenizer import Tokenizer
 from gpu_sworker import (
     ModelNotFound,
@@ -397,7 +398,7 @@ def test_the_package_that_a_vocabulary_needs_is_named(
     content: bytes, installed: tuple[str, ...], reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """transformers tries one after the other and names the last one, tiktoken."""
-    monkeypatch.setattr(tokenizer_loading, "is_installed", lambda module: module in installed)
+    monkeypatch.setattr(loading, "is_installed", lambda module: module in installed)
     (tmp_path / "tokenizer.model").write_bytes(content)
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
@@ -424,4 +425,4 @@ def test_tokenizers_that_are_none(name: str, content: str, reason: str, tmp_path
 
 
 def test_packages_are_looked_for() -> None:
-    assert tokenizer_loading.is_installed("os.path") and not tokenizer_loading.is_installed("no_package.of_this_name")
+    assert loading.is_installed("os.path") and not loading.is_installed("no_package.of_this_name")
