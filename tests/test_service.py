@@ -163,7 +163,7 @@ def test_the_queue_is_no_longer_where_kv_is_short(llama: Case) -> None:
         options = {"num_r_workers": 1, "kv_cache_memory": "256KiB", "start_policy": "eager", "max_num_seqs": 64}
         async with serving(llama.directory, 5, skip_tokenizer_init=True, **options) as service:
             streams = [await service.submit([5 + i], LONG) for i in range(4)]
-            while not service.num_waiting:
+            while not (service.num_running and service.num_waiting):  # before the first step all wait, and none runs
                 await asyncio.sleep(0.001)
             with pytest.raises(RequestError, match="5 sequences wait already"):
                 for i in range(64):
