@@ -20,6 +20,7 @@ import pytest
 from conftest import quiet
 
 from fastdecode import LLM, SamplingParams
+from fastdecode.scheduling.request import Sequence
 from models import make_model
 from transport import (
     Admit,
@@ -164,14 +165,13 @@ def test_greedy_engine_on_a_full_worker(worker: Worker, tmp_path: Path) -> None:
 def _note_preemptions(llm: LLM) -> list[int]:
     """Grows by each sequence that is thrown out."""
     scheduler, found = llm._engine._scheduler, list[int]()
-    preempt = scheduler._preempt
+    put_back = scheduler._put_back
 
-    def noted() -> dict[int, list[int]]:
-        preempted = preempt()
-        found.extend(seq_id for seq_ids in preempted.values() for seq_id in seq_ids)
-        return preempted
+    def noted(sequence: Sequence) -> None:
+        found.append(sequence.seq_id)
+        put_back(sequence)
 
-    scheduler._preempt = noted  # type: ignore[method-assign]
+    scheduler._put_back = noted  # type: ignore[method-assign]
     return found
 
 
@@ -183,7 +183,7 @@ def test_no_memory_for_a_message(worker: Worker) -> None:
         begin(channel, 1, 0, 16_384, 16_384, step=1)
         worker.may_take(24)
         try:
-            reply = ask(channel, attend(16_384, 16_384, 0, 1, np.float16))  # 3 x 32 MiB, and as much in float32
+            reply = ask(channel, attend(16_384, 16_384, 0, 1, np.float32))  # 3 x 64 MiB, and o
             assert isinstance(reply, Failure) and "allocate" in reply.text, reply
         except PeerLost:
             pass  # ZeroMQ had no memory to read it, and hangs up
