@@ -64,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     policy.add_argument("--max-kv-load", type=int, help="KV tokens that a step may read; without it, what is held")
     policy.add_argument("--max-num-seqs", type=int, default=1024, help="sequences that run at most")
     policy.add_argument("--max-num-batched-tokens", type=int, default=4096, help="tokens of a step")
-    policy.add_argument("--micro-batches", type=int, default=2, help="that share a step")
+    policy.add_argument("--micro-batches", type=int, default=2, help="lanes that take turns")
     policy.add_argument("--block-tokens", type=int, default=16, help="tokens per KV block")
     policy.add_argument("--predictor", choices=PREDICTORS, default="learned", help="who tells output lengths")
     policy.add_argument("--accuracy", type=float, default=PUBLISHED_ACCURACY, help="of the noisy one")

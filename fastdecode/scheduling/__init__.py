@@ -4,5 +4,5 @@ scheduler ─┬─ waiting        who is first
            ├─ load_control   may it start now? ─┬─ kv_credits   does its KV fit, on which R-worker? ─┐
            │                                    └─ load         the load in the steps to come  ◄─────┘
            ├─ predictor      how long will it be
-           └─ compose        its step's tokens, dealt to micro-batches
+           └─ lane           sequences with steps of their own, as columns
 """
