@@ -4,7 +4,8 @@
 
 First R: the R-worker's attention for a micro-batch, beside an S-worker that takes no time.  Then S-blocks that take
 exactly that long, with 1, 2 and 3 lanes in turns.  With one, a step is S + R and the wire; with two it should be
-max(S, R) and nothing else, for what lies between two steps of a lane lies beside the R-workers' work for the other.  What the S-worker did while its device was idle is printed, in shares of 100 %.
+max(S, R) and nothing else, for what lies between two steps of a lane lies beside the R-workers' work for the other.
+What the S-worker did while its device was idle is printed, in shares of 100 %.
 """
 
 from __future__ import annotations
