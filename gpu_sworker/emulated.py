@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -166,6 +167,11 @@ class EmulatedTransfer:
 
 def _no_timer_slack() -> None:
     """For this thread: without it every sleep takes 80 us longer than asked for, with it 30."""
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "prctl"):
-        libc.prctl(_PR_SET_TIMERSLACK, 1, 0, 0, 0)
+    if prctl := _prctl():
+        prctl(_PR_SET_TIMERSLACK, 1, 0, 0, 0)
+
+
+@cache
+def _prctl() -> Callable[..., int] | None:
+    """None: this system has none."""
+    return getattr(ctypes.CDLL(None), "prctl", None)

@@ -209,13 +209,14 @@ def _require_columns(**columns: tuple[np.ndarray, str]) -> None:
     """All one-dimensional, of the given dtypes and of equal length."""
     length = None
     for name, (column, dtype) in columns.items():
-        _require(isinstance(column, np.ndarray), f"{name} is no array")
-        _require(
-            column.ndim == 1 and column.dtype.name == dtype,
-            f"{name} must be [n] {dtype}, not {column.shape} {column.dtype.name}",
-        )
+        # Some of each message: a text is made, and a dtype's name, only where it is needed.
+        if not isinstance(column, np.ndarray):
+            raise ValueError(f"{name} is no array")
+        if column.ndim != 1 or (column.dtype != DTYPES[dtype] and column.dtype.name != dtype):
+            raise ValueError(f"{name} must be [n] {dtype}, not {column.shape} {column.dtype.name}")
         length = len(column) if length is None else length
-        _require(len(column) == length, f"{name} has {len(column)} entries, not {length}")
+        if len(column) != length:
+            raise ValueError(f"{name} has {len(column)} entries, not {length}")
 
 
 def _require_floats(name: str, array: np.ndarray) -> None:

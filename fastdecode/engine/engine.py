@@ -239,7 +239,7 @@ class Engine:
 
     def _sample(self, step: Step, logits: torch.Tensor) -> StepResult:
         """logits: [num_sampled + num_scored, vocab]"""
-        num_sampled = len(step.sampled)
+        num_sampled = step.num_sampled
         to_score = scoring_rows(step.scored, [self._scheduler.running(segment.seq_id) for segment in step.scored])
         with self._sworker.inference():
             return StepResult(
@@ -252,7 +252,7 @@ class Engine:
         now, requests = time.monotonic(), self._requests
         requests.note_prompts(step.prompts, result.scores, self._records.began[step.lane], now)
         faults = self._faults.failures(step, result, requests.sequence)
-        heard = requests.hear(step.sampled, result.sampled)
+        heard = requests.hear(step, result.sampled)
         finished = self._scheduler.commit(step, result.sampled.token_ids)
         self._fail([*faults, *heard.failures])
         finished += requests.stop_at_strings(heard.seq_ids)

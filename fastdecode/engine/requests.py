@@ -17,7 +17,7 @@ from typing import NamedTuple
 from fastdecode.api.outputs import RequestOutput
 from fastdecode.engine.results import Continuation, LiveRequest, failed_output, finished_output, next_delta
 from fastdecode.errors import RequestError
-from fastdecode.scheduling.plan import Segment
+from fastdecode.scheduling.plan import Segment, Step
 from fastdecode.scheduling.request import Sequence
 from fastdecode.text.tokenizer import Tokenizer
 from gpu_sworker import Sampled, TokenLogprobs
@@ -115,12 +115,12 @@ class LiveRequests:
                 if segment.is_sampled:
                     known[0].first_token = known[0].first_token or now
 
-    def hear(self, seq_ids: abc.Sequence[int], sampled: Sampled) -> Heard:
-        """The new token of each, of which those that are watched take note.  To be called before sequences have it."""
+    def hear(self, step: Step, sampled: Sampled) -> Heard:
+        """Its new tokens, of which those that are watched take note.  To be called before sequences have it."""
         heard = Heard([], [])
         if not self._watched:
             return heard
-        for row, seq_id in enumerate(seq_ids):
+        for row, seq_id in enumerate(step.sampled):
             if seq_id not in self._watched:
                 continue
             heard.seq_ids.append(seq_id)

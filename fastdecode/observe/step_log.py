@@ -65,7 +65,7 @@ def round_record(
         num_waiting=num_waiting,
         num_preempted=sum(len(seq_ids) for step in steps for seq_ids in step.preempted.values()),
         kv_tokens=kv_tokens,
-        num_sampled=sum(len(step.sampled) for step in steps),
+        num_sampled=sum(step.num_sampled for step in steps),
     )
 
 
@@ -91,7 +91,7 @@ def make_record(
         num_waiting=num_waiting,
         num_preempted=sum(map(len, step.preempted.values())),
         kv_tokens=kv_tokens,
-        num_sampled=len(step.sampled),
+        num_sampled=step.num_sampled,
         wait_s=lap.wait_s,
         attention_s=lap.attention_s,
         lane=step.lane,

@@ -90,9 +90,10 @@ class KVCredits:
         workers, num_tokens: [n], of each running sequence.
         """
         blocks = -(-num_tokens // self._block_tokens)
-        for worker, account in enumerate(self._accounts):
-            own = workers == worker
-            account.held, account.tokens = int(blocks[own].sum()), int(num_tokens[own].sum())
+        num_workers = len(self._accounts)  # sums below are exact: float64 holds whole numbers up to 2^53
+        held, tokens = (np.bincount(workers, of_each, num_workers).astype(np.int64) for of_each in (blocks, num_tokens))
+        for account, of_blocks, of_tokens in zip(self._accounts, held.tolist(), tokens.tolist(), strict=True):
+            account.held, account.tokens = of_blocks, of_tokens
 
     def overdrawn(self) -> int | None:
         """An R-worker that would have to hold more in this step than it can."""

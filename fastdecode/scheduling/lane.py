@@ -22,11 +22,21 @@ from fastdecode.scheduling.request import Sequence
 _SEQ_ID, _R_WORKER, _POSITION, _TOKEN, _LIMIT, _EXPECTED, _PROMPT, _SEED, _RULES = range(9)  # the columns
 
 
+_FEW_ENDS = 8  # up to which each is looked for by itself: numpy's isin takes as long as ten comparisons
+_WORTH_A_SWAP = 0.05  # of a lane's KV on an R-worker
+
+
 class Held(NamedTuple):
     """KV tokens that sequences hold in their coming step, or in the one that is under way."""
 
     r_workers: np.ndarray  # [n] int64
     tokens: np.ndarray  # [n] int64
+
+    def per_worker(self, num_workers: int) -> tuple[np.ndarray, np.ndarray]:
+        """How many sequences, and tokens.  # [num_workers] int64 each"""
+        counts = np.bincount(self.r_workers, minlength=num_workers)
+        tokens = np.bincount(self.r_workers, self.tokens, num_workers)  # float64 holds such sums exactly
+        return counts, tokens.astype(np.int64)
 
 
 class Lane:
@@ -115,19 +125,22 @@ class Lane:
         """
         if not len(step.decodes):
             return []
-        order, columns = self._order, self._columns
-        outputs = self._outputs
-        for slot, token_id in zip(order.tolist(), token_ids.tolist(), strict=True):
-            outputs[slot].append(token_id)
-        columns[_POSITION, order] += 1
-        columns[_TOKEN, order] = token_ids
+        # By slot: those of a step under way are the first ones, and stay where they are.
+        columns = self._columns[:, : len(self._order)]
+        new, positions = columns[_TOKEN], columns[_POSITION]
+        new[self._order] = token_ids
+        positions += 1
+        for output, token_id in zip(self._outputs, new.tolist(), strict=False):
+            output.append(token_id)
+        is_due = (positions >= columns[_LIMIT]) | (positions >= columns[_EXPECTED])
         if self._any_end is None:
             self._any_end = np.array(sorted(frozenset().union(*self._ends)), np.int64)
-        positions = columns[_POSITION, order]
-        is_due = (positions >= columns[_LIMIT, order]) | (positions >= columns[_EXPECTED, order])
-        if len(self._any_end):
-            is_due |= np.isin(token_ids, self._any_end)
-        return [self._sequences[slot] for slot in order[is_due].tolist()]
+        if len(self._any_end) > _FEW_ENDS:
+            is_due |= np.isin(new, self._any_end)
+        else:
+            for end in self._any_end.tolist():
+                is_due |= new == end
+        return [self._sequences[slot] for slot in np.flatnonzero(is_due).tolist()]
 
     def prefilled(self, segment: Segment) -> Sequence:
         """A chunk's KV is there."""
@@ -152,20 +165,24 @@ class Lane:
         """
         own, others = self._decoding(), other._decoding()
         num_workers = 1 + int(max(own.r_workers.max(initial=0), others.r_workers.max(initial=0)))
-        counts = np.bincount(own.r_workers, minlength=num_workers)
-        differences = counts - np.bincount(others.r_workers, minlength=num_workers)
+        counts, tokens = own.per_worker(num_workers)
+        other_counts, other_tokens = others.per_worker(num_workers)
+        differences = counts - other_counts
         quotas = np.maximum(differences // 2, 0)
         missing = min((len(self) - len(other)) // 2, len(own.r_workers)) - int(quotas.sum())
-        for worker in np.argsort(quotas * 2 - differences, kind="stable").tolist():  # who has one more than the other
-            if missing > 0 and counts[worker] > quotas[worker]:
+        for worker in np.argsort(quotas * 2 - differences, kind="stable").tolist() if missing > 0 else ():
+            if missing > 0 and counts[worker] > quotas[worker]:  # first who has one more than the other
                 quotas[worker] += 1
                 missing -= 1
+        is_swap = (quotas == 0) & (differences == 0) & (tokens - other_tokens > 2 * _WORTH_A_SWAP * tokens)
         chosen: list[Sequence] = []
-        for worker in range(num_workers):
+        for worker in np.flatnonzero((quotas > 0) | is_swap).tolist():
             slots = np.flatnonzero(own.r_workers == worker)
             lengths, of_others = own.tokens[slots], others.tokens[others.r_workers == worker]
-            quota = min(int(quotas[worker]), most - len(chosen))
-            picked = _choose(lengths, of_others, quota)
+            if is_swap[worker]:
+                picked = _swap(lengths, of_others)
+            else:
+                picked = _neighbours(lengths, of_others, min(int(quotas[worker]), most - len(chosen)))
             chosen += [self._sequences[slot] for slot in slots[picked].tolist()][: most - len(chosen)]
         return chosen
 
@@ -228,25 +245,25 @@ def _position_of(sequence: Sequence, num_output_tokens: int) -> int:
     return len(sequence.request.prompt_token_ids) + num_output_tokens - 1
 
 
-def _choose(own: np.ndarray, others: np.ndarray, quota: int) -> abc.Sequence[int] | np.ndarray:
-    """Which of these to hand over, so that the KV of both comes out alike.
+def _neighbours(own: np.ndarray, others: np.ndarray, quota: int) -> np.ndarray:
+    """Which of these to hand over, so that the KV of both comes out alike.  # [quota]
 
     own, others: [n], [m] lengths on one R-worker.  Neighbours by length, whose sum is nearest to half the difference.
-    With none to hand over, one all the same if the other can give a shorter one back and they differ far less then.
     """
     excess = (int(own.sum()) - int(others.sum())) / 2
     order = np.argsort(own, kind="stable")
-    if quota:
-        sums = np.concatenate([[0], np.cumsum(own[order])])
-        first = int(np.argmin(np.abs(sums[quota:] - sums[:-quota] - excess)))
-        return order[first : first + quota]
-    if not len(others) or excess <= _WORTH_A_SWAP * own.sum() or len(own) != len(others):
-        return order[:0]
+    sums = np.concatenate([[0], np.cumsum(own[order])])
+    first = int(np.argmin(np.abs(sums[quota:] - sums[: len(sums) - quota] - excess)))
+    return order[first : first + quota]
+
+
+def _swap(own: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """One to hand over though both have as many, if the other can give a shorter one back and they differ far less
+    then; otherwise none.  own, others: [n] lengths on one R-worker.
+    """
+    excess = (int(own.sum()) - int(others.sum())) / 2
     theirs = np.sort(others)
     best = np.clip(np.searchsorted(theirs, own - excess), 0, len(theirs) - 1)  # of theirs, for each of ours
     left = np.abs(excess - (own - theirs[best]))
     longest = int(np.argmin(left))
-    return np.array([longest]) if left[longest] < excess / 2 else order[:0]
-
-
-_WORTH_A_SWAP = 0.05  # of a lane's KV on an R-worker
+    return np.array([longest] if left[longest] < excess / 2 else [], np.int64)

@@ -22,7 +22,7 @@ A sequence that finds nothing running starts in any case: what fits nowhere was 
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 
@@ -192,12 +192,15 @@ class RecentStarts:
 
     def __init__(self) -> None:
         self._predictions: deque[Prediction] = deque(maxlen=RECENT)
-        self._counted: dict[int, tuple[Prediction, int]] = {}  # by identity, how many of it are in the shares
+        self._changed: dict[int, tuple[Prediction, int]] = {}  # by identity, how many more than the shares have
         self._shares: dict[int, int] = {}  # length -> its weights together
         self._known: bool | None = True  # None: to be seen again
 
     def add(self, prediction: Prediction) -> None:
+        if len(self._predictions) == RECENT:
+            self._change(self._predictions[0], -1)
         self._predictions.append(prediction)
+        self._change(prediction, 1)
         self._known = None
 
     @property
@@ -209,17 +212,17 @@ class RecentStarts:
             self._known = _lie_together(lengths, weights / _SHARE, len(self._predictions))
         return self._known
 
+    def _change(self, prediction: Prediction, more: int) -> None:
+        _, before = self._changed.get(id(prediction), (prediction, 0))
+        self._changed[id(prediction)] = prediction, before + more
+
     def _count(self) -> None:
-        numbers = Counter(map(id, self._predictions))
-        counted = {id(prediction): (prediction, numbers[id(prediction)]) for prediction in self._predictions}
-        for key, (prediction, _) in (self._counted | counted).items():
-            _, before = self._counted.get(key, (prediction, 0))
-            more = numbers[key] - before
+        for prediction, more in self._changed.values():
             for length, weight in zip(prediction.lengths, prediction.weights, strict=True) if more else ():
                 self._shares[length] = self._shares.get(length, 0) + more * round(weight * _SHARE)
                 if not self._shares[length]:
                     del self._shares[length]
-        self._counted = counted
+        self._changed.clear()
 
 
 def are_alike(predictions: Collection[Prediction]) -> bool:

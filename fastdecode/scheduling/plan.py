@@ -153,6 +153,10 @@ class Step:
         """Those whose next token is wanted.  It is, of all decodes, whose rows come before theirs."""
         return tuple(segment for segment in self.prompts if segment.is_sampled)
 
+    @property
+    def num_sampled(self) -> int:
+        return len(self.decodes) + len(self.sampled_prompts)
+
     @cached_property
     def sampled(self) -> list[int]:
         """Sequences whose next token is wanted, in the order of their rows."""
