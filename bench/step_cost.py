@@ -110,7 +110,7 @@ class NoModel(EmulatedSWorker):
 class Rig:
     """An engine with everything but a model, kept full of sequences."""
 
-    def __init__(self, sequences: int, r_workers: int, params: dict[str, Any]) -> None:
+    def __init__(self, sequences: int, lanes: int, r_workers: int, params: dict[str, Any]) -> None:
         self._params, self._sequences = params, sequences
         self._random = np.random.default_rng(0)
         self._true_tokens: dict[str, int] = {}  # by request
@@ -120,7 +120,7 @@ class Rig:
             SchedulerConfig(
                 max_num_seqs=sequences,
                 max_num_batched_tokens=sequences + max(512, sequences),
-                num_lanes=2,
+                num_lanes=lanes,
                 block_tokens=BLOCK_TOKENS,
                 capacity_blocks=(sequences * (KV_TOKENS_EACH + BLOCK_TOKENS) // BLOCK_TOKENS // r_workers,) * r_workers,
             )
@@ -155,7 +155,7 @@ class Rig:
         """The parts of `Engine.step` for a step of each lane, without the layers between them."""
         self.fill()
         with self._measured("schedule"), self._starts_measured():
-            steps = [step for lane in range(2) if (step := self._scheduler.schedule(lane))]
+            steps = [step for lane in range(self._scheduler.num_lanes) if (step := self._scheduler.schedule(lane))]
         assert steps, "it is kept full"
         self.num_starts.append(sum(len(step.admissions) for step in steps))
         self.num_running = self._engine.num_running
@@ -237,7 +237,7 @@ class Cost:
 
 
 def measure(sequences: int, kind: str, args: argparse.Namespace) -> Cost:
-    rig = Rig(sequences, args.r_workers, KINDS[kind])
+    rig = Rig(sequences, args.lanes, args.r_workers, KINDS[kind])
     # Until lengths are learned, from some hundreds of ends.
     warm_up = args.warm_up if sequences > 256 else 4 * args.warm_up
     for _ in range(warm_up):
@@ -283,6 +283,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sequences", type=int, nargs="+", default=[64, 1024, 4096])
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--lanes", type=int, default=2, help="that share the sequences; the figures are of all lanes")
     parser.add_argument("--r-workers", type=int, default=2)
     parser.add_argument(
         "--steps",
@@ -309,7 +310,7 @@ def main() -> None:
                         print(_line(label, before))
             print(_line(args.label, cost), flush=True)
             if args.out:
-                settings = {name: getattr(args, name) for name in ("r_workers", "steps", "warm_up")}
+                settings = {name: getattr(args, name) for name in ("lanes", "r_workers", "steps", "warm_up")}
                 known[args.label] = {"machine": cpu_name(), "settings": settings, "results": found}
                 args.out.write_text(json.dumps(known, indent=1) + "\n")
 
