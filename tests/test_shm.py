@@ -91,6 +91,23 @@ def test_an_array_that_is_kept_stays_as_it_is(pair: tuple[Listener, Channel]) ->
         assert np.array_equal(array, LARGE)
 
 
+@pytest.mark.parametrize("passing", [3, 32, 150])
+def test_one_that_is_kept_while_others_pass_costs_so_much_and_no_more(
+    passing: int, pair: tuple[Listener, Channel]
+) -> None:
+    """Again and again: the ring grows until all of them find room, and not with every time."""
+    listener, channel = pair
+    num_bytes = 3 * align(LARGE.nbytes)
+    kept = None
+    for number in range(40 * passing):
+        channel.send(Attend(number, 0, 0, LARGE, LARGE, LARGE), timeout_s=5)
+        message = listener.recv(timeout_s=5).envelope.message
+        kept = message if number % passing == 0 else kept
+        del message
+    arena = channel._link._end._out  # type: ignore[attr-defined]
+    assert kept and arena.capacity <= max(1 << 20, 8 * passing * num_bytes)
+
+
 def test_what_was_checked_cannot_change(pair: tuple[Listener, Channel]) -> None:
     """Whole numbers say where kernels read and write: they are copied out of the memory that their sender can write."""
     listener, channel = pair

@@ -41,8 +41,8 @@ class WriteArena:
     What was placed and never sent, because an exception came between, is given back by what is sent after it.
     """
 
-    def __init__(self, capacity: int, number: int = 1) -> None:
-        """number: by which both sides call it."""
+    def __init__(self, capacity: int, number: int = 1, most_in_flight: int = 0) -> None:
+        """number: by which both sides call it; most_in_flight: bytes, of the one before it."""
         self.number = number
         self.capacity = -(-capacity // mmap.PAGESIZE) * mmap.PAGESIZE
         self.fd = os.memfd_create("fastdecode", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
@@ -56,6 +56,8 @@ class WriteArena:
         self._shared_consumed = np.frombuffer(memory, np.uint64, 1)
         self._data = np.frombuffer(memory, np.uint8, self.capacity, _HEADER)
         self._consumed = self._produced = 0
+        self._passed_over = 0, 0  # positions between which nothing lies, the last ones
+        self.most_in_flight = most_in_flight  # bytes, since the first arena
 
     @property
     def end(self) -> int:
@@ -71,18 +73,22 @@ class WriteArena:
     def place(self, num_bytes: int) -> int | None:
         """Position of so many aligned bytes in a row; None while there is no room.
 
-        As near to the front as may be: few messages in flight stay in few cache lines, however large the ring is.
+        As near to the front as may be: few messages in flight stay in few cache lines, however large the ring is.  But
+        not before what was in flight at most has room there: who holds one message while others pass does it again.
         """
         self._look()
         if self._consumed == self._produced:
             self._produced = self._consumed = self._next_turn(self._produced)
+        self.most_in_flight = max(self.most_in_flight, self._in_flight + num_bytes)
         start = self._produced % self.capacity
-        if start and (start + num_bytes > self.capacity or self._is_front_free(num_bytes)):
+        if start and (start + num_bytes > self.capacity or self._is_front_free()):
             position = self._next_turn(self._produced)
         else:
             position = self._produced
         if num_bytes > self.capacity or position + num_bytes > self._consumed + self.capacity:
             return None
+        if position > self._produced:
+            self._passed_over = self._produced, position
         self._produced = position + num_bytes
         return position
 
@@ -104,10 +110,18 @@ class WriteArena:
     def _next_turn(self, position: int) -> int:
         return -(-position // self.capacity) * self.capacity
 
-    def _is_front_free(self, num_bytes: int) -> bool:
-        """Whether there is room before what is in flight, and twice as much as that: it would soon be in the way."""
-        in_flight, in_front = self._produced - self._consumed, self._consumed % self.capacity
-        return in_front + in_flight <= self.capacity and in_front >= 2 * (in_flight + num_bytes)
+    @property
+    def _in_flight(self) -> int:
+        """Bytes."""
+        begin, end = self._passed_over
+        return self._produced - self._consumed - (end - begin if self._consumed <= begin else 0)
+
+    def _is_front_free(self) -> bool:
+        """Whether there is room for twice as much as ever was in flight before all that is: it would soon be in the
+        way.
+        """
+        in_front = self._consumed % self.capacity
+        return in_front + self._produced - self._consumed <= self.capacity and in_front >= 2 * self.most_in_flight
 
 
 class ReadArena:

@@ -136,7 +136,7 @@ class PacketSocket:
                 capacity = max(_MIN_ARENA_BYTES, 2 * num_bytes, min(2 * old.capacity, _MAX_ARENA_BYTES) if old else 0)
                 self._num_arenas += 1
                 try:
-                    self._out = WriteArena(capacity, self._num_arenas)
+                    self._out = WriteArena(capacity, self._num_arenas, old.most_in_flight if old else 0)
                 except MemoryError as error:
                     raise MessageTooLarge(f"a message of {num_bytes} bytes to {self.peer}: {error}") from error
                 if old:
