@@ -8,13 +8,11 @@ do not share anything.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 
 from cpu_attention.append import make_append
-from cpu_attention.job import Job
-from cpu_attention.layout import AttentionRule, HeadFormat
+from cpu_attention.job import Job, address
+from cpu_attention.layout import NUMBER_DTYPES, AttentionRule, HeadFormat
 from cpu_attention.state import State
 from cpu_attention.team import ALONE, Team
 from cpu_attention.vector import Shape, make_attend
@@ -35,9 +33,9 @@ def append(
     The tokens of a block come in order, the first one into place 0, but may come again from any place on: each takes
     nothing from what was there, and leaves nothing of it behind itself that attention would read.
     """
-    job, shares = Job(), [slice(0, len(k))]
-    uses = _describe_store(job, data, head), _describe_tokens(job, NewTokens(k, v, blocks, offsets), shares)
-    ALONE.run(make_append(head), job, len(shares), uses)
+    job = Job()
+    uses = _describe_store(job, data, head), _describe_tokens(job, NewTokens(k, v, blocks, offsets, [slice(0, len(k))]))
+    ALONE.run(make_append(head), job, 1, uses)
 
 
 def attend(
@@ -61,23 +59,22 @@ def attend(
     job = Job(num_rows=num_rows, num_q_heads=num_q_heads, scale=rule.scale, softcap=rule.softcap or 0.0)
     uses: list[object] = [_describe_store(job, data, head), state]
     if new is not None:
-        shares = [slice(row, row + 1) for row in range(num_rows)] if new.shares is None else new.shares
-        uses.append(_describe_tokens(job, new, shares))
+        uses.append(_describe_tokens(job, new))
         entry = make_append(head)
         if new.shares is None:
             assert len(new.k) == num_rows
             job.append_entry = entry.address
             uses.append(entry)
         else:
-            team.run(entry, job, len(shares), uses)
+            team.run(entry, job, len(new.shares), uses)
 
     def describe(name: str, array: np.ndarray, dtype: type) -> None:
         array = np.ascontiguousarray(array, dtype)
-        setattr(job, name, _address(array))
+        setattr(job, name, address(array))
         uses.append(array)
 
     rows = _strided(q)
-    job.q, job.q_wire, (job.q_row_bytes, job.q_head_bytes, _) = _address(rows), _wire(rows), rows.strides
+    job.q, job.q_wire, (job.q_row_bytes, job.q_head_bytes, _) = address(rows), _wire(rows), rows.strides
     uses.append(rows)
     describe("tables", block_tables, np.int32)
     job.max_blocks = block_tables.shape[1]
@@ -85,21 +82,19 @@ def attend(
         assert rule.sinks.shape == (num_q_heads,)
         describe("sinks", rule.sinks, np.float32)
     job.num_pieces, job.num_shares, job.num_parts = len(work.pieces), len(work.shares), work.num_parts
-    pieces = work.pieces
-    for name, column in (
-        ("rows", pieces.rows), ("begins", pieces.begins), ("ends", pieces.ends), ("places", work.places),
-        ("bounds", work.bounds),
-    ):  # fmt: skip
-        describe(name, column, np.int64)
+    for name, where in work.addresses.items():
+        setattr(job, name, where)
+    uses.append(work)
     for array, dtype in ((state.out, state.out.dtype), (state.maxima, np.float32), (state.sums, np.float32)):
         assert array.flags.c_contiguous and array.flags.writeable and array.dtype == dtype
-    job.out, job.out_wire = _address(state.out), _wire(state.out)
-    job.maxima, job.sums = _address(state.maxima), _address(state.sums)
-    parts = State.empty(work.num_parts, num_q_heads, head.stored_dim)
-    num_done = np.zeros(work.num_parts, np.int32)
-    job.parts, job.part_maxima, job.part_sums = _address(parts.out), _address(parts.maxima), _address(parts.sums)
-    job.num_done = _address(num_done)
-    uses += [parts, num_done]
+    job.out, job.out_wire = address(state.out), _wire(state.out)
+    job.maxima, job.sums = address(state.maxima), address(state.sums)
+    if work.num_parts:
+        parts = State.empty(work.num_parts, num_q_heads, head.stored_dim)
+        num_done = np.zeros(work.num_parts, np.int32)
+        job.parts, job.part_maxima, job.part_sums = address(parts.out), address(parts.maxima), address(parts.sums)
+        job.num_done = address(num_done)
+        uses += [parts, num_done]
     team.run(make_attend(shape), job, len(work.shares), uses)
 
 
@@ -115,19 +110,22 @@ def warm_up(head: HeadFormat, group: int, rule: AttentionRule) -> None:
 def _describe_store(job: Job, data: np.ndarray, head: HeadFormat) -> np.ndarray:
     """Returns what has to be kept, like the next one."""
     assert data.dtype == np.uint8 and data.shape[2] == head.nbytes and data.flags.c_contiguous and data.flags.writeable
-    job.data, job.data_bytes, job.num_kv_heads, job.head_dim = _address(data), data.nbytes, data.shape[1], head.head_dim
+    job.data, job.data_bytes, job.num_kv_heads, job.head_dim = address(data), data.nbytes, data.shape[1], head.head_dim
     return data
 
 
-def _describe_tokens(job: Job, new: NewTokens, shares: Sequence[slice]) -> tuple[np.ndarray, ...]:
+def _describe_tokens(job: Job, new: NewTokens) -> tuple[np.ndarray, ...]:
     k, v = _strided(new.k), _strided(new.v)
     assert k.shape == v.shape == (len(new.blocks), job.num_kv_heads, job.head_dim) and len(new.offsets) == len(k)
     blocks, offsets = (np.ascontiguousarray(column, np.int32) for column in (new.blocks, new.offsets))
-    bounds = np.array([*(share.start for share in shares), len(k)], np.int64)
-    job.k, job.k_wire, (job.k_token_bytes, job.k_head_bytes, _) = _address(k), _wire(k), k.strides
-    job.v, job.v_wire, (job.v_token_bytes, job.v_head_bytes, _) = _address(v), _wire(v), v.strides
-    job.num_tokens, job.blocks, job.offsets = len(k), _address(blocks), _address(offsets)
-    job.append_bounds, job.num_append_shares = _address(bounds), len(shares)
+    if new.shares is None:
+        bounds = np.arange(len(k) + 1)
+    else:
+        bounds = np.array([*(share.start for share in new.shares), len(k)], np.int64)
+    job.k, job.k_wire, (job.k_token_bytes, job.k_head_bytes, _) = address(k), _wire(k), k.strides
+    job.v, job.v_wire, (job.v_token_bytes, job.v_head_bytes, _) = address(v), _wire(v), v.strides
+    job.num_tokens, job.blocks, job.offsets = len(k), address(blocks), address(offsets)
+    job.append_bounds, job.num_append_shares = address(bounds), len(bounds) - 1
     return k, v, blocks, offsets, bounds
 
 
@@ -138,10 +136,10 @@ def _strided(array: np.ndarray) -> np.ndarray:
 
 
 def _wire(array: np.ndarray) -> int:
-    if array.dtype.name not in WIRES or not array.dtype.isnative:
+    number = _WIRES.get(array.dtype)
+    if number is None:
         raise ValueError(f"numbers of {array.dtype}; they may be {', '.join(WIRES)}")
-    return WIRES[array.dtype.name]
+    return number
 
 
-def _address(array: np.ndarray) -> int:
-    return int(array.__array_interface__["data"][0])
+_WIRES = {NUMBER_DTYPES[name]: number for name, number in WIRES.items()}  # a dtype's `name` is made anew at every use

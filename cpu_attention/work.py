@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from cpu_attention.job import address
 from cpu_attention.state import Pieces
 
 _SNAP = 16  # a cut moves to the end of a row that is nearer than this part of a share
@@ -49,7 +50,22 @@ class Work:
         same = rows[1:] == rows[:-1]
         return np.cumsum(np.append(same, False) | np.append(False, same)) - 1
 
-    @property
+    @cached_property
+    def columns(self) -> dict[str, np.ndarray]:
+        """What compiled code goes by, each contiguous int64, by its name in `job.Job`: for all layers made once."""
+        pieces = self.pieces
+        columns = {
+            "rows": pieces.rows, "begins": pieces.begins, "ends": pieces.ends, "places": self.places,
+            "bounds": self.bounds,
+        }  # fmt: skip
+        return {name: np.ascontiguousarray(column, np.int64) for name, column in columns.items()}
+
+    @cached_property
+    def addresses(self) -> dict[str, int]:
+        """Where the columns lie, as long as this does."""
+        return {name: address(column) for name, column in self.columns.items()}
+
+    @cached_property
     def num_parts(self) -> int:
         """Pieces of rows that were cut."""
         return len(self.split_rows) + len(np.unique(self.split_rows))
