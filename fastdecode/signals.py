@@ -1,7 +1,7 @@
 """The signals that end a program, and the one way in which every command ends by them.
 
 SIGINT, SIGTERM, SIGHUP ─► KeyboardInterrupt in the main thread ─► what was begun unwinds ─► exit code 128 + number
-    swallowed, by a __del__ or foreign code that catches everything ─► once more, a moment later
+    swallowed, by a __del__ or foreign code that catches everything ─► once more, until it is heard
     once more, meanwhile ─► again; a clean-up that this broke off is gone on with at the interpreter's end
     once all has unwound ─► ignored: what is left to do takes no time, and is to be done
 
@@ -27,6 +27,8 @@ from typing import Any, NoReturn
 _Handler = Any  # of `signal.signal`: a function, SIG_DFL or SIG_IGN
 _SOON_S = 0.05
 _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_num_programs = 0  # that ran in this process
+_num_heard = 0  # signals that the main thread was told of
 
 
 class StoppedBySignal(KeyboardInterrupt):
@@ -44,6 +46,8 @@ def run_program(action: Callable[[], int], *, is_last: bool) -> int:
 
     is_last: the process ends after it; otherwise handlers are then what they were.
     """
+    global _num_programs
+    _num_programs += 1
     before, hook = _handlers(), sys.unraisablehook
     sys.unraisablehook = _all_but_swallowed_stops
     _unwind_by(before)
@@ -118,22 +122,29 @@ def _set(handlers: Mapping[signal.Signals, _Handler]) -> None:
 
 
 def _unwind(number: int, frame: FrameType | None) -> NoReturn:
+    global _num_heard
+    _num_heard += 1
     stop = StoppedBySignal(number)
     # Not by `threading`, of whose locks this thread may be holding one.
     with suppress(RuntimeError):  # the interpreter ends
-        _thread.start_new_thread(_again_if_swallowed, (number, weakref.ref(stop)))
+        _thread.start_new_thread(_again_if_swallowed, (number, weakref.ref(stop), _num_programs))
     try:
         raise stop
     finally:
         del stop  # which this frame would hold, and the exception this frame
 
 
-def _again_if_swallowed(number: int, stop: weakref.ref[StoppedBySignal]) -> None:
-    """Who unwinds holds the exception; once nobody does, all has unwound, or it has been caught on the way."""
+def _again_if_swallowed(number: int, stop: weakref.ref[StoppedBySignal], program: int) -> None:
+    """Who unwinds holds the exception; once nobody does, all has unwound, or it has been caught on the way.
+
+    program: which of this process's it was.
+    """
     while stop() is not None:
         time.sleep(_SOON_S)
-    if signal.getsignal(number) is _unwind:
+    before = _num_heard
+    while _num_heard == before and signal.getsignal(number) is _unwind and _num_programs == program:
         os.kill(os.getpid(), number)
+        time.sleep(_SOON_S)  # one that comes just before the main thread goes to sleep is noted, and wakes nobody
 
 
 def _all_but_swallowed_stops(found: sys.UnraisableHookArgs) -> None:

@@ -234,7 +234,7 @@ def test_the_line_of_activity() -> None:
 
 def test_mpirun(mpirun: list[str], demo_model: Path) -> None:
     """Rank 0 serves, the others are its R-workers; a signal to rank 0 ends the job in order."""
-    arguments = [demo_model, "--transport", "mpi", "--kv-cache-memory", "64MiB"]
+    arguments = [demo_model, "--transport", "mpi", "--kv-cache-memory", "64MiB", "--shutdown-timeout", "120"]
     with ServerProcess(*arguments, launcher=[*mpirun, "-n", "3"]) as server:
         server.ready()
         answer = httpx.post(server.url + "/v1/completions", json={**LONG, "max_tokens": 20}, timeout=60).json()
