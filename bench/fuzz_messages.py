@@ -12,6 +12,7 @@ from typing import Any
 
 import msgspec
 import numpy as np
+from msgspec import structs
 
 from transport import (
     DTYPES,
@@ -21,6 +22,7 @@ from transport import (
     Attended,
     Codec,
     Failure,
+    Fork,
     Goodbye,
     Hello,
     LayerSpec,
@@ -54,7 +56,7 @@ class Maker:
         self._kinds: tuple[Callable[[], Message], ...] = (
             self.hello, self._welcome, self.admit, self.step, self.attend, self._attended,
             lambda: Release(self._ids(self._few())), self._rewind, lambda: Ping(self._count()),
-            lambda: Pong(self._count()), lambda: Goodbye(self.random.random() < 0.5),
+            self._fork, lambda: Pong(self._count()), lambda: Goodbye(self.random.random() < 0.5),
             lambda: Failure("Busy", "x" * self.random.randrange(50)),
         )  # fmt: skip
 
@@ -94,8 +96,10 @@ class Maker:
         return Admit(self._ids(count), self._ints(count))
 
     def step(self) -> Rows:
-        count = self._few()
-        return Rows(self._count(), self._index(), self._ids(count), *(self._ints(count) for _ in range(3)))
+        count, r = self._few(), self.random
+        rows = Rows(self._count(), self._index(), self._ids(count), *(self._ints(count) for _ in range(3)))
+        query_starts = self._ints(count) if r.random() < 0.3 else None
+        return structs.replace(rows, query_starts=query_starts, is_partial=r.random() < 0.3)
 
     def attend(self) -> Attend:
         rows, dim, dtype = self._few(), self.random.choice((1, 16, 24)), self.random.choice(FLOAT_DTYPES)
@@ -121,6 +125,10 @@ class Maker:
 
     def _attended(self) -> Attended:
         return Attended(self._count(), self._index(), self._index(), self.floats((self._few(), 2, 16)))
+
+    def _fork(self) -> Fork:
+        count = self._few()
+        return Fork(self._ids(count), self._ids(count), self._ints(count))
 
     def _rewind(self) -> Rewind:
         count = self._few()

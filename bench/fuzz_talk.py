@@ -7,7 +7,7 @@ from collections import deque
 import numpy as np
 
 from bench.fuzz_messages import SPECS, Frames, Maker
-from transport import Admit, Attend, Goodbye, Hello, Message, Ping, Release, Rewind, Rows
+from transport import Admit, Attend, Fork, Goodbye, Hello, Message, Ping, Release, Rewind, Rows
 
 _MOST_TOKENS = 131_072  # of a sequence; what 64 MiB hold of these layers
 _SEQUENCES = 8
@@ -47,7 +47,8 @@ class Talk:
 
     def _go_on(self) -> Message:
         r, stored = self._maker.random, self._stored
-        kind = r.choice(("admit", "step", "step", "step", "step", "release", "rewind", "ping", "goodbye", "greed"))
+        kinds = ("admit", "step", "step", "step", "step", "fork", "release", "rewind", "ping", "goodbye", "greed")
+        kind = r.choice(kinds)
         if kind == "admit" or not stored:
             new = [seq_id for seq_id in range(_SEQUENCES) if seq_id not in stored][: r.randint(1, 3)] or [0]
             stored |= dict.fromkeys(new, 0)
@@ -56,6 +57,8 @@ class Talk:
         match kind:
             case "step":
                 return self._begin_step(chosen)
+            case "fork":
+                return self._fork(chosen)
             case "release":
                 for seq_id in chosen:
                     del stored[seq_id]
@@ -73,8 +76,9 @@ class Talk:
     def _begin_step(self, chosen: list[int]) -> Message:
         r, maker = self._maker.random, self._maker
         is_decode = r.random() < 0.6
-        counts = [1 if is_decode else r.choice((1, 2, 17, 300)) for _ in chosen]
-        queries = [1 if is_decode else r.randint(0, count) for count in counts]
+        counts = [1 if is_decode else r.choice((0, 1, 2, 17, 300)) for _ in chosen]
+        queries = [1 if is_decode else r.randint(count == 0, count or 2) for count in counts]
+        query_starts = _ints([r.choice((0, 1, 40, 700)) for _ in chosen]) if r.random() < 0.2 else None
         starts = [self._stored[seq_id] for seq_id in chosen]
         self._stored |= {seq_id: start + n for seq_id, start, n in zip(chosen, starts, counts, strict=True)}
         self._step += 1
@@ -84,7 +88,19 @@ class Talk:
                 k, v = (maker.floats((sum(counts), spec.num_kv_heads, spec.head_dim)) for _ in "kv")
                 q = maker.floats((sum(queries), spec.num_q_heads, spec.head_dim))
                 self._due.append(Attend(self._step, micro_batch, layer, q, k, v))
-        return Rows(self._step, micro_batch, _ids(chosen), _ints(starts), _ints(counts), _ints(queries))
+        columns = _ids(chosen), _ints(starts), _ints(counts), _ints(queries), query_starts
+        return Rows(self._step, micro_batch, *columns, is_partial=r.random() < 0.3)
+
+    def _fork(self, parents: list[int]) -> Message:
+        """New ones begin with tokens of these."""
+        r, stored = self._maker.random, self._stored
+        children = [seq_id for seq_id in range(_SEQUENCES, 2 * _SEQUENCES) if seq_id not in stored]
+        parents = parents[: min(3, len(children))]
+        children = children[: len(parents)]
+        counts = [r.choice((stored[parent], r.randint(0, stored[parent]))) for parent in parents]
+        stored |= dict(zip(children, counts, strict=True))
+        self._due.append(Fork(_ids(children), _ids(parents), _ints(counts)))
+        return Admit(_ids(children), _ints([4000] * len(children)))
 
     def _ask_for_much(self) -> Message:
         """Small messages that ask for a lot of memory."""

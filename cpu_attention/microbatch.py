@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 
@@ -15,6 +16,7 @@ from cpu_attention.errors import BadRequest
 from cpu_attention.kvstore import KVStore
 from cpu_attention.machine import format_bytes
 from cpu_attention.multicore import Attention
+from transport import Rows
 
 # All steps that are begun may take so much, and this part of the KV.  A step of 4096 sequences, one of them with
 # 250,000 tokens, takes 64 MiB.
@@ -30,7 +32,15 @@ class NewRows:
     seq_ids: np.ndarray  # [n] int64
     starts: np.ndarray  # [n] int32
     num_tokens: np.ndarray  # [n] int32
-    num_queries: np.ndarray  # [n] int32, the last ones of the tokens
+    num_queries: np.ndarray  # [n] int32
+    query_starts: np.ndarray  # [n] int64, position of the first query
+
+    @classmethod
+    def of(cls, message: Rows) -> Self:
+        starts = message.query_starts
+        if starts is None:
+            starts = message.starts + message.num_tokens.astype(np.int64) - message.num_queries
+        return cls(message.seq_ids, message.starts, message.num_tokens, message.num_queries, starts.astype(np.int64))
 
     def num_bytes(self, store: KVStore, num_windows: int) -> int:
         """What a micro-batch of them takes, about."""
@@ -45,24 +55,40 @@ class MicroBatch:
     """T, A: tokens and queries, see `transport.messages`."""
 
     def __init__(
-        self, step: int, new: NewRows, store: KVStore, attention: Attention, windows: set[int | None], num_bytes: int
+        self,
+        step: int,
+        new: NewRows,
+        store: KVStore,
+        attention: Attention,
+        windows: set[int | None],
+        num_bytes: int,
+        *,
+        is_partial: bool = False,
     ) -> None:
-        """The store has room for the new tokens already."""
+        """The store has room for the new tokens already.  Raises BadRequest if a query sees nothing, unless partial."""
         block_tokens = store.layout.block_tokens
-        self.step, self.num_bytes, self.next_layer = step, num_bytes, 0
-        self.seq_ids = frozenset(new.seq_ids.tolist())
+        self.step, self.num_bytes, self.next_layer, self.is_partial = step, num_bytes, 0, is_partial
+        self._starts = dict(zip(new.seq_ids.tolist(), new.starts.tolist(), strict=True))
+        self.seq_ids = self._starts.keys()
         tables = store.block_tables(new.seq_ids.tolist())
         rows, token_positions = np.arange(len(tables)), _ranges(new.starts, new.num_tokens)
-        positions = _ranges(new.starts + new.num_tokens - new.num_queries, new.num_queries)
+        positions = _ranges(new.query_starts, new.num_queries)
+        totals = np.repeat(new.starts.astype(np.int64) + new.num_tokens, new.num_queries)
         # Where each token's K and V go: [T] int32 each.
         self.blocks = tables[np.repeat(rows, new.num_tokens), token_positions // block_tokens]
         self.offsets = token_positions % block_tokens
         # Which of them a thread stores; None: one token and one query for each sequence, see `NewTokens`.
-        is_decode = bool((new.num_tokens == 1).all() and (new.num_queries == 1).all())
-        self.append_shares = None if is_decode else attention.cut_append(self.blocks)
+        is_plain = (new.num_tokens == 1) & (new.num_queries == 1) & (new.query_starts == new.starts)
+        self.append_shares = None if is_plain.all() else attention.cut_append(self.blocks)
         self.block_tables = tables[np.repeat(rows, new.num_queries)]  # [A, max_blocks] int32
         # By window, the queries' attention in shares.
-        self.works = {window: attention.cut(positions, window, block_tokens) for window in windows}
+        self.works = {window: attention.cut(positions, window, block_tokens, totals) for window in windows}
+        if not is_partial and any(len(work.rows_of_nothing) for work in self.works.values()):
+            raise BadRequest("a query sees none of the tokens that are here, and its answer is not to be merged")
+
+    def start(self, seq_id: int) -> int:
+        """How many tokens the sequence had before."""
+        return self._starts[seq_id]
 
 
 def check_room(store: KVStore, num_bytes: int, begun: Iterable[MicroBatch]) -> None:
@@ -77,7 +103,7 @@ def check_room(store: KVStore, num_bytes: int, begun: Iterable[MicroBatch]) -> N
 
 
 def _ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """starts [n], counts [n] -> [sum of counts] int32: each start, start + 1, ... behind one another."""
+    """starts [n], counts [n] -> [sum of counts], like starts: each start, start + 1, ... behind one another."""
     ends = np.cumsum(counts)
     within = np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - counts, counts)
-    return (np.repeat(starts, counts) + within).astype(np.int32)
+    return (np.repeat(starts, counts) + within).astype(starts.dtype)

@@ -55,10 +55,18 @@ class Attention:
         if self._kernel is compiled:
             self._team.start()
 
-    def cut(self, positions: np.ndarray, window: int | None, block_tokens: int) -> Work:
-        """Work for `attend`: row r attends to keys 0..positions[r], or to the last `window` of them."""
+    def cut(
+        self, positions: np.ndarray, window: int | None, block_tokens: int, totals: np.ndarray | None = None
+    ) -> Work:
+        """Work for `attend`: row r attends to keys 0..positions[r], or to the last `window` of them.
+
+        totals: [num_rows], how many keys there are, which may be fewer; None: up to every row's position.
+        """
         ends = positions.astype(np.int64) + 1
         begins = np.zeros_like(ends) if window is None else np.maximum(ends - window, 0)
+        if totals is not None:
+            ends = np.minimum(ends, totals)
+            begins = np.minimum(begins, ends)
         shares = self._num_threads * _SHARES_PER_THREAD if self._num_threads > 1 else 1
         return cut_work(begins, ends, shares, block_tokens)
 
@@ -77,8 +85,8 @@ class Attention:
         new: NewTokens | None = None,  # stored before
     ) -> np.ndarray:
         """softmax(q·K)·V of each row over its own sequence.  # like q"""
-        num_rows, num_q_heads, head_dim = q.shape
-        state = State.empty(num_rows, num_q_heads, head_dim, q.dtype)
+        assert not len(work.rows_of_nothing), "softmax over nothing"
+        state = self._empty(q)
         self._kernel.attend(q, data, head, block_tables, work, rule, state, new, self._team)
         return state.out
 
@@ -93,9 +101,15 @@ class Attention:
         new: NewTokens | None = None,
     ) -> State:
         """As `attend`, but can be merged with the same queries' attention over other keys.  Sinks are not in it."""
-        state = State.empty(*q.shape)
+        state = self._empty(q)
         self._kernel.attend(q, data, head, block_tables, work, replace(rule, sinks=None), state, new, self._team)
+        if len(nothing := work.rows_of_nothing):
+            state.out[nothing], state.maxima[nothing], state.sums[nothing] = 0, -np.inf, 0
         return state
+
+    def _empty(self, q: np.ndarray) -> State:
+        num_rows, num_q_heads, head_dim = q.shape
+        return State.empty(num_rows, num_q_heads, head_dim, q.dtype)
 
     def close(self) -> None:
         self._team.close()

@@ -3,15 +3,15 @@
     state             takes                              to
     ───────────────   ────────────────────────────────   ─────────────────────────────
     no session        Hello                              in session (a KV store exists)
-    in session        Admit, Rows, Release, Rewind, Ping in session
+    in session        Admit, Fork, Rows, Release,        in session
+                      Rewind, Ping
       per micro-batch   Rows → Attend 0 → Attend 1 → …    one Attended each; layers in order; without queries one
                                                           at the end
     in session        Goodbye                            no session (the store is dropped)
 
 Everything else is answered with a Failure and changes nothing; but a Hello that fails leaves no session.
-A message without an answer (Admit, Rows, Release, Rewind, an Attend without queries) fails at the next Attend that has
-one.  What reaches a kernel has been
-checked here or in the message itself: numba would not.
+A message without an answer (Admit, Fork, Rows, Release, Rewind, an Attend without queries) fails at the next Attend
+that has one.  What reaches a kernel has been checked here or in the message itself: numba would not.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from cpu_attention.layout import AttentionRule, KVLayout, LayerShape
 from cpu_attention.machine import available_memory_bytes, format_bytes
 from cpu_attention.microbatch import MAX_WINDOWS, MicroBatch, NewRows, check_room
 from cpu_attention.multicore import Attention, Kernel
+from cpu_attention.state import log_sum_exp
 from cpu_attention.warm_kernels import WarmKernels
 from cpu_attention.work import NewTokens
 from transport import (
@@ -38,6 +39,7 @@ from transport import (
     Attend,
     Attended,
     Failure,
+    Fork,
     Goodbye,
     Hello,
     LayerSpec,
@@ -54,7 +56,7 @@ from transport import (
 logger = logging.getLogger(__name__)
 
 
-_UNANSWERED = (Admit, Rows, Release, Rewind, Goodbye)
+_UNANSWERED = (Admit, Fork, Rows, Release, Rewind, Goodbye)
 
 
 @dataclass
@@ -136,6 +138,8 @@ class RWorker:
                 self._begin_micro_batch(session, message)
             case Admit():
                 self._admit(session.store, message)
+            case Fork():
+                self._fork(session, message)
             case Release():
                 self._release(session, message)
             case Rewind():
@@ -204,6 +208,16 @@ class RWorker:
                 store.release(seq_id)
             raise
 
+    def _fork(self, session: _Session, message: Fork) -> None:
+        """All of them or none."""
+        _check_count(session.store, message.children)
+        parents, num_tokens = message.parents.tolist(), message.num_tokens.tolist()
+        for parent, count in zip(parents, num_tokens, strict=True):
+            for batch in session.micro_batches.values():
+                if parent in batch.seq_ids and count > batch.start(parent):
+                    raise BadRequest(f"the last of {count} tokens of sequence {parent} are still on their way")
+        session.store.fork(message.children.tolist(), parents, num_tokens)
+
     def _release(self, session: _Session, message: Release) -> None:
         _check_count(session.store, message.seq_ids)
         seq_ids = message.seq_ids.tolist()
@@ -232,32 +246,33 @@ class RWorker:
         # A failure below leaves no half-begun micro-batch to attend to.
         session.micro_batches.pop(message.micro_batch, None)
         _check_count(store, message.seq_ids)
+        windows = {rule.window for rule in session.rules}
+        new = NewRows.of(message)
         rows = list(
             zip(
                 message.seq_ids.tolist(),
                 message.starts.tolist(),
                 message.num_tokens.tolist(),
                 message.num_queries.tolist(),
+                new.query_starts.tolist(),
                 strict=True,
             )
         )
         if len({seq_id for seq_id, *_ in rows}) != len(rows):
             raise BadRequest("a sequence comes twice in one micro-batch")
-        for seq_id, start, num_tokens, num_queries in rows:
+        for seq_id, start, num_tokens, num_queries, query_start in rows:
             stored = store.num_tokens(seq_id)
-            if start != stored or num_tokens < 1 or not 0 <= num_queries <= num_tokens:
+            if start != stored or min(num_tokens, num_queries, query_start) < 0 or num_tokens + num_queries < 1:
                 raise BadRequest(
                     f"sequence {seq_id} holds {stored} tokens; cannot append {num_tokens} at {start} "
-                    f"with {num_queries} queries"
+                    f"with {num_queries} queries at {query_start}"
                 )
-        windows = {rule.window for rule in session.rules}
-        new = NewRows(message.seq_ids, message.starts, message.num_tokens, message.num_queries)
         num_bytes = new.num_bytes(store, len(windows))
         check_room(store, num_bytes, session.micro_batches.values())
-        store.extend({seq_id: num_tokens for seq_id, _, num_tokens, _ in rows})
+        store.extend({seq_id: num_tokens for seq_id, _, num_tokens, *_ in rows})
         try:
             session.micro_batches[message.micro_batch] = MicroBatch(
-                message.step, new, store, self._attention, windows, num_bytes
+                message.step, new, store, self._attention, windows, num_bytes, is_partial=message.is_partial
             )
         except BaseException:  # no memory, say
             for seq_id, start, *_ in rows:
@@ -279,11 +294,17 @@ class RWorker:
             )
         data, head, rule = session.store.data[layer], session.store.layout.heads[layer], session.rules[layer]
         new = NewTokens(message.k, message.v, batch.blocks, batch.offsets, batch.append_shares)
-        out = self._attention.attend(message.q, data, head, batch.block_tables, batch.works[rule.window], rule, new)
+        what = message.q, data, head, batch.block_tables, batch.works[rule.window], rule, new
+        lse = None
+        if batch.is_partial:
+            state = self._attention.attend_part(*what)
+            out, lse = state.out, log_sum_exp(state)
+        else:
+            out = self._attention.attend(*what)
         batch.next_layer += 1
         if batch.next_layer == len(session.layers):
             del session.micro_batches[message.micro_batch]
-        return Attended(message.step, message.micro_batch, layer, out)
+        return Attended(message.step, message.micro_batch, layer, out, lse=lse)
 
 
 def _drop_micro_batches(session: _Session, seq_ids: Collection[int]) -> None:

@@ -55,6 +55,12 @@ class State:
         return len(self.out)
 
 
+def log_sum_exp(state: State) -> np.ndarray:
+    """Of the scores; -inf where there were none.  # [num_slots, num_q_heads] float32"""
+    with np.errstate(divide="ignore"):
+        return state.maxima + np.log(state.sums)
+
+
 def merge(a: State, b: State) -> State:
     """The attention of each slot over the keys of both."""
     maxima = np.maximum(a.maxima, b.maxima)

@@ -34,6 +34,13 @@ class Work:
     shares: tuple[slice, ...]  # of pieces
     split_rows: np.ndarray  # [num_slots - num_rows] int64: the row whose part each further slot holds
 
+    @cached_property
+    def rows_of_nothing(self) -> np.ndarray:
+        """That see no key at all.  # [n] int64"""
+        has_keys = np.zeros(self.num_rows, np.bool_)
+        has_keys[self.pieces.rows] = True
+        return np.flatnonzero(~has_keys)
+
     @property
     def num_slots(self) -> int:
         return self.num_rows + len(self.split_rows)
@@ -84,7 +91,7 @@ class NewTokens(NamedTuple):
 
 
 def cut_work(begins: np.ndarray, ends: np.ndarray, num_shares: int, block_tokens: int) -> Work:
-    """Row r attends to tokens begins[r] to ends[r]; # [num_rows] int64 each, ends > begins.
+    """Row r attends to tokens begins[r] to ends[r], which may be none; # [num_rows] int64 each.
 
     Cuts inside a row fall between blocks, so shares are equal up to a block, or up to a sixteenth where that
     spares a cut.

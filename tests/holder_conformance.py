@@ -1,9 +1,7 @@
 """What every holder of K and V does, whoever it is: checks that run against an R-worker and against a device's store.
 
-    make() -> Holder        with NUM_BLOCKS blocks of BLOCK_TOKENS tokens, for LAYERS, empty
-    check_*(make)           one promise each; the answers are compared with attention in float64
-
-What a holder does not offer yet stands in its `lacks`, and is refused: the checks of it hold that.
+make() -> Holder        with NUM_BLOCKS blocks of BLOCK_TOKENS tokens, for LAYERS, empty
+check_*(make)           one promise each; the answers are compared with attention in float64
 """
 
 from __future__ import annotations
@@ -18,10 +16,6 @@ import pytest
 
 NUM_BLOCKS, BLOCK_TOKENS = 10, 16
 TOLERANCE = 5e-5
-
-FORK = "sequences that begin with the tokens of others"
-PARTIAL = "the log-sum-exp beside o, and sinks left out of both"
-NOTHING_NEW = "queries of sequences without new tokens"
 
 
 @dataclass(frozen=True)
@@ -75,7 +69,7 @@ class Answer:
 class Holder(Protocol):
     """Every method but `step` changes the holder for all that are named or for none, and raises Refused then."""
 
-    lacks: frozenset[str]
+    is_partial: bool  # it tells the log-sum-exp beside o, and leaves sinks out of both
 
     def admit(self, max_tokens: Mapping[int, int]) -> None: ...
 
@@ -314,8 +308,6 @@ def check_forking(make: Make) -> None:
     """Children begin with their parents' tokens; whoever goes on, goes back or ends leaves the others as they are."""
     with make() as holder:
         oracle = open_oracle(holder)
-        if FORK in holder.lacks:
-            return refuses_what_it_lacks(oracle)
         oracle.admit(s1=70, s2=70, s3=70, s4=70, s5=30)
         oracle.step((1, 3 * BLOCK_TOKENS + 5, 1))
         free = oracle.holder.num_free_blocks()
@@ -340,8 +332,6 @@ def check_queries_without_new_tokens(make: Make) -> None:
     """The last tokens of a sequence ask again, or for the first time."""
     with make() as holder:
         oracle = open_oracle(holder)
-        if NOTHING_NEW in holder.lacks:
-            return refuses_what_it_lacks(oracle)
         oracle.admit(s1=60, s2=30)
         oracle.step((1, 40, 0), (2, 20, 20))
         oracle.step((1, 0, 40), (2, 1, 5))
@@ -365,7 +355,7 @@ def check_anything_in_any_order(make: Make, seed: int) -> None:
                         oracle.rewind({i: int(random.integers(0, oracle.num_tokens(i) + 1)) for i in some})
                     case "release" if some and random.random() < 0.5:
                         oracle.release(*some)
-                    case "fork" if absent and some and FORK not in holder.lacks:
+                    case "fork" if absent and some:
                         child, tokens = int(random.choice(absent)), oracle.num_tokens(some[0])
                         oracle.admit_all({child: int(random.integers(1, 120))})
                         oracle.fork([child], some[:1], [int(random.integers(0, tokens + 1))])
@@ -376,31 +366,20 @@ def check_anything_in_any_order(make: Make, seed: int) -> None:
 
 
 def _some_tokens(random: np.random.Generator, holder: Holder, held: int, seq_id: int) -> tuple[int, int, int]:
-    can_have_none = held > 0 and NOTHING_NEW not in holder.lacks
+    can_have_none = held > 0
     num_tokens = int(random.choice([1, random.integers(1, 30), 0 if can_have_none else 1]))
     most = held + num_tokens if can_have_none else num_tokens
     return seq_id, num_tokens, int(random.choice([min(1, most), most, random.integers(0, most + 1)]))
 
 
-def check_what_it_lacks(make: Make) -> None:
+def check_partial_states(make: Make) -> None:
     with make() as holder:
-        refuses_what_it_lacks(open_oracle(holder))
-
-
-def refuses_what_it_lacks(oracle: Oracle) -> None:
-    """What is said not to be offered is refused; when it comes, this fails, and `lacks` gets shorter."""
-    lacks = oracle.holder.lacks
-    oracle.admit(s1=20, s2=20)
-    oracle.step((1, 5, 5))
-    if FORK in lacks:
-        with pytest.raises(Refused):
-            oracle.fork([2], [1], [5])
-    if NOTHING_NEW in lacks:
-        with pytest.raises(Refused):
-            oracle.step((1, 0, 1))
-    row = Row(1, 5, 1, 1)
-    answers = oracle.holder.step([row], [oracle.tensors([row], layer) for layer in LAYERS])
-    assert all((answer.lse is None) == (PARTIAL in lacks) for answer in answers)
+        oracle = open_oracle(holder)
+        oracle.admit(s1=20)
+        oracle.step((1, 5, 5))
+        row = Row(1, 5, 1, 1)
+        answers = oracle.holder.step([row], [oracle.tensors([row], layer) for layer in LAYERS])
+        assert all((answer.lse is not None) == holder.is_partial for answer in answers)
 
 
 CHECKS = (
@@ -412,5 +391,5 @@ CHECKS = (
     check_strangers,
     check_forking,
     check_queries_without_new_tokens,
-    check_what_it_lacks,
+    check_partial_states,
 )

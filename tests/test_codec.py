@@ -16,6 +16,7 @@ from transport import (
     Attended,
     Codec,
     Failure,
+    Fork,
     Goodbye,
     Hello,
     LayerSpec,
@@ -85,8 +86,15 @@ def messages(draw: st.DrawFn) -> Message:
             ),
             st.builds(Welcome, positives, positives, positives, texts, positives, positives),
             st.builds(Admit, columns(n, "int64"), columns(n, "int32")),
+            st.builds(Fork, columns(n, "int64"), columns(n, "int64"), columns(n, "int32")),
             st.builds(
-                Rows, tokens, counts, columns(n, "int64"), columns(n, "int32"), columns(n, "int32"), columns(n, "int32")
+                Rows,
+                tokens,
+                counts,
+                columns(n, "int64"),
+                *[columns(n, "int32")] * 3,
+                st.none() | columns(n, "int32"),
+                st.booleans(),
             ),
             st.builds(
                 Attend,
@@ -98,6 +106,9 @@ def messages(draw: st.DrawFn) -> Message:
                 floats((rows, 1, dim)),
             ),
             st.builds(Attended, tokens, counts, counts, floats((rows, heads, dim))),
+            st.builds(
+                Attended, tokens, counts, counts, floats((rows, heads, dim)), lse=st.just(np.ones((rows, heads), "f4"))
+            ),
             st.builds(Release, columns(n, "int64")),
             st.builds(Rewind, columns(n, "int64"), columns(n, "int32")),
             st.builds(Ping, tokens),
@@ -195,7 +206,8 @@ def test_limits_hold_both_ways() -> None:
         lambda: Attend(0, 0, 0, np.zeros((1, 2, 4)), np.zeros((1, 2, 4)), np.zeros((1, 2, 4))),  # float64
         lambda: Attend(0, 0, 0, *[np.zeros((2, 4), np.float32)] * 3),
         lambda: Attend(0, 0, 0, np.zeros((1, 1, 4), np.float32), *[np.zeros((1, 1, 5), np.float32)] * 2),
-        lambda: Attend(0, 0, 0, np.zeros((2, 1, 4), np.float32), *[np.zeros((1, 1, 4), np.float32)] * 2),
+        lambda: Attended(0, 0, 0, np.zeros((1, 2, 4), np.float32), lse=np.zeros((1, 1), np.float32)),
+        lambda: Attended(0, 0, 0, np.zeros((1, 2, 4), np.float32), lse=np.zeros((1, 2), np.float16)),
         lambda: Admit(np.zeros(2, np.int64), np.zeros(3, np.int32)),
         lambda: Admit(np.zeros(2, np.int32), np.zeros(2, np.int32)),
         lambda: LayerSpec(5, 2, 64, 1.0),

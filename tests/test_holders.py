@@ -12,11 +12,8 @@ import torch
 from holder_conformance import (
     BLOCK_TOKENS,
     CHECKS,
-    FORK,
     LAYERS,
-    NOTHING_NEW,
     NUM_BLOCKS,
-    PARTIAL,
     Answer,
     Holder,
     Make,
@@ -26,7 +23,6 @@ from holder_conformance import (
     check_anything_in_any_order,
 )
 
-import transport
 from cpu_attention import KVLayout, LayerShape, RWorker, kernel, reference, serve
 from cpu_attention.multicore import Kernel
 from gpu_sworker import AttentionSpec, DeviceKV, DeviceKVError
@@ -37,6 +33,7 @@ from transport import (
     Attended,
     Channel,
     Failure,
+    Fork,
     Hello,
     LayerSpec,
     Message,
@@ -53,7 +50,7 @@ SPECS = tuple(AttentionSpec(x.num_q_heads, x.num_kv_heads, x.head_dim, x.scale, 
 
 
 class DeviceHolder:
-    lacks: frozenset[str] = frozenset()
+    is_partial = True
 
     def __init__(self, device: torch.device) -> None:
         budget = NUM_BLOCKS * BLOCK_TOKENS * token_bytes(SPECS, torch.float32)
@@ -113,10 +110,8 @@ class DeviceHolder:
 class RWorkerHolder:
     """An R-worker behind a channel, by its messages alone; its store is looked into between them."""
 
-    lacks = frozenset({FORK, PARTIAL, NOTHING_NEW})
-
-    def __init__(self, channel: Channel, worker: RWorker) -> None:
-        self._channel, self._worker, self._step = channel, worker, 0
+    def __init__(self, channel: Channel, worker: RWorker, *, is_partial: bool = False) -> None:
+        self._channel, self._worker, self._step, self.is_partial = channel, worker, 0, is_partial
         specs = tuple(LayerSpec(x.num_q_heads, x.num_kv_heads, x.head_dim, x.scale, x.window, x.softcap, x.sinks)
                       for x in LAYERS)  # fmt: skip
         welcome = self._ask(Hello(specs, "float32", BLOCK_TOKENS))
@@ -126,14 +121,13 @@ class RWorkerHolder:
         self._tell(Admit(_ids(max_tokens), _ints(max_tokens.values())))
 
     def fork(self, children: Sequence[int], parents: Sequence[int], num_tokens: Sequence[int]) -> None:
-        assert not hasattr(transport, "Fork"), "R-workers fork now: send it, and take FORK out of `lacks`"
-        raise Refused
+        self._tell(Fork(_ids(children), _ids(parents), _ints(num_tokens)))
 
     def step(self, rows: Sequence[Row], layers: Sequence[Tensors]) -> list[Answer]:
         self._step += 1
         seq_ids, starts = _ids(row.seq_id for row in rows), _ints(row.start for row in rows)
         counts, queries = _ints(row.num_tokens for row in rows), _ints(row.num_queries for row in rows)
-        self._tell(Rows(self._step, 0, seq_ids, starts, counts, queries))
+        self._tell(Rows(self._step, 0, seq_ids, starts, counts, queries, is_partial=self.is_partial))
         answers = []
         for layer, tensors in enumerate(layers):
             attend = Attend(self._step, 0, layer, tensors.q, tensors.k, tensors.v)
@@ -143,7 +137,7 @@ class RWorkerHolder:
                 continue
             reply = self._ask(attend)
             assert isinstance(reply, Attended), reply
-            answers.append(Answer(reply.o, None))
+            answers.append(Answer(reply.o, reply.lse))
         return answers
 
     def rewind(self, num_tokens: Mapping[int, int]) -> None:
@@ -191,7 +185,7 @@ def device_holder(device: str) -> Make:
     return make
 
 
-def r_worker_holder(compiled: Kernel, num_threads: int) -> Make:
+def r_worker_holder(compiled: Kernel, num_threads: int, *, is_partial: bool = False) -> Make:
     @contextmanager
     def make() -> Iterator[Holder]:
         layout = KVLayout(tuple(LayerShape(x.num_kv_heads, x.head_dim) for x in LAYERS), "float32", BLOCK_TOKENS)
@@ -201,7 +195,7 @@ def r_worker_holder(compiled: Kernel, num_threads: int) -> Make:
         thread.start()
         try:
             with connect(listener.address) as channel:
-                yield RWorkerHolder(channel, worker)
+                yield RWorkerHolder(channel, worker, is_partial=is_partial)
         finally:
             listener.close()
             thread.join(10)
@@ -215,7 +209,9 @@ HOLDERS = {
     "device": device_holder("cpu"),
     "R-worker": r_worker_holder(kernel, 1),
     "R-worker of two threads": r_worker_holder(kernel, 2),
+    "R-worker of partial states": r_worker_holder(kernel, 2, is_partial=True),
     "plain R-worker": r_worker_holder(reference, 1),
+    "plain R-worker of partial states": r_worker_holder(reference, 1, is_partial=True),
     **({"GPU": device_holder("cuda")} if torch.cuda.is_available() else {}),
 }
 

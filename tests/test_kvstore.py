@@ -72,13 +72,15 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(seq_id=st.integers(0, 5), count=st.integers(0, 48))
     def extend_and_write(self, seq_id: int, count: int) -> None:
         held = {other: len(values) for other, values in self.values.items()}
+        tail = self.store._shared_tails([self.store._stored[seq_id]]) if seq_id in self.limits and count else []
+        missing = -(-(held.get(seq_id, 0) + count) // 16) - -(-held.get(seq_id, 0) // 16) + len(tail)
         if seq_id not in self.limits:
             with pytest.raises(UnknownSequence):
                 self.store.extend({**dict.fromkeys(self.limits, 0), seq_id: count})
         elif held[seq_id] + count > self.limits[seq_id]:
             with pytest.raises(KVBudgetExceeded, match="admitted for"):
                 self.store.extend({seq_id: count})
-        elif sum(-(-tokens // 16) for tokens in (held | {seq_id: held[seq_id] + count}).values()) > 12:
+        elif missing > self.store.num_free_blocks:
             with pytest.raises(KVBudgetExceeded, match="free"):
                 self.store.extend({seq_id: count})
         else:
@@ -94,6 +96,24 @@ class StoreMachine(RuleBasedStateMachine):
                 rows = np.concatenate([none, *(token(value, shape) for value in fresh)])
                 offsets = (positions % 16).astype(np.int32)
                 kernel.append(rows, -rows, blocks, offsets, self.store.data[layer], self.layout.heads[layer])
+
+    @rule(parent=st.integers(0, 5), child=st.integers(0, 5), share=st.floats(0, 1))
+    def fork(self, parent: int, child: int, share: float) -> None:
+        count = round(share * len(self.values.get(parent, [])))
+        if parent not in self.limits or child not in self.limits:
+            with pytest.raises((UnknownSequence, BadRequest)):
+                self.store.fork([child], [parent], [count])
+        elif parent == child or self.values[child] or count > self.limits[child]:
+            with pytest.raises(BadRequest):
+                self.store.fork([child], [parent], [count])
+        elif count % 16 and not self.store.num_free_blocks:
+            with pytest.raises(KVBudgetExceeded, match="do not share"):
+                self.store.fork([child], [parent], [count])
+        else:
+            free = self.store.num_free_blocks
+            self.store.fork([child], [parent], [count])
+            assert free - self.store.num_free_blocks == (count % 16 > 0)
+            self.values[child] = self.values[parent][:count]
 
     @rule(seq_id=st.integers(0, 5), back=st.integers(0, 40))
     def truncate(self, seq_id: int, back: int) -> None:

@@ -21,6 +21,7 @@ from transport import (
     Attended,
     Channel,
     Failure,
+    Fork,
     Goodbye,
     Hello,
     LayerSpec,
@@ -120,6 +121,99 @@ def test_prompt_then_decodes(worker: RWorker) -> None:
                 if num_queries and isinstance(reply, Attended):
                     np.testing.assert_allclose(reply.o[query : query + num_queries], expected, atol=1e-5)
                 token, query = token + count, query + num_queries
+
+
+def one_step(worker: RWorker, rows: Rows, seed: int) -> list[tuple[Attend, Attended]]:
+    """Every layer's."""
+    assert worker.handle(SESSION, rows) is None
+    asked = []
+    for layer, spec in enumerate(SPECS):
+        counts = int(rows.num_tokens.sum()), int(rows.num_queries.sum())
+        message = attend_message(spec, layer, *counts, seed=seed + layer, step=rows.step)
+        reply = worker.handle(SESSION, message)
+        assert isinstance(reply, Attended), reply
+        asked.append((message, reply))
+    return asked
+
+
+@pytest.mark.parametrize("cut", [1, 7, 16, 20])
+def test_a_sequence_in_two_parts(cut: int) -> None:
+    """K and V of its first tokens on one R-worker, of the others on another: merged, their answers are those of one."""
+    workers = [RWorker(kv_cache_bytes=1 << 20, num_threads=number) for number in (1, 2, 1)]
+    for worker in workers:
+        worker.handle(SESSION, HELLO)
+        worker.handle(SESSION, Admit(ids(1), ints(40)))
+    whole, first, second = workers
+    asked = one_step(whole, Rows(1, 0, ids(1), ints(0), ints(21), ints(21)), seed=0)
+    for worker, part, begin in ((first, slice(0, cut), 0), (second, slice(cut, 21), cut)):
+        num_tokens = part.stop - part.start
+        worker.handle(SESSION, Rows(1, 0, ids(1), ints(0), ints(num_tokens), ints(0)))
+        for layer, (message, _) in enumerate(asked):
+            worker.handle(SESSION, Attend(1, 0, layer, message.q[:0], message.k[part], message.v[part]))
+        # Of each query those that are not before the part see something of it, if it is within their window.
+        rows = Rows(2, 0, ids(1), ints(num_tokens), ints(0), ints(21 - begin), ints(0), is_partial=True)
+        assert worker.handle(SESSION, rows) is None
+    for layer, (spec, (message, expected)) in enumerate(zip(SPECS, asked, strict=True)):
+        parts = []
+        for worker, begin in ((first, 0), (second, cut)):
+            reply = worker.handle(SESSION, Attend(2, 0, layer, message.q[begin:], message.k[:0], message.v[:0]))
+            assert isinstance(reply, Attended) and reply.lse is not None
+            o, lse = np.zeros(message.q.shape), np.full(message.q.shape[:2], -np.inf)
+            o[begin:], lse[begin:] = reply.o, reply.lse
+            parts.append((o, lse))
+        total = np.logaddexp(parts[0][1], parts[1][1])
+        if spec.sinks:
+            total = np.logaddexp(total, np.array(spec.sinks))
+        merged = sum(o * np.exp(lse - total)[..., None] for o, lse in parts)
+        np.testing.assert_allclose(merged, expected.o, atol=1e-5)
+        window = spec.window or 100
+        assert np.isneginf(parts[0][1][min(cut - 1 + window, 21) :]).all(), "they see nothing of the first part"
+    for worker in workers:
+        worker.close()
+
+
+def test_queries_that_see_nothing(worker: RWorker) -> None:
+    worker.handle(SESSION, Admit(ids(1), ints(40)))
+    fails(worker, Rows(1, 0, ids(1), ints(0), ints(0), ints(3), ints(0)), "BadRequest", "sees none of the tokens")
+    rows = Rows(1, 0, ids(1), ints(0), ints(0), ints(3), ints(0), is_partial=True)
+    for _, reply in one_step(worker, rows, seed=0):
+        assert reply.lse is not None and np.isneginf(reply.lse).all() and not reply.o.any()
+    one_step(worker, Rows(2, 0, ids(1), ints(0), ints(20), ints(20)), seed=0)
+    fails(worker, Rows(3, 0, ids(1), ints(20), ints(0), ints(2), ints(24)), "BadRequest", "sees none")  # by its window
+    fails(worker, Rows(3, 0, ids(1), ints(20), ints(0), ints(0)), "BadRequest", "cannot append 0 at 20 with 0 queries")
+    fails(worker, Rows(3, 0, ids(1), ints(20), ints(0), ints(1), ints(-1)), "BadRequest", "queries at -1")
+
+
+def test_children_begin_with_their_parents_tokens(worker: RWorker) -> None:
+    worker.handle(SESSION, Admit(ids(1, 2, 3), ints(60, 60, 20)))
+    one_step(worker, Rows(1, 0, ids(1), ints(0), ints(37), ints(1)), seed=0)
+    store = worker._session.store  # type: ignore[union-attr]
+    free = store.num_free_blocks
+    assert worker.handle(SESSION, Fork(ids(2, 3), ids(1, 1), ints(37, 16))) is None
+    assert store.num_free_blocks == free - 1, "what is full is shared"
+    for refused, kind, why in (
+        (Fork(ids(9), ids(1), ints(1)), "UnknownSequence", ""),
+        (Fork(ids(2), ids(1), ints(1)), "BadRequest", "holds 37 tokens already"),
+        (Fork(ids(2, 2), ids(1, 1), ints(1, 1)), "BadRequest", "twice"),
+    ):
+        fails(worker, refused, kind, why)
+        store.check_integrity()
+    # Both go on alike: what they say is the same.
+    rows = Rows(2, 0, ids(1, 2), ints(37, 37), ints(1, 1), ints(1, 1))
+    assert worker.handle(SESSION, rows) is None
+    for layer, spec in enumerate(SPECS):
+        one = attend_message(spec, layer, 1, 1, seed=9 + layer, step=2)
+        twice = Attend(2, 0, layer, *(np.repeat(array, 2, axis=0) for array in (one.q, one.k, one.v)))
+        reply = worker.handle(SESSION, twice)
+        assert isinstance(reply, Attended) and np.array_equal(reply.o[0], reply.o[1])
+
+
+def test_nobody_begins_with_tokens_that_are_on_their_way(worker: RWorker) -> None:
+    worker.handle(SESSION, Admit(ids(1, 2), ints(60, 60)))
+    one_step(worker, Rows(1, 0, ids(1), ints(0), ints(20), ints(1)), seed=0)
+    worker.handle(SESSION, Rows(2, 0, ids(1), ints(20), ints(5), ints(1)))
+    fails(worker, Fork(ids(2), ids(1), ints(21)), "BadRequest", "still on their way")
+    assert worker.handle(SESSION, Fork(ids(2), ids(1), ints(20))) is None
 
 
 def test_reference_kernel_serves_too() -> None:
@@ -231,7 +325,7 @@ def test_layers_that_all_differ() -> None:
 
 
 def test_a_step_without_memory_changes_nothing(worker: RWorker, monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_memory(*arguments: object) -> None:
+    def no_memory(*arguments: object, **options: object) -> None:
         raise MemoryError("none left")
 
     worker.handle(SESSION, Admit(ids(1), ints(40)))

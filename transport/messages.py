@@ -2,13 +2,14 @@
 
 This file knows no sockets, no kernels and no models; it says what may be said and refuses the rest.
 Every message checks itself when it is made *and* when it is decoded, so what arrives has the stated
-shapes.  T = tokens of this R-worker in the micro-batch, A = those of them that attend on the R-worker,
-Hq/Hkv = query/KV heads, D = head_dim, n = sequences.
+shapes.  T = tokens of this R-worker in the micro-batch, A = queries that attend on the R-worker, mostly of some of
+these tokens, Hq/Hkv = query/KV heads, D = head_dim, n = sequences.
 
     S-worker                                   R-worker
     Hello(layers, dtype, budget)        ─────►  builds its KV store
                                         ◄─────  Welcome(num_blocks, ...)   or Failure
     Admit(seq_ids, max_tokens)          ─────►  knows the sequences from now on          (no answer)
+    Fork(children, parents, num_tokens) ─────►  they begin with tokens of others         (no answer)
     Rows(seq_ids, starts, num_tokens)   ─────►  once per step and micro-batch            (no answer)
     Attend(layer 0; q, k, v)            ─────►  appends k, v; then attends q
                                         ◄─────  Attended(layer 0; o)       exactly one answer per Attend with queries;
@@ -34,7 +35,7 @@ import msgspec
 import numpy as np
 from msgspec import Meta
 
-PROTOCOL_VERSION = 5
+PROTOCOL_VERSION = 6
 
 # What may travel, little-endian; looked up by value, because a dtype's `name` is computed anew at every use.
 DTYPES: dict[str, np.dtype] = {
@@ -112,22 +113,43 @@ class Admit(Message, frozen=True):
         _require_columns(seq_ids=(self.seq_ids, "int64"), max_tokens=(self.max_tokens, "int32"))
 
 
+class Fork(Message, frozen=True):
+    """Sequences that were admitted, and hold nothing yet, begin with the tokens of others.  Full blocks are shared."""
+
+    children: np.ndarray  # [n] int64
+    parents: np.ndarray  # [n] int64
+    num_tokens: np.ndarray  # [n] int32, of the parent's first ones
+
+    def __post_init__(self) -> None:
+        _require_columns(
+            children=(self.children, "int64"), parents=(self.parents, "int64"), num_tokens=(self.num_tokens, "int32")
+        )
+
+
 class Rows(Message, frozen=True):
-    """Whose tokens the next Attend of every layer of this micro-batch carries, in row order."""
+    """Whose tokens the next Attend of every layer of this micro-batch carries, in row order.
+
+    A query at position p sees the sequence's tokens up to p, as far as they are here, new ones included; the last
+    `window` positions of them where the layer has a window.
+    """
 
     step: Token
     micro_batch: Count
     seq_ids: np.ndarray  # [n] int64
     starts: np.ndarray  # [n] int32, position of the first token
     num_tokens: np.ndarray  # [n] int32, tokens whose K, V come; sum = T
-    num_queries: np.ndarray  # [n] int32, how many of the last ones attend here; sum = A
+    num_queries: np.ndarray  # [n] int32, how many attend here, of consecutive positions; sum = A
+    query_starts: np.ndarray | None = None  # [n] int32, position of the first query; None: the last is the last token
+    is_partial: bool = False  # o is without sinks, and its lse comes with it: to be merged with other tokens' state
 
     def __post_init__(self) -> None:
+        more = {} if self.query_starts is None else {"query_starts": (self.query_starts, "int32")}
         _require_columns(
             seq_ids=(self.seq_ids, "int64"),
             starts=(self.starts, "int32"),
             num_tokens=(self.num_tokens, "int32"),
             num_queries=(self.num_queries, "int32"),
+            **more,
         )
 
 
@@ -145,7 +167,6 @@ class Attend(Message, frozen=True):
         _require_floats("v", self.v)
         if self.k.shape != self.v.shape:
             raise ValueError(f"k is {self.k.shape}, v is {self.v.shape}")
-        _require(self.q.shape[0] <= self.k.shape[0], "more queries than tokens")
         _require(self.q.shape[2] == self.k.shape[2], "q and k differ in head_dim")
 
 
@@ -156,9 +177,13 @@ class Attended(Message, frozen=True):
     o: np.ndarray  # [A, Hq, D] float, of q's dtype
     began_ns: Token = 0  # on the R-worker's monotonic clock: when it took the Attend up
     ended_ns: Token = 0  # and when o was there
+    # [A, Hq] float32, log of the sum of exp(score): where the Rows asked for it; -inf: no token is seen, and o is 0
+    lse: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         _require_floats("o", self.o)
+        if self.lse is not None and (self.lse.shape != self.o.shape[:2] or self.lse.dtype != DTYPES["float32"]):
+            raise ValueError(f"lse must be {self.o.shape[:2]} float32, not {self.lse.shape} {self.lse.dtype.str}")
 
 
 class Release(Message, frozen=True):
@@ -197,7 +222,9 @@ class Failure(Message, frozen=True):
     text: Text
 
 
-ANY_MESSAGE = Hello | Welcome | Admit | Rows | Attend | Attended | Release | Rewind | Ping | Pong | Goodbye | Failure
+ANY_MESSAGE = (
+    Hello | Welcome | Admit | Fork | Rows | Attend | Attended | Release | Rewind | Ping | Pong | Goodbye | Failure
+)
 
 
 def _require(condition: object, text: str) -> None:
