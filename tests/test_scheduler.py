@@ -14,7 +14,7 @@ from fastdecode.api.sampling_params import SamplingParams
 from fastdecode.errors import RequestError
 from fastdecode.scheduling.kv_credits import KV_POLICIES
 from fastdecode.scheduling.load_control import START_POLICIES
-from fastdecode.scheduling.plan import Segment, Step
+from fastdecode.scheduling.plan import Forking, Segment, Step
 from fastdecode.scheduling.predictor import Learned, MaxTokens, NoisyOracle, Oracle, Predictor
 from fastdecode.scheduling.request import Request, Sequence
 from fastdecode.scheduling.scheduler import Scheduler, SchedulerConfig
@@ -46,21 +46,35 @@ def create_scheduler(
     )
 
 
-def a_sequence(
-    seq_id: int, prompt: int = 5, output: int = 4, true: int | None = None, rank: int = 0, scores: bool = False
-) -> Sequence:
-    """true: where it ends by itself, if before `output`; None: only its length ends it.  scores: of its prompt."""
+def a_sequence(seq_id: int, **options: Any) -> Sequence:
+    [sequence] = siblings(seq_id, **options)
+    return sequence
+
+
+def siblings(
+    seq_id: int,
+    prompt: int = 5,
+    output: int = 4,
+    true: int | None = None,
+    rank: int = 0,
+    scores: bool = False,
+    copies: int = 1,
+) -> list[Sequence]:
+    """The sequences of a request, numbered from seq_id on.
+
+    true: where each ends by itself, if before `output`; None: only its length ends it.  scores: of its prompt.
+    """
     request = Request(
         request_id=str(seq_id),
         prompt_token_ids=tuple(range(10, 10 + prompt)),
-        params=SamplingParams(max_tokens=output, prompt_logprobs=0 if scores else None),
+        params=SamplingParams(n=copies, temperature=1.0, max_tokens=output, prompt_logprobs=0 if scores else None),
         max_new_tokens=output,
         stop_token_ids=frozenset(),
         eos_token_ids=frozenset() if true is None else frozenset({END}),
         true_output_tokens=true,
         priority=rank,
     )
-    return Sequence(seq_id, request, 0, 0)
+    return [Sequence(seq_id + index, request, index, 0) for index in range(copies)]
 
 
 def pass_step(scheduler: Scheduler) -> Step | None:
@@ -139,6 +153,8 @@ class World:
         for admission in step.admissions:
             assert admission.seq_id not in self.stored
             self.stored[admission.seq_id] = admission.r_worker, 0
+        for forking in step.forkings:
+            self._fork(forking)
         admitted = {seq_id: self.sequences[seq_id].num_preemptions for seq_id in step.seq_ids}
         for segment in segments:
             self._store(segment)
@@ -148,6 +164,15 @@ class World:
                 assert not segment.is_remote or segment.num_tokens < segment.prompt_tokens, "a whole one needs no room"
         self._check_budget(segments)
         assert len(set(step.sampled)) == len(step.sampled)
+
+    def _fork(self, forking: Forking) -> None:
+        worker, tokens = self.stored[forking.parent]
+        on_their_way = [s.start for step in self.under_way[:-1] for s in step.segments if s.seq_id == forking.parent]
+        assert self.stored[forking.seq_id] == (worker, 0) and worker == forking.r_worker
+        assert 0 < forking.num_tokens <= min([tokens, *on_their_way]), "what a child begins with is there"
+        child, parent = (self.sequences[seq_id].token_ids for seq_id in (forking.seq_id, forking.parent))
+        assert child[: forking.num_tokens] == parent[: forking.num_tokens]
+        self.stored[forking.seq_id] = worker, forking.num_tokens
 
     def _check_nobody_is_forgotten(self) -> None:
         """Who decodes is in a step soon: in the next one of its lane, which it may have changed; but prompts that go
@@ -193,7 +218,12 @@ class World:
 
 
 sizes = st.tuples(
-    st.integers(1, 40), st.integers(0, 12), st.one_of(st.none(), st.integers(1, 12)), st.integers(0, 2), st.booleans()
+    st.integers(1, 40),
+    st.integers(0, 12),
+    st.one_of(st.none(), st.integers(1, 12)),
+    st.integers(0, 2),
+    st.booleans(),
+    st.sampled_from([1, 1, 1, 2, 4]),
 )
 PREDICTORS = {
     "max": MaxTokens,
@@ -226,7 +256,7 @@ PREDICTORS = {
     prompt_room=st.integers(0, 12),
 )
 def test_whatever_comes(
-    sizes: list[tuple[int, int, int | None, int, bool]],
+    sizes: list[tuple[int, int, int | None, int, bool, int]],
     arrivals: list[int],
     aborts: dict[int, int],
     max_num_seqs: int,
@@ -270,14 +300,14 @@ def test_whatever_comes(
         prompt_kv_block_tokens=3,
     )
     world = World(scheduler, budget, capacity, split_fuse, scored_rows)
-    coming = [
-        a_sequence(i, prompt, out, true and min(true, out), rank, scores)
-        for i, (prompt, out, true, rank, scores) in enumerate(sizes)
-    ]
+    coming: list[tuple[int, Sequence]] = []
+    for when, (prompt, out, true, rank, scores, copies) in zip(arrivals, sizes, strict=False):
+        options = {"true": true and min(true, out), "rank": rank, "scores": scores, "copies": copies}
+        coming += [(when, one) for one in siblings(len(coming), prompt=prompt, output=out, **options)]
     aborted = set()
     for number in range(20_000):
-        while coming and (arrivals[coming[0].seq_id] <= number or not scheduler.has_work):
-            world.add(coming.pop(0))
+        while coming and (coming[0][0] <= number or not scheduler.has_work):
+            world.add(coming.pop(0)[1])
         if (victim := world.sequences.get(aborts.get(number, -1))) is not None:
             world.remove([victim])
             aborted.add(victim.seq_id)
@@ -290,7 +320,12 @@ def test_whatever_comes(
             expected = sequence.request.true_output_tokens or sequence.request.max_new_tokens
             assert len(sequence.output_token_ids) == expected and sequence.finish_reason
             assert world.scored[sequence.seq_id] == list(range(sequence.num_to_score))
-    if restart is None and kv_policy != "greedy" and predictor == "max" and len({rank for *_, rank, _ in sizes}) == 1:
+    if (
+        restart is None
+        and kv_policy != "greedy"
+        and predictor == "max"
+        and len({rank for *_, rank, _, _ in sizes}) == 1
+    ):
         assert world.num_preempted == 0, "what is reserved to the end is never thrown out"
 
 

@@ -67,6 +67,7 @@ class Pipeline:
         assert step.lane not in self._flights, "a lane has one step at a time"
         self.release(step.preempted)
         self._rpool.admit(step.admissions)
+        self._rpool.fork(step.forkings)
         flight = _Flight(step, self._rpool.begin(step), self._sworker.forward(flatten(step)), _prompts(step))
         self._flights[step.lane] = flight
         with self._sworker.inference():

@@ -26,13 +26,14 @@ from fastdecode.holders.patience import Patience
 from fastdecode.holders.rejoin import Joined, Rejoin, RWorkerHandle
 from fastdecode.observe.timeline import S_WORKER, NoTimeline, Timeline
 from fastdecode.observe.totals import PoolTotals, WorkerTotals
-from fastdecode.scheduling.plan import Admission, Step
+from fastdecode.scheduling.plan import Admission, Forking, Step
 from transport import (
     Admit,
     Attend,
     Attended,
     ChannelClosed,
     Failure,
+    Fork,
     Goodbye,
     Hello,
     Message,
@@ -195,6 +196,12 @@ class RPool:
                         max_tokens=np.array([admission.max_tokens for admission in own], np.int32),
                     ),
                 )
+
+    def fork(self, forkings: Sequence[Forking]) -> None:
+        """Sequences that were admitted begin with tokens of others."""
+        for worker, own in groupby(sorted(forkings, key=lambda f: f.r_worker), key=lambda f: f.r_worker):
+            columns = np.array([(forking.seq_id, forking.parent, forking.num_tokens) for forking in own], np.int64).T
+            self._send(worker, Fork(columns[0].copy(), columns[1].copy(), columns[2].astype(np.int32)))
 
     def release(self, released: Mapping[int, Sequence[int]]) -> None:
         """R-worker -> sequences that nothing in flight uses any more; those of a lost one are gone anyway."""

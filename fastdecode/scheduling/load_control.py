@@ -107,8 +107,11 @@ class LoadControl:
         """Whether all that waits and runs may come to hold more than so many times the limit."""
         return waiting_kv_tokens + self._max_kv_tokens > fillings * self._limit
 
-    def place(self, prospect: Prospect, *, is_urgent: bool = False) -> int | None:
-        """The R-worker on which it starts; None: not in this step.  What is urgent keeps no pace, but fits."""
+    def place(self, prospect: Prospect, *, is_urgent: bool = False, preferred: int | None = None) -> int | None:
+        """The R-worker on which it starts; None: not in this step.  What is urgent keeps no pace, but fits.
+
+        preferred: where it starts if it may.
+        """
         workers = self._credits.fitting(prospect.limit, prospect.max_kv_tokens)
         if self._started and not self._within_limit(prospect):
             return None
@@ -116,6 +119,8 @@ class LoadControl:
             if not self._batch_open:
                 return None
             workers = [worker for worker in workers if self._keeps_pace(prospect, worker)]
+        if preferred in workers:
+            return preferred
         return self._credits.lightest(workers, prospect.mean)
 
     def start(self, seq_id: int, worker: int, prospect: Prospect) -> None:

@@ -91,6 +91,16 @@ class Admission:
     max_tokens: int  # the most KV it may come to hold
 
 
+@dataclass(frozen=True)
+class Forking:
+    """A sequence that begins with tokens of another, which lie where its own will."""
+
+    seq_id: int  # admitted by the same step
+    parent: int
+    r_worker: int
+    num_tokens: int
+
+
 @dataclass(frozen=True, eq=False)
 class Step:
     number: int  # of all lanes' steps
@@ -99,6 +109,7 @@ class Step:
     admissions: tuple[Admission, ...]
     decodes: Decodes
     prompts: tuple[Segment, ...]
+    forkings: tuple[Forking, ...] = ()  # after the admissions
 
     def __post_init__(self) -> None:
         keys = [_row_order(segment) for segment in self.prompts]

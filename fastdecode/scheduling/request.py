@@ -61,7 +61,10 @@ class Sequence:
     lane: int = 0  # whose steps it is in, while it runs
     prefill_tokens: int = 0  # how many it began with there: its prompt, and what was output before a preemption
     num_prefilled: int = 0  # of them those whose KV is on the R-worker
-    is_remote: bool = False  # its prompt attends on the R-worker, because the S-worker had no room for it
+    is_remote: bool = False  # its prompt attends on the R-worker, which holds the beginning of it
+    awaits: int | None = (
+        None  # one of its request, whose KV of the prompt it will begin with; its R-worker knows it then
+    )
     num_scored: int = 0  # positions of its prompt whose logits have been looked at; they outlive a preemption
     num_preemptions: int = 0
     prediction: Prediction | None = None  # of all its output tokens; None: nobody was asked yet
@@ -96,12 +99,16 @@ class Sequence:
     def admit(self, r_worker: int, lane: int) -> None:
         assert self.r_worker is None and not self.finish_reason
         self.r_worker, self.lane, self.num_prefilled, self.prefill_tokens = r_worker, lane, 0, self.num_tokens
-        self.is_remote = False
+        self.is_remote, self.awaits = False, None
+
+    def begin_with(self, num_tokens: int) -> None:
+        """Its R-worker has so many of its prompt's already, and the rest attends there."""
+        self.num_prefilled, self.is_remote, self.awaits = num_tokens, True, None
 
     def preempt(self) -> None:
         """Back to waiting; its KV is gone."""
         assert self.r_worker is not None and not self.finish_reason
-        self.r_worker, self.num_prefilled = None, 0
+        self.r_worker, self.num_prefilled, self.awaits = None, 0, None
         self.num_preemptions += 1
 
     def append(self, token_id: int) -> None:

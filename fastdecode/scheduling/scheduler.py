@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -25,11 +25,12 @@ from fastdecode.errors import RequestError
 from fastdecode.scheduling.kv_credits import KVCredits
 from fastdecode.scheduling.lane import Lane, hand_over
 from fastdecode.scheduling.load_control import LoadControl
-from fastdecode.scheduling.plan import Admission, Decodes, Segment, Step, in_row_order
+from fastdecode.scheduling.plan import Admission, Decodes, Forking, Segment, Step, in_row_order
 from fastdecode.scheduling.predictor import Learned, Predictor
 from fastdecode.scheduling.prompt_room import PromptRoom
 from fastdecode.scheduling.prospects import Prospect, Prospects
 from fastdecode.scheduling.request import Sequence
+from fastdecode.scheduling.siblings import Siblings
 from fastdecode.scheduling.waiting import WaitingQueue
 
 _MOST_FILLINGS = 4  # of all seats, that wait
@@ -99,6 +100,14 @@ class _Left:
             self.tokens = 0  # the next prompt may want scores, too, and none is passed by
 
 
+@dataclass
+class _Begun:
+    """What R-workers are told of sequences whose first chunk is in a step."""
+
+    admissions: list[Admission] = field(default_factory=list)
+    forkings: list[Forking] = field(default_factory=list)
+
+
 class Scheduler:
     def __init__(self, config: SchedulerConfig, predictor: Predictor | None = None) -> None:
         self._config = config
@@ -125,6 +134,8 @@ class Scheduler:
             max_kv_load=config.max_kv_load,
         )
         self._prompt_room = PromptRoom(config.prompt_kv_blocks, config.prompt_kv_block_tokens)
+        # Where positions go by how long a prompt is, KV of one is of no use to a longer one.
+        self._siblings = Siblings(config.block_tokens if config.restart_tokens is None else None)
         self._num_places = config.num_seats
 
     @property
@@ -226,7 +237,7 @@ class Scheduler:
         if not self._preempt(self._round_of(lane)):
             return None
         decodes = lane.decodes()
-        admissions, prompts = self._prompts(lane)
+        prompts, begun = self._prompts(lane)
         if prompts and not self._config.split_fuse:
             decodes = Decodes.none()
         if not len(decodes) and not prompts:
@@ -237,7 +248,10 @@ class Scheduler:
             self._round = self._round_of(lane)
             self._lanes_in_round = {index} if has_had_one else self._lanes_in_round | {index}
         preempted, self._preempted = self._preempted, {}
-        lane.step = Step(self._num_steps, index, preempted, tuple(admissions), decodes, in_row_order(prompts))
+        lane.step = Step(
+            self._num_steps, index, preempted, tuple(begun.admissions), decodes, in_row_order(prompts),
+            tuple(begun.forkings),
+        )  # fmt: skip
         return lane.step
 
     def commit(self, step: Step, token_ids: np.ndarray) -> list[Sequence]:
@@ -360,6 +374,7 @@ class Scheduler:
         self._load.check_integrity()
         assert sorted(self._running) == sorted(sequence.seq_id for lane in self._lanes for sequence in lane)
         assert self._priorities == Counter(s.request.priority for s in self._running.values())
+        self._siblings.check_integrity(self._running)
         self._prompt_room.check_integrity({seq_id for lane in self._lanes for seq_id in lane.prefilling})
         for lane in self._lanes:
             lane.check_integrity()
@@ -395,8 +410,9 @@ class Scheduler:
         def put_back(victim: Sequence) -> None:
             worker = _place(victim)
             self._credits.give_back(worker, victim.num_tokens)
+            if victim.awaits is None:
+                self._preempted.setdefault(worker, []).append(victim.seq_id)
             self._put_back(victim)
-            self._preempted.setdefault(worker, []).append(victim.seq_id)
 
         restart = self._config.restart_tokens
         if restart is not None:
@@ -438,7 +454,8 @@ class Scheduler:
 
     def _let_go(self, sequence: Sequence, freed: dict[int, list[int]]) -> None:
         """One that has ended, and nothing under way has rows of."""
-        freed.setdefault(_place(sequence), []).append(sequence.seq_id)
+        if sequence.awaits is None:
+            freed.setdefault(_place(sequence), []).append(sequence.seq_id)
         self._take_out(sequence)
         sequence.r_worker = None
         self._prospects.learn(sequence)
@@ -452,16 +469,17 @@ class Scheduler:
         del self._running[sequence.seq_id]
         self._lanes[sequence.lane].remove(sequence)
         self._prompt_room.give_back(sequence.seq_id)
+        self._siblings.end(sequence)
         self._load.end(sequence.seq_id)
         self._priorities[sequence.request.priority] -= 1
         self._priorities += Counter()  # without those that nobody has
 
-    def _prompts(self, lane: Lane) -> tuple[list[Admission], list[Segment]]:
+    def _prompts(self, lane: Lane) -> tuple[list[Segment], _Begun]:
         """Goes on with the prompt that is on its way, then lets waiting sequences start, as far as the budget goes."""
         config = self._config
         left = self._whole_step
         left.tokens -= lane.num_decoding if config.split_fuse else 0
-        admissions: list[Admission] = []
+        begun = _Begun()
         prompts: list[Segment] = []
         first, lowest = self._waiting.first(), self._lowest_priority
         outranked: list[Sequence] = []
@@ -469,8 +487,8 @@ class Scheduler:
         for sequence in sorted(lane.prefilling.values(), key=_rank):
             if first and first.request.priority < sequence.request.priority:
                 outranked.append(sequence)
-            elif left.tokens > 0:
-                prompts.append(self._chunk(sequence, left))
+            elif left.tokens > 0 and not self._siblings.is_to_wait(sequence):
+                prompts.append(self._chunk(sequence, left, begun))
         number = self._round_of(lane)
         self._load.begin_step(
             number, self._waiting.max_kv_tokens, self._prospect(first, left, number) if first else None
@@ -485,19 +503,21 @@ class Scheduler:
             if is_for_others := len(lane) >= self._share:
                 break
             prospect = self._prospect(first, left, number)
-            worker = self._load.place(prospect, is_urgent=first.request.priority < lowest)
+            worker = self._load.place(
+                prospect, is_urgent=first.request.priority < lowest, preferred=self._siblings.r_worker_for(first)
+            )
             if worker is None:
                 break
             self._start(first, worker, lane, prospect)
-            admissions.append(Admission(first.seq_id, worker, first.max_kv_tokens))
-            prompts.append(self._chunk(first, left))
+            if not self._siblings.is_to_wait(first):
+                prompts.append(self._chunk(first, left, begun))
         for sequence in outranked:
-            if left.tokens > 0:
-                prompts.append(self._chunk(sequence, left))
+            if left.tokens > 0 and not self._siblings.is_to_wait(sequence):
+                prompts.append(self._chunk(sequence, left, begun))
         if not is_for_others and (left.tokens > 0 or len(self._running) >= config.num_seats):
             self._load.close_batch()
             self._num_places = len(self._running) if self._waiting else config.num_seats
-        return admissions, prompts
+        return prompts, begun
 
     @property
     def _share(self) -> int:
@@ -505,8 +525,10 @@ class Scheduler:
         fair = -(-(len(self._running) + len(self._waiting)) // len(self._lanes))
         return min(fair, self._config.lane_seats)
 
-    def _chunk(self, sequence: Sequence, left: _Left) -> Segment:
+    def _chunk(self, sequence: Sequence, left: _Left, begun: _Begun) -> Segment:
         """The next tokens of its prompt, as many as there may be; takes them from what is left."""
+        if sequence.num_prefilled == 0:
+            self._begin_prompt(sequence, begun)
         begin, end = sequence.num_prefilled, sequence.prefill_tokens
         if self._config.split_fuse:
             end = min(end, begin + left.tokens)
@@ -533,12 +555,20 @@ class Scheduler:
         left.take(segment)
         return segment
 
+    def _begin_prompt(self, sequence: Sequence, begun: _Begun) -> None:
+        begun.admissions.append(Admission(sequence.seq_id, _place(sequence), sequence.max_kv_tokens))
+        if sequence.awaits is not None:
+            shared = self._siblings.num_shared_tokens(sequence)
+            begun.forkings.append(Forking(sequence.seq_id, sequence.awaits, _place(sequence), shared))
+            sequence.begin_with(shared)
+
     def _start(self, sequence: Sequence, worker: int, lane: Lane, prospect: Prospect) -> None:
         self._waiting.remove(sequence)
         self._running[sequence.seq_id] = sequence
         self._priorities[sequence.request.priority] += 1
         self._load.start(sequence.seq_id, worker, prospect)
         sequence.admit(worker, lane.index)
+        self._siblings.start(sequence)
         lane.add(sequence)
         sequence.expected_tokens = self._prospects.expected_tokens(sequence)
 
