@@ -16,7 +16,6 @@ from cpu_attention.errors import BadRequest
 from cpu_attention.kvstore import KVStore
 from cpu_attention.machine import format_bytes
 from cpu_attention.multicore import Attention
-from transport import Rows
 
 # All steps that are begun may take so much, and this part of the KV.  A step of 4096 sequences, one of them with
 # 250,000 tokens, takes 64 MiB.
@@ -36,11 +35,18 @@ class NewRows:
     query_starts: np.ndarray  # [n] int64, position of the first query
 
     @classmethod
-    def of(cls, message: Rows) -> Self:
-        starts = message.query_starts
-        if starts is None:
-            starts = message.starts + message.num_tokens.astype(np.int64) - message.num_queries
-        return cls(message.seq_ids, message.starts, message.num_tokens, message.num_queries, starts.astype(np.int64))
+    def of(
+        cls,
+        seq_ids: np.ndarray,
+        starts: np.ndarray,
+        num_tokens: np.ndarray,
+        num_queries: np.ndarray,
+        query_starts: np.ndarray | None,
+    ) -> Self:
+        """query_starts: None: the last query is the last token."""
+        if query_starts is None:
+            query_starts = starts + num_tokens.astype(np.int64) - num_queries
+        return cls(seq_ids, starts, num_tokens, num_queries, query_starts.astype(np.int64))
 
     def num_bytes(self, store: KVStore, num_windows: int) -> int:
         """What a micro-batch of them takes, about."""

@@ -247,7 +247,7 @@ class RWorker:
         session.micro_batches.pop(message.micro_batch, None)
         _check_count(store, message.seq_ids)
         windows = {rule.window for rule in session.rules}
-        new = NewRows.of(message)
+        new = NewRows.of(message.seq_ids, message.starts, message.num_tokens, message.num_queries, message.query_starts)
         rows = list(
             zip(
                 message.seq_ids.tolist(),

@@ -107,6 +107,7 @@ def make_scheduler(
             order=config.order,
             order_window=config.order_window,
             restart_tokens=facts.restart_tokens,
+            share_prompts=config.kv_cache_dtype in ("auto", facts.dtype),
             prompt_kv_blocks=prompt_kv.num_blocks,
             prompt_kv_block_tokens=prompt_kv.block_tokens,
             max_scored_rows=max(_SCORES_BYTES // (4 * facts.vocab_size), _LEAST_SCORED_ROWS),

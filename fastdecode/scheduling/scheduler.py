@@ -58,6 +58,9 @@ class SchedulerConfig:
     max_scored_rows: int = 1 << 30  # logits that score tokens of prompts, in a step; they are all there at a time
     prompt_kv_blocks: int = 1 << 40  # on the S-worker, for prompts that come in chunks
     prompt_kv_block_tokens: int = 16
+    share_prompts: bool = (
+        True  # by samples of one request; not where R-workers hold K and V in fewer bits than they had
+    )
     split_fuse: bool = True  # False: prompts go whole, in steps of their own, before anything else (vLLM of 2023)
 
     @property
@@ -135,7 +138,8 @@ class Scheduler:
         )
         self._prompt_room = PromptRoom(config.prompt_kv_blocks, config.prompt_kv_block_tokens)
         # Where positions go by how long a prompt is, KV of one is of no use to a longer one.
-        self._siblings = Siblings(config.block_tokens if config.restart_tokens is None else None)
+        may_share = config.share_prompts and config.restart_tokens is None
+        self._siblings = Siblings(config.block_tokens if may_share else None)
         self._num_places = config.num_seats
 
     @property

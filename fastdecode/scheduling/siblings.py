@@ -3,9 +3,9 @@
     first of them   prefilling ─► decoding ──────────────────────────►
     the others      wait for it, in their seats ─► fork ─► the last token of the prompt ─► decoding
 
-The first to start computes the prompt.  Whoever starts while it runs, on its R-worker, begins with its KV of the prompt,
-but for the last token: that goes through the model once more for each, because every one draws its own next token.  If
-the first is gone before that (it has ended, or was preempted), one of those that wait computes the prompt.
+The first to start computes the prompt.  Whoever starts while it runs, on its R-worker, begins with its KV of the
+prompt, but for the last token: that goes through the model once more for each, because every one draws its own next
+token.  If the first is gone before that (it has ended, or was preempted), one of those that wait computes the prompt.
 """
 
 from __future__ import annotations
