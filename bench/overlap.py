@@ -32,7 +32,8 @@ from fastdecode.engine.runtime import open_session
 from fastdecode.holders.launch import start_r_workers
 from fastdecode.holders.rpool import RPool
 from fastdecode.observe.timeline import S_DEVICE, Timeline
-from fastdecode.scheduling.scheduler import Scheduler, SchedulerConfig
+from fastdecode.scheduling.config import SchedulerConfig
+from fastdecode.scheduling.scheduler import Scheduler
 from gpu_sworker import EmulatedSWorker
 
 BLOCK_TOKENS = 64

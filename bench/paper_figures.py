@@ -21,8 +21,9 @@ from fastdecode.modelling.simulation.latency import effective_throughput, inter_
 from fastdecode.modelling.simulation.simulator import Simulation, simulate
 from fastdecode.modelling.simulation.workload import Arrivals, Job, make_jobs
 from fastdecode.observe.plots import plot_steps
+from fastdecode.scheduling.config import SchedulerConfig
 from fastdecode.scheduling.predictor import MaxTokens
-from fastdecode.scheduling.scheduler import Scheduler, SchedulerConfig
+from fastdecode.scheduling.scheduler import Scheduler
 
 SEQUENCES = 1024  # B
 

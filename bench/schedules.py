@@ -34,7 +34,8 @@ from fastdecode.holders.launch import start_r_workers
 from fastdecode.holders.rpool import RPool
 from fastdecode.observe.plots import plot_steps
 from fastdecode.observe.step_log import StepRecord, read_step_log
-from fastdecode.scheduling.scheduler import Scheduler, SchedulerConfig
+from fastdecode.scheduling.config import SchedulerConfig
+from fastdecode.scheduling.scheduler import Scheduler
 from gpu_sworker import AttentionSpec, EmulatedSWorker, ModelFacts
 
 BLOCK_TOKENS = 16

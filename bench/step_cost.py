@@ -42,10 +42,11 @@ from fastdecode.engine.engine import Engine
 from fastdecode.engine.pipeline import flatten
 from fastdecode.holders.rejoin import RWorkerHandle
 from fastdecode.holders.rpool import RPool
+from fastdecode.scheduling.config import SchedulerConfig
 from fastdecode.scheduling.load_control import LoadControl
 from fastdecode.scheduling.plan import Step
 from fastdecode.scheduling.prospects import Prospects
-from fastdecode.scheduling.scheduler import Scheduler, SchedulerConfig
+from fastdecode.scheduling.scheduler import Scheduler
 from gpu_sworker import EmulatedSWorker, Sampled, SamplingRows, SWorker
 from transport import Message
 

@@ -19,8 +19,9 @@ from fastdecode.errors import ConfigError, RWorkerUnreachable
 from fastdecode.holders.patience import Patience
 from fastdecode.holders.processes import Processes
 from fastdecode.holders.rejoin import Rejoin, RWorkerHandle
+from fastdecode.scheduling.config import SchedulerConfig
 from fastdecode.scheduling.request import Request, Sequence
-from fastdecode.scheduling.scheduler import Scheduler, SchedulerConfig
+from fastdecode.scheduling.scheduler import Scheduler
 from transport import Admit, Attend, ChannelClosed, Hello, LayerSpec, Listener, Message, connect, listen
 
 GREEDY = SamplingParams(temperature=0, max_tokens=32)

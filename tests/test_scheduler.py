@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 
 from fastdecode.api.sampling_params import SamplingParams
 from fastdecode.errors import RequestError
+from fastdecode.scheduling.config import SchedulerConfig
 from fastdecode.scheduling.kv_credits import KV_POLICIES
 from fastdecode.scheduling.load_control import START_POLICIES
 from fastdecode.scheduling.plan import Forking, Segment, Step
 from fastdecode.scheduling.predictor import Learned, MaxTokens, NoisyOracle, Oracle, Predictor
 from fastdecode.scheduling.request import Request, Sequence
-from fastdecode.scheduling.scheduler import Scheduler, SchedulerConfig
+from fastdecode.scheduling.scheduler import Scheduler
 from fastdecode.scheduling.waiting import ORDERS, WaitingQueue
 
 END, OTHER = 1, 7

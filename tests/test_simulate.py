@@ -17,8 +17,9 @@ from fastdecode.modelling.simulation.cost import WholeCost, flat_cost
 from fastdecode.modelling.simulation.latency import keeps_rate, summary
 from fastdecode.modelling.simulation.simulator import Served, Simulation, simulate
 from fastdecode.modelling.simulation.workload import Arrivals, Job, make_jobs
+from fastdecode.scheduling.config import SchedulerConfig
 from fastdecode.scheduling.predictor import Learned, MaxTokens, NoisyOracle, Oracle, Predictor
-from fastdecode.scheduling.scheduler import Scheduler, SchedulerConfig
+from fastdecode.scheduling.scheduler import Scheduler
 
 FLAT = flat_cost(0.01, 1e-9)
 

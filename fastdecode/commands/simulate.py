@@ -19,10 +19,11 @@ from fastdecode.modelling.simulation.latency import summary
 from fastdecode.modelling.simulation.simulator import Simulation, simulate
 from fastdecode.modelling.simulation.workload import make_jobs, parse_arrivals
 from fastdecode.observe.plots import check_plotting, plot_steps
+from fastdecode.scheduling.config import SchedulerConfig
 from fastdecode.scheduling.kv_credits import KV_POLICIES
 from fastdecode.scheduling.load_control import START_POLICIES
 from fastdecode.scheduling.predictor import PUBLISHED_ACCURACY, Learned, MaxTokens, NoisyOracle, Oracle, Predictor
-from fastdecode.scheduling.scheduler import Scheduler, SchedulerConfig
+from fastdecode.scheduling.scheduler import Scheduler
 from fastdecode.scheduling.waiting import ORDERS
 
 PREDICTORS = ("max-tokens", "oracle", "noisy", "learned")

@@ -9,8 +9,9 @@ from cpu_attention import KVLayout, LayerShape, available_memory_bytes, format_b
 from fastdecode.engine.config import EngineConfig
 from fastdecode.errors import ConfigError
 from fastdecode.modelling.calibration import read_calibration
+from fastdecode.scheduling.config import SchedulerConfig
 from fastdecode.scheduling.predictor import Learned, MaxTokens
-from fastdecode.scheduling.scheduler import Scheduler, SchedulerConfig
+from fastdecode.scheduling.scheduler import Scheduler
 from gpu_sworker import PROMPT_KV_SHARE, KVRoom, ModelFacts, choose_device
 from transport import Welcome
 

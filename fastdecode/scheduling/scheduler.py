@@ -14,70 +14,27 @@ queue are common to all of them.  Load is counted in rounds, in each of which ev
 
 from __future__ import annotations
 
-import math
-from collections import Counter
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
 from fastdecode.errors import RequestError
+from fastdecode.scheduling.config import SchedulerConfig
 from fastdecode.scheduling.kv_credits import KVCredits
 from fastdecode.scheduling.lane import Lane, hand_over
 from fastdecode.scheduling.load_control import LoadControl
-from fastdecode.scheduling.plan import Admission, Decodes, Forking, Segment, Step, in_row_order
+from fastdecode.scheduling.plan import Decodes, Step, in_row_order
 from fastdecode.scheduling.predictor import Learned, Predictor
 from fastdecode.scheduling.prompt_room import PromptRoom
-from fastdecode.scheduling.prospects import Prospect, Prospects
+from fastdecode.scheduling.prospects import Prospects
 from fastdecode.scheduling.request import Sequence
+from fastdecode.scheduling.running import Running, place, rank
 from fastdecode.scheduling.siblings import Siblings
+from fastdecode.scheduling.starts import Starts
 from fastdecode.scheduling.waiting import WaitingQueue
 
 _MOST_FILLINGS = 4  # of all seats, that wait
-_MOST_LOOKED_UP = 1 << 22  # blocks, for the queries of a chunk that attends on its R-worker
-
-
-@dataclass(frozen=True, kw_only=True)
-class SchedulerConfig:
-    """See `fastdecode.engine.config.EngineConfig` for what users choose."""
-
-    max_num_seqs: int
-    max_num_batched_tokens: int  # of a round
-    num_lanes: int
-    block_tokens: int
-    capacity_blocks: tuple[int, ...]  # [num_r_workers]
-    max_num_waiting: int | None = None
-    kv_policy: str = "reserve-dynamic"
-    start_policy: str = "steady"
-    start_interval: int = 1
-    max_kv_load: int | None = None
-    length_quantile: float = 0.95
-    order: str = "fcfs"
-    order_window: int = 64
-    restart_tokens: int | None = None  # a sequence that grows to so many is computed anew; see ModelFacts
-    max_scored_rows: int = 1 << 30  # logits that score tokens of prompts, in a step; they are all there at a time
-    prompt_kv_blocks: int = 1 << 40  # on the S-worker, for prompts that come in chunks
-    prompt_kv_block_tokens: int = 16
-    share_prompts: bool = (
-        True  # by samples of one request; not where R-workers hold K and V in fewer bits than they had
-    )
-    split_fuse: bool = True  # False: prompts go whole, in steps of their own, before anything else (vLLM of 2023)
-
-    @property
-    def lane_tokens(self) -> int:
-        """Of a lane's step, at most."""
-        return -(-self.max_num_batched_tokens // self.num_lanes)
-
-    @property
-    def lane_seats(self) -> int:
-        """Sequences of a lane, at most: an eighth of its tokens is kept for prompts, which decodes cannot starve so."""
-        seats = -(-self.max_num_seqs // self.num_lanes)
-        return max(1, min(seats, self.lane_tokens - -(-self.lane_tokens // 8))) if self.split_fuse else seats
-
-    @property
-    def num_seats(self) -> int:
-        """Sequences that run at most."""
-        return min(self.max_num_seqs, self.num_lanes * self.lane_seats)
 
 
 @dataclass(frozen=True)
@@ -87,28 +44,6 @@ class Loss:
     broken: frozenset[int]  # lanes whose steps did not happen
     released: dict[int, list[int]]  # R-worker, the lost one too -> sequences that start anew
     kept: dict[int, dict[int, int]]  # R-worker -> sequence -> how many tokens of it stay
-
-
-@dataclass
-class _Left:
-    """Of a step's budget, for prompts."""
-
-    tokens: int
-    scored_rows: int
-
-    def take(self, segment: Segment) -> None:
-        self.tokens -= segment.num_tokens
-        self.scored_rows -= len(segment.scored)
-        if self.scored_rows <= 0:
-            self.tokens = 0  # the next prompt may want scores, too, and none is passed by
-
-
-@dataclass
-class _Begun:
-    """What R-workers are told of sequences whose first chunk is in a step."""
-
-    admissions: list[Admission] = field(default_factory=list)
-    forkings: list[Forking] = field(default_factory=list)
 
 
 class Scheduler:
@@ -124,9 +59,8 @@ class Scheduler:
         """With no sequences at all."""
         config = self._config
         self._waiting = WaitingQueue(config.order, config.order_window, self._prospects.job_length)
-        self._running: dict[int, Sequence] = {}  # by seq_id, in order of admission
+        self._running = Running()
         self._lanes = [Lane(index) for index in range(config.num_lanes)]
-        self._priorities: Counter[int] = Counter()  # of what runs
         self._freed: dict[int, list[int]] = {}  # R-worker -> sequences that nobody was told to free yet
         self._preempted: dict[int, list[int]] = {}  # likewise, by the next step
         self._credits = KVCredits(config.kv_policy, capacity_blocks, config.block_tokens)
@@ -140,7 +74,10 @@ class Scheduler:
         # Where positions go by how long a prompt is, KV of one is of no use to a longer one.
         may_share = config.share_prompts and config.restart_tokens is None
         self._siblings = Siblings(config.block_tokens if may_share else None)
-        self._num_places = config.num_seats
+        self._starts = Starts(
+            config, self._waiting, self._running, self._load, self._credits, self._prompt_room, self._siblings,
+            self._prospects,
+        )  # fmt: skip
 
     @property
     def num_waiting(self) -> int:
@@ -153,7 +90,7 @@ class Scheduler:
     @property
     def num_places(self) -> int:
         """Sequences that run or can at once: all seats, or what ran when a step with budget left let others wait."""
-        return max(self._num_places, len(self._running)) if self._running else self._config.num_seats
+        return max(self._starts.num_places, len(self._running)) if self._running else self._config.num_seats
 
     @property
     def kv_tokens(self) -> tuple[int, ...]:
@@ -241,7 +178,7 @@ class Scheduler:
         if not self._preempt(self._round_of(lane)):
             return None
         decodes = lane.decodes()
-        prompts, begun = self._prompts(lane)
+        prompts, begun = self._starts.prompts(lane, self._round_of(lane))
         if prompts and not self._config.split_fuse:
             decodes = Decodes.none()
         if not len(decodes) and not prompts:
@@ -332,14 +269,14 @@ class Scheduler:
                     loss.released.setdefault(segment.r_worker, []).append(segment.seq_id)
                 else:
                     loss.kept.setdefault(segment.r_worker, {})[segment.seq_id] = segment.start
-            for place, seq_ids in lane.step.preempted.items():
-                loss.released.setdefault(place, []).extend(seq_ids)
+            for r_worker, seq_ids in lane.step.preempted.items():
+                loss.released.setdefault(r_worker, []).extend(seq_ids)
             lane.step = None
             gone, lane.leaving = lane.leaving, {}
             for sequence in gone.values():
                 self._let_go(sequence, loss.released)
         to_wait = {seq_id for seq_ids in loss.released.values() for seq_id in seq_ids}
-        for sequence in list(self._running.values()):
+        for sequence in list(self._running):
             if sequence.seq_id in to_wait:
                 self._put_back(sequence)
             elif sequence.r_worker == worker:
@@ -374,11 +311,13 @@ class Scheduler:
     def check_integrity(self) -> None:
         """Asserts that credit is held by exactly the running sequences, and that each is in one lane."""
         assert len(self._running) <= self._config.num_seats
-        self._credits.check_integrity(self._running.values())
+        self._credits.check_integrity(self._running)
         self._load.check_integrity()
-        assert sorted(self._running) == sorted(sequence.seq_id for lane in self._lanes for sequence in lane)
-        assert self._priorities == Counter(s.request.priority for s in self._running.values())
-        self._siblings.check_integrity(self._running)
+        assert sorted(s.seq_id for s in self._running) == sorted(
+            sequence.seq_id for lane in self._lanes for sequence in lane
+        )
+        self._running.check_integrity()
+        self._siblings.check_integrity({s.seq_id: s for s in self._running})
         self._prompt_room.check_integrity({seq_id for lane in self._lanes for seq_id in lane.prefilling})
         for lane in self._lanes:
             lane.check_integrity()
@@ -412,7 +351,7 @@ class Scheduler:
         """
 
         def put_back(victim: Sequence) -> None:
-            worker = _place(victim)
+            worker = place(victim)
             self._credits.give_back(worker, victim.num_tokens)
             if victim.awaits is None:
                 self._preempted.setdefault(worker, []).append(victim.seq_id)
@@ -420,17 +359,17 @@ class Scheduler:
 
         restart = self._config.restart_tokens
         if restart is not None:
-            for sequence in [s for s in self._running.values() if s.prefill_tokens < restart <= s.num_tokens]:
+            for sequence in [s for s in self._running if s.prefill_tokens < restart <= s.num_tokens]:
                 if not self._is_under_way(sequence):
                     put_back(sequence)
         while (worker := self._credits.overdrawn()) is not None:
-            last = max((s for s in self._running.values() if s.r_worker == worker), key=_rank)
+            last = max((s for s in self._running if s.r_worker == worker), key=rank)
             if self._is_under_way(last):
                 return False
             put_back(last)
         first = self._waiting.first()
-        while first and not self._has_place(first, number):
-            last = max(self._running.values(), key=_rank, default=first)
+        while first and not self._starts.has_place(first, number):
+            last = max(self._running, key=rank, default=first)
             if last.request.priority <= first.request.priority or self._is_under_way(last):
                 break
             put_back(last)
@@ -439,27 +378,10 @@ class Scheduler:
     def _is_under_way(self, sequence: Sequence) -> bool:
         return self._lanes[sequence.lane].is_under_way(sequence.seq_id)
 
-    def _has_place(self, first: Sequence, number: int) -> bool:
-        """Or nobody has to make one for it."""
-        if first.request.priority >= self._lowest_priority:
-            return True
-        has_seat = len(self._running) < self._config.num_seats
-        prospect = self._prospect(first, self._whole_step, number)
-        return has_seat and self._load.place(prospect, is_urgent=True) is not None
-
-    @property
-    def _whole_step(self) -> _Left:
-        return _Left(self._config.lane_tokens, self._config.max_scored_rows)
-
-    @property
-    def _lowest_priority(self) -> float:
-        """Of what runs; a waiting sequence with a lower number than that is urgent."""
-        return max(self._priorities, default=-math.inf)
-
     def _let_go(self, sequence: Sequence, freed: dict[int, list[int]]) -> None:
         """One that has ended, and nothing under way has rows of."""
         if sequence.awaits is None:
-            freed.setdefault(_place(sequence), []).append(sequence.seq_id)
+            freed.setdefault(place(sequence), []).append(sequence.seq_id)
         self._take_out(sequence)
         sequence.r_worker = None
         self._prospects.learn(sequence)
@@ -470,136 +392,14 @@ class Scheduler:
         self._waiting.put_back(sequence)
 
     def _take_out(self, sequence: Sequence) -> None:
-        del self._running[sequence.seq_id]
+        self._running.remove(sequence)
         self._lanes[sequence.lane].remove(sequence)
         self._prompt_room.give_back(sequence.seq_id)
         self._siblings.end(sequence)
         self._load.end(sequence.seq_id)
-        self._priorities[sequence.request.priority] -= 1
-        self._priorities += Counter()  # without those that nobody has
-
-    def _prompts(self, lane: Lane) -> tuple[list[Segment], _Begun]:
-        """Goes on with the prompt that is on its way, then lets waiting sequences start, as far as the budget goes."""
-        config = self._config
-        left = self._whole_step
-        left.tokens -= lane.num_decoding if config.split_fuse else 0
-        begun = _Begun()
-        prompts: list[Segment] = []
-        first, lowest = self._waiting.first(), self._lowest_priority
-        outranked: list[Sequence] = []
-        # At most one of each priority: the next one starts when it has ended.
-        for sequence in sorted(lane.prefilling.values(), key=_rank):
-            if first and first.request.priority < sequence.request.priority:
-                outranked.append(sequence)
-            elif left.tokens > 0 and not self._siblings.is_to_wait(sequence):
-                prompts.append(self._chunk(sequence, left, begun))
-        number = self._round_of(lane)
-        self._load.begin_step(
-            number, self._waiting.max_kv_tokens, self._prospect(first, left, number) if first else None
-        )
-        is_for_others = False
-        while left.tokens > 0 and len(self._running) < config.num_seats:
-            first = self._waiting.first()
-            if first is None or (prompts and not config.split_fuse and first.num_tokens > left.tokens):
-                break
-            if outranked and first.request.priority >= outranked[0].request.priority:
-                break
-            if is_for_others := len(lane) >= self._share:
-                break
-            prospect = self._prospect(first, left, number)
-            worker = self._load.place(
-                prospect, is_urgent=first.request.priority < lowest, preferred=self._siblings.r_worker_for(first)
-            )
-            if worker is None:
-                break
-            self._start(first, worker, lane, prospect)
-            if not self._siblings.is_to_wait(first):
-                prompts.append(self._chunk(first, left, begun))
-        for sequence in outranked:
-            if left.tokens > 0 and not self._siblings.is_to_wait(sequence):
-                prompts.append(self._chunk(sequence, left, begun))
-        if not is_for_others and (left.tokens > 0 or len(self._running) >= config.num_seats):
-            self._load.close_batch()
-            self._num_places = len(self._running) if self._waiting else config.num_seats
-        return prompts, begun
-
-    @property
-    def _share(self) -> int:
-        """Sequences that a lane has, at most, so that what waits is left for the others, too."""
-        fair = -(-(len(self._running) + len(self._waiting)) // len(self._lanes))
-        return min(fair, self._config.lane_seats)
-
-    def _chunk(self, sequence: Sequence, left: _Left, begun: _Begun) -> Segment:
-        """The next tokens of its prompt, as many as there may be; takes them from what is left."""
-        if sequence.num_prefilled == 0:
-            self._begin_prompt(sequence, begun)
-        begin, end = sequence.num_prefilled, sequence.prefill_tokens
-        if self._config.split_fuse:
-            end = min(end, begin + left.tokens)
-            score_begin = max(begin, sequence.num_scored)
-            if min(end, sequence.num_to_score) - score_begin > left.scored_rows:
-                end = score_begin + left.scored_rows
-        if begin == 0 and end < sequence.prefill_tokens:
-            sequence.is_remote = not self._prompt_room.take(sequence.seq_id, sequence.prefill_tokens)
-        if sequence.is_remote:  # its R-worker looks up the blocks of every query
-            end = min(end, begin + max(1, _MOST_LOOKED_UP // self._credits.blocks(sequence.prefill_tokens)))
-        restarts = self._config.restart_tokens is not None
-        segment = Segment(
-            sequence.seq_id,
-            _place(sequence),
-            begin,
-            sequence.token_ids[begin:end],
-            sequence.prefill_tokens,
-            sequence.prefill_tokens if restarts else len(sequence.request.prompt_token_ids),
-            score_from=sequence.num_scored,
-            score_to=sequence.num_to_score,
-            is_continued=sequence.request.max_new_tokens > 0,
-            is_remote=sequence.is_remote,
-        )
-        left.take(segment)
-        return segment
-
-    def _begin_prompt(self, sequence: Sequence, begun: _Begun) -> None:
-        begun.admissions.append(Admission(sequence.seq_id, _place(sequence), sequence.max_kv_tokens))
-        if sequence.awaits is not None:
-            shared = self._siblings.num_shared_tokens(sequence)
-            begun.forkings.append(Forking(sequence.seq_id, sequence.awaits, _place(sequence), shared))
-            sequence.begin_with(shared)
-
-    def _start(self, sequence: Sequence, worker: int, lane: Lane, prospect: Prospect) -> None:
-        self._waiting.remove(sequence)
-        self._running[sequence.seq_id] = sequence
-        self._priorities[sequence.request.priority] += 1
-        self._load.start(sequence.seq_id, worker, prospect)
-        sequence.admit(worker, lane.index)
-        self._siblings.start(sequence)
-        lane.add(sequence)
-        sequence.expected_tokens = self._prospects.expected_tokens(sequence)
-
-    def _prospect(self, sequence: Sequence, left: _Left, step: int) -> Prospect:
-        """What it will hold from `step` on, a round, with what is left of a step's budget there for its prompt."""
-        last_chunk = step
-        if self._config.split_fuse:
-            # Each later step has at least this for its prompt: nothing that starts after it goes before it.
-            each = max(1, self._config.lane_tokens - len(self._running) // len(self._lanes))
-            now = left.tokens
-            if sequence.num_scored < sequence.num_to_score:
-                each, now = min(each, self._config.max_scored_rows), min(now, left.scored_rows)
-            last_chunk += max(0, -(-(sequence.num_tokens - now) // each))
-        return self._prospects.of(sequence, step, last_chunk)
 
     def _expect_more(self, sequence: Sequence) -> None:
         """It has outlived what was predicted, and is taken to end in the next bucket."""
         expected = self._prospects.expected_tokens(sequence)
         self._load.extend(sequence.seq_id, expected - sequence.expected_tokens)
         sequence.expected_tokens = expected
-
-
-def _rank(sequence: Sequence) -> tuple[int, int]:
-    """Who goes first: by priority, then as they came."""
-    return sequence.request.priority, sequence.seq_id
-
-
-def _place(sequence: Sequence) -> int:
-    assert sequence.r_worker is not None, "a running sequence has a place"
-    return sequence.r_worker

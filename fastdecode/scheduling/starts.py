@@ -1,0 +1,187 @@
+"""What of prompts is in a lane's step: which go on, which sequences start, and on which R-worker.  Pure.
+
+budget of the step ─ decodes ─► prompts on their way ─► whoever waits, first by first, while
+                                                        a seat is free │ LoadControl has a place │ tokens are left
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from fastdecode.scheduling.config import SchedulerConfig
+from fastdecode.scheduling.kv_credits import KVCredits
+from fastdecode.scheduling.lane import Lane
+from fastdecode.scheduling.load_control import LoadControl
+from fastdecode.scheduling.plan import Admission, Forking, Segment
+from fastdecode.scheduling.prompt_room import PromptRoom
+from fastdecode.scheduling.prospects import Prospect, Prospects
+from fastdecode.scheduling.request import Sequence
+from fastdecode.scheduling.running import Running, place, rank
+from fastdecode.scheduling.siblings import Siblings
+from fastdecode.scheduling.waiting import WaitingQueue
+
+_MOST_LOOKED_UP = 1 << 22  # blocks, for the queries of a chunk that attends on its R-worker
+
+
+@dataclass
+class _Left:
+    """Of a step's budget, for prompts."""
+
+    tokens: int
+    scored_rows: int
+
+    def take(self, segment: Segment) -> None:
+        self.tokens -= segment.num_tokens
+        self.scored_rows -= len(segment.scored)
+        if self.scored_rows <= 0:
+            self.tokens = 0  # the next prompt may want scores, too, and none is passed by
+
+
+@dataclass
+class _Begun:
+    """What R-workers are told of sequences whose first chunk is in a step."""
+
+    admissions: list[Admission] = field(default_factory=list)
+    forkings: list[Forking] = field(default_factory=list)
+
+
+class Starts:
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        waiting: WaitingQueue,
+        running: Running,
+        load: LoadControl,
+        credits: KVCredits,
+        prompt_room: PromptRoom,
+        siblings: Siblings,
+        prospects: Prospects,
+    ) -> None:
+        """What it takes from one of them and gives to another is the scheduler's, which takes it back."""
+        self._config, self._waiting, self._running = config, waiting, running
+        self._load, self._credits, self._prospects = load, credits, prospects
+        self._prompt_room, self._siblings = prompt_room, siblings
+        self.num_places = config.num_seats  # sequences that ran when a step with budget left let others wait; or all
+
+    def has_place(self, first: Sequence, number: int) -> bool:
+        """Or nobody has to make one for it."""
+        if first.request.priority >= self._running.lowest_priority:
+            return True
+        has_seat = len(self._running) < self._config.num_seats
+        prospect = self._prospect(first, self._whole_step, number)
+        return has_seat and self._load.place(prospect, is_urgent=True) is not None
+
+    @property
+    def _whole_step(self) -> _Left:
+        return _Left(self._config.lane_tokens, self._config.max_scored_rows)
+
+    def prompts(self, lane: Lane, number: int) -> tuple[list[Segment], _Begun]:
+        """Goes on with the prompt that is on its way, then lets waiting sequences start, as far as the budget goes.
+
+        number: of the round that the step will be in.
+        """
+        config = self._config
+        left = self._whole_step
+        left.tokens -= lane.num_decoding if config.split_fuse else 0
+        begun = _Begun()
+        prompts: list[Segment] = []
+        first, lowest = self._waiting.first(), self._running.lowest_priority
+        outranked: list[Sequence] = []
+        # At most one of each priority, beside those that wait for a sibling: the next one starts when it has ended.
+        for sequence in sorted(lane.prefilling.values(), key=rank):
+            if first and first.request.priority < sequence.request.priority:
+                outranked.append(sequence)
+            elif left.tokens > 0 and not self._siblings.is_to_wait(sequence):
+                prompts.append(self._chunk(sequence, left, begun))
+        self._load.begin_step(
+            number, self._waiting.max_kv_tokens, self._prospect(first, left, number) if first else None
+        )
+        is_for_others = False
+        while left.tokens > 0 and len(self._running) < config.num_seats:
+            first = self._waiting.first()
+            if first is None or (prompts and not config.split_fuse and first.num_tokens > left.tokens):
+                break
+            if outranked and first.request.priority >= outranked[0].request.priority:
+                break
+            if is_for_others := len(lane) >= self._share:
+                break
+            prospect = self._prospect(first, left, number)
+            worker = self._load.place(
+                prospect, is_urgent=first.request.priority < lowest, preferred=self._siblings.r_worker_for(first)
+            )
+            if worker is None:
+                break
+            self._start(first, worker, lane, prospect)
+            if not self._siblings.is_to_wait(first):
+                prompts.append(self._chunk(first, left, begun))
+        for sequence in outranked:
+            if left.tokens > 0 and not self._siblings.is_to_wait(sequence):
+                prompts.append(self._chunk(sequence, left, begun))
+        if not is_for_others and (left.tokens > 0 or len(self._running) >= config.num_seats):
+            self._load.close_batch()
+            self.num_places = len(self._running) if self._waiting else config.num_seats
+        return prompts, begun
+
+    @property
+    def _share(self) -> int:
+        """Sequences that a lane has, at most, so that what waits is left for the others, too."""
+        fair = -(-(len(self._running) + len(self._waiting)) // self._config.num_lanes)
+        return min(fair, self._config.lane_seats)
+
+    def _chunk(self, sequence: Sequence, left: _Left, begun: _Begun) -> Segment:
+        """The next tokens of its prompt, as many as there may be; takes them from what is left."""
+        if sequence.num_prefilled == 0:
+            self._begin_prompt(sequence, begun)
+        begin, end = sequence.num_prefilled, sequence.prefill_tokens
+        if self._config.split_fuse:
+            end = min(end, begin + left.tokens)
+            score_begin = max(begin, sequence.num_scored)
+            if min(end, sequence.num_to_score) - score_begin > left.scored_rows:
+                end = score_begin + left.scored_rows
+        if begin == 0 and end < sequence.prefill_tokens:
+            sequence.is_remote = not self._prompt_room.take(sequence.seq_id, sequence.prefill_tokens)
+        if sequence.is_remote:  # its R-worker looks up the blocks of every query
+            end = min(end, begin + max(1, _MOST_LOOKED_UP // self._credits.blocks(sequence.prefill_tokens)))
+        restarts = self._config.restart_tokens is not None
+        segment = Segment(
+            sequence.seq_id,
+            place(sequence),
+            begin,
+            sequence.token_ids[begin:end],
+            sequence.prefill_tokens,
+            sequence.prefill_tokens if restarts else len(sequence.request.prompt_token_ids),
+            score_from=sequence.num_scored,
+            score_to=sequence.num_to_score,
+            is_continued=sequence.request.max_new_tokens > 0,
+            is_remote=sequence.is_remote,
+        )
+        left.take(segment)
+        return segment
+
+    def _begin_prompt(self, sequence: Sequence, begun: _Begun) -> None:
+        begun.admissions.append(Admission(sequence.seq_id, place(sequence), sequence.max_kv_tokens))
+        if sequence.awaits is not None:
+            shared = self._siblings.num_shared_tokens(sequence)
+            begun.forkings.append(Forking(sequence.seq_id, sequence.awaits, place(sequence), shared))
+            sequence.begin_with(shared)
+
+    def _start(self, sequence: Sequence, worker: int, lane: Lane, prospect: Prospect) -> None:
+        self._waiting.remove(sequence)
+        self._running.add(sequence)
+        self._load.start(sequence.seq_id, worker, prospect)
+        sequence.admit(worker, lane.index)
+        self._siblings.start(sequence)
+        lane.add(sequence)
+        sequence.expected_tokens = self._prospects.expected_tokens(sequence)
+
+    def _prospect(self, sequence: Sequence, left: _Left, step: int) -> Prospect:
+        """What it will hold from `step` on, a round, with what is left of a step's budget there for its prompt."""
+        last_chunk = step
+        if self._config.split_fuse:
+            # Each later step has at least this for its prompt: nothing that starts after it goes before it.
+            each = max(1, self._config.lane_tokens - len(self._running) // self._config.num_lanes)
+            now = left.tokens
+            if sequence.num_scored < sequence.num_to_score:
+                each, now = min(each, self._config.max_scored_rows), min(now, left.scored_rows)
+            last_chunk += max(0, -(-(sequence.num_tokens - now) // each))
+        return self._prospects.of(sequence, step, last_chunk)
