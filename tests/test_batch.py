@@ -527,7 +527,7 @@ def test_a_signal_before_there_is_a_model(harm: signal.Signals, demo_model: Path
     assert process.returncode == 128 + harm and said == "interrupted before the first line\n"
 
 
-@pytest.mark.parametrize("harm", [signal.SIGTERM, signal.SIGINT], ids=str)
+@pytest.mark.parametrize("harm", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)], ids=str)
 def test_a_signal_ends_it_cleanly(harm: signal.Signals, demo_model: Path, tmp_path: Path) -> None:
     source = write(tmp_path / "in.jsonl", [request(f"r{i}", "x", max_tokens=200) for i in range(2000)])
     out = tmp_path / "out.jsonl"

@@ -25,7 +25,7 @@ def under_mpi(mpirun: list[str], num_ranks: int, model: Path, source: Path, out:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("victim", [2, 0])
+@pytest.mark.parametrize("victim", [pytest.param(2, marks=pytest.mark.slow), 0])
 def test_a_rank_is_killed(victim: int, mpirun: list[str], demo_model: Path, tmp_path: Path) -> None:
     """The job ends, non-zero, and the rank is named; what was done is kept, and --resume does the rest."""
     source, whole, out, log = (tmp_path / name for name in ("in.jsonl", "whole.jsonl", "out.jsonl", "log"))

@@ -202,7 +202,7 @@ def test_mpirun_with_a_failing_rank_0(code: str, text: str, mpirun: list[str]) -
     assert out.returncode != 0 and text in out.stdout + out.stderr
 
 
-@pytest.mark.parametrize("harm", [signal.SIGKILL, signal.SIGSTOP], ids=str)
+@pytest.mark.parametrize("harm", [pytest.param(signal.SIGKILL, marks=pytest.mark.slow), signal.SIGSTOP], ids=str)
 def test_mpirun_with_a_lost_r_worker(harm: signal.Signals, mpirun: list[str], llama: Case, tmp_path: Path) -> None:
     """MPI has no recovery: the job ends, non-zero, names the rank, and does not hang."""
     script = (

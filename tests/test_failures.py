@@ -42,7 +42,9 @@ def wait_until(condition: object, timeout_s: float = 60) -> bool:
 @pytest.mark.parametrize(
     "harm, transport",
     [
-        (signal.SIGKILL, "shm"), (signal.SIGKILL, "tcp"), (signal.SIGSTOP, "shm"), (signal.SIGSTOP, "ipc"),
+        (signal.SIGKILL, "tcp"), (signal.SIGSTOP, "shm"),
+        pytest.param(signal.SIGKILL, "shm", marks=pytest.mark.slow),
+        pytest.param(signal.SIGSTOP, "ipc", marks=pytest.mark.slow),
         pytest.param(signal.SIGKILL, "ipc", marks=pytest.mark.slow),
         pytest.param(signal.SIGSTOP, "tcp", marks=pytest.mark.slow),
     ],

@@ -87,11 +87,18 @@ HEADS = [
 ]  # fmt: skip
 
 
-# Each storage type with every other one of them.
-SHAPES = [(dtype, *heads) for i, dtype in enumerate(KV_DTYPES) for heads in HEADS[i % 2 :: 2]]
+# Each storage type with every other one of them, and with every fourth where nothing is said of slow ones.
+SHAPES = {
+    (dtype, *heads): (j + i // 2) % 2 > 0  # whether it is slow
+    for i, dtype in enumerate(KV_DTYPES)
+    for j, heads in enumerate(HEADS[i % 2 :: 2])
+}
 
 
-@pytest.mark.parametrize("dtype, head_dim, kv_heads, group", SHAPES)
+@pytest.mark.parametrize(
+    "dtype, head_dim, kv_heads, group",
+    [pytest.param(*shape, marks=pytest.mark.slow if is_slow else []) for shape, is_slow in SHAPES.items()],
+)
 def test_shapes(dtype: str, head_dim: int, kv_heads: int, group: int) -> None:
     """Lengths 1, block-1, block, block+1 and several blocks, in one call; plain, with a window, with sinks."""
     block = 16
@@ -106,7 +113,7 @@ def test_shapes(dtype: str, head_dim: int, kv_heads: int, group: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", KV_DTYPES)
-@pytest.mark.parametrize("block", [48, 128])
+@pytest.mark.parametrize("block", [48, pytest.param(128, marks=pytest.mark.slow)])
 def test_block_sizes(dtype: str, block: int) -> None:
     """Lengths around the borders of blocks and of what one step of the loops takes."""
     lengths = [1, 15, 16, 17, 33, block - 1, block, block + 1, 3 * block, 300]

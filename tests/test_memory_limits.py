@@ -216,7 +216,9 @@ print(count, mib("VmHWM") - before)
 """
 
 
-@pytest.mark.parametrize("transport", ["inproc", "shm", pytest.param("ipc", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "transport", ["inproc", *(pytest.param(name, marks=pytest.mark.slow) for name in ("shm", "ipc"))]
+)
 def test_many_requests_through_a_small_queue(transport: str, tmp_path: Path) -> None:
     """After the first 1000 the S-worker takes no more memory, however many come, and may not either."""
     model = make_model("llama", tmp_path / "model")

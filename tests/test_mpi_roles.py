@@ -124,7 +124,7 @@ def _roles(told: str) -> list[tuple[str, str]]:
     return re.findall(r"^ +\d  ([SR])-worker  \S+ +\d+ +(\S+)", told, re.MULTILINE)
 
 
-@pytest.mark.parametrize("order", ["SRR", "RRS"])
+@pytest.mark.parametrize("order", [pytest.param("SRR", marks=pytest.mark.slow), "RRS"])
 def test_roles_by_command(order: str, mpirun: list[str], demo_model: Path, expected: str) -> None:
     """Each R-worker has flags of its own."""
     parts = {
