@@ -79,5 +79,5 @@ def address(array: np.ndarray) -> int:
     """Of its first number.  numpy's own ways to it build a dictionary, and take three times as long; a layer has
     a dozen of them.
     """
-    interface = _get_pointer(array.__array_struct__, None)
-    return c_int64.from_address(interface + _DATA).value
+    capsule = array.__array_struct__  # which has the interface, and frees it with itself
+    return c_int64.from_address(_get_pointer(capsule, None) + _DATA).value

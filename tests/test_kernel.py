@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from cpu_attention import KV_DTYPES, NUMBER_DTYPES, AttentionRule, HeadFormat, kernel, reference
 from cpu_attention.block import MASKED
+from cpu_attention.job import address
 from cpu_attention.multicore import Attention, Kernel
 from cpu_attention.state import State, merge
 from cpu_attention.work import NewTokens, cut_work
@@ -78,6 +79,19 @@ def make_case(
         kernel.append(k, v, tables[row][positions // block], positions % block, data, head)
     q = generator.standard_normal((len(lengths), kv_heads * group, head_dim)).astype(np.float32)
     return Case(q, data, head, tables, np.array(lengths, np.int32) - 1, rule or AttentionRule(head_dim**-0.5))
+
+
+@pytest.mark.parametrize("dtype", NUMBER_DTYPES)
+def test_address(dtype: str) -> None:
+    """Of arrays that are written and read alone, whole and parts, while memory is taken and given back."""
+    kept = []
+    for size in range(1, 200):
+        array = np.zeros((size, 3, 8), NUMBER_DTYPES[dtype])
+        array.flags.writeable = size % 2 > 0
+        for part in (array, array[size // 2 :], array[:, 1:], array[::2]):
+            assert address(part) == part.__array_interface__["data"][0]
+        kept.append(array)
+        del kept[: size % 3]
 
 
 # Every head_dim and kind of group at least once; each is a compilation of its own.

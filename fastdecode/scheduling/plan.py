@@ -31,7 +31,7 @@ class Segment(NamedTuple):
     score_from: int = 0  # positions of the prompt, from this one
     score_to: int = 0  # to before this one, whose logits are wanted: they score the token that follows
     is_continued: bool = True  # False: of a prompt after which nothing is to be generated
-    is_remote: bool = False  # of a prompt that attends on its R-worker, because the S-worker has no room for it
+    is_remote: bool = False  # of a prompt that attends on its R-worker: no room on the S-worker, or begun by a fork
 
     @property
     def is_prompt(self) -> bool:

@@ -6,6 +6,7 @@ the whole prompt                   on the S-worker, over its own K and V   none
 the first one, and there is room   on the S-worker                         for all of it, until its last chunk
 the first one, and there is none   on its R-worker, which has K and V      none
 a later one                        where the first one did
+the rest, after a fork             on its R-worker, which has K and V      none
 """
 
 from __future__ import annotations

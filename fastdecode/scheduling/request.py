@@ -62,9 +62,7 @@ class Sequence:
     prefill_tokens: int = 0  # how many it began with there: its prompt, and what was output before a preemption
     num_prefilled: int = 0  # of them those whose KV is on the R-worker
     is_remote: bool = False  # its prompt attends on the R-worker, which holds the beginning of it
-    awaits: int | None = (
-        None  # one of its request, whose KV of the prompt it will begin with; its R-worker knows it then
-    )
+    awaits: int | None = None  # whose KV of the prompt it will begin with; until then its R-worker knows nothing of it
     num_scored: int = 0  # positions of its prompt whose logits have been looked at; they outlive a preemption
     num_preemptions: int = 0
     prediction: Prediction | None = None  # of all its output tokens; None: nobody was asked yet

@@ -39,11 +39,13 @@ class Siblings:
             del self._first[sequence.request.request_id]
 
     def is_to_wait(self, sequence: Sequence) -> bool:
-        """Whether the KV it awaits is on its way.  If that will not come, it awaits it no longer."""
+        """Whether the KV it awaits is on its way.  If that will not come, it awaits it no longer: who was to bring it
+        has ended, or was preempted, and may even run again, on another R-worker.
+        """
         if sequence.awaits is None:
             return False
         first = self._first_for(sequence)
-        if first is None or first.seq_id != sequence.awaits:
+        if first is None or first.seq_id != sequence.awaits or first.r_worker != sequence.r_worker:
             sequence.awaits = None
             self.start(sequence)  # it computes the prompt, or awaits another one that does
             first = self._first_for(sequence)
