@@ -43,6 +43,14 @@ def test_predictions_are_distributions(
     quantiles = [prediction.quantile(share, so_far) for share in (0.0, 0.5, 0.9, 1.0)]
     assert quantiles == sorted(quantiles) and quantiles[0] > so_far
     assert so_far < prediction.mean(so_far) <= quantiles[-1]
+    left = {n: w for n, w in zip(prediction.lengths, prediction.weights, strict=True) if n > so_far}
+    for share, quantile in zip((0.5, 0.9), quantiles[1:3], strict=True):
+        reached = [
+            n for n in left if sum(w for other, w in left.items() if other <= n) >= share * sum(left.values()) - 1e-9
+        ]
+        assert quantile == (reached[0] if sum(left.values()) else so_far + BUCKET_TOKENS)
+    if sum(left.values()):
+        assert prediction.mean(so_far) == pytest.approx(sum(n * w for n, w in left.items()) / sum(left.values()))
 
 
 def test_a_sequence_that_outlives_its_bucket_moves_to_the_next() -> None:

@@ -16,13 +16,13 @@ end: the exact check (the paper's section 4.2 mended for unequal lengths and pro
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from bisect import bisect_left
+from typing import NamedTuple
 
 import numpy as np
 
 
-@dataclass(frozen=True)
-class Demand:
+class Demand(NamedTuple):
     """What one sequence reads: `first` tokens in step `start`, one more in each step, the last time in step `end`."""
 
     start: int
@@ -48,27 +48,30 @@ class Projection:
     """The load that live sequences will make, exactly, if each ends where its demand says.
 
     Where many sequences run, many end in the same step: what it costs to ask or to change something grows with the
-    number of different ends, not of sequences, and is a few sums over arrays.
+    number of different ends, not of sequences, and is a few sums over arrays.  Who start together mostly ask the
+    same, so the last answer is kept until something changes.
     """
 
     def __init__(self) -> None:
-        # Of every end, rising: how many live sequences end there or later, and the sum of their offsets.  A live
-        # sequence's tokens in step t are offset + t.  Only the first `_num_ends` columns are used.
+        self._ends: list[int] = []  # the different ones, rising
+        # Of each of them [end, how many live sequences end there or later, the sum of their offsets], and zeros behind
+        # the last one.  A live sequence's tokens in step t are offset + t.
         self._table = np.zeros((3, 16), np.int64)
-        self._num_ends = 0
         self._demands: dict[tuple[int, int], int] = {}  # (end, offset) -> how many there are
+        self._peak: tuple[Demand, int] | None = None  # that was asked for last; None: something has changed since
+        self._mean: tuple[tuple[int, int], float] | None = None  # likewise
 
     def __len__(self) -> int:
-        return int(self._counts[0]) if self._num_ends else 0
+        return int(self._table[1, 0])
 
     def add(self, demand: Demand) -> None:
-        index = self._index(demand.end)
-        if index == self._num_ends or self._ends[index] != demand.end:
+        index, offset = self._index(demand.end), demand.first - demand.start
+        if index == len(self._ends) or self._ends[index] != demand.end:
             self._open(index, demand.end)
-        offset = demand.first - demand.start
-        self._counts[: index + 1] += 1
-        self._offsets[: index + 1] += offset
+        self._table[1, : index + 1] += 1
+        self._table[2, : index + 1] += offset
         self._demands[demand.end, offset] = self._demands.get((demand.end, offset), 0) + 1
+        self._peak = self._mean = None
 
     def remove(self, demand: Demand) -> None:
         """One that was added: it ended, sooner than it might have, or its end is seen differently now."""
@@ -77,76 +80,64 @@ class Projection:
         assert same, "this demand is not in the projection"
         if same > 1:
             self._demands[demand.end, offset] = same - 1
-        self._counts[: index + 1] -= 1
-        self._offsets[: index + 1] -= offset
-        if self._counts[index] == self._later(index + 1)[0]:
+        counts = self._table[1]
+        counts[: index + 1] -= 1
+        self._table[2, : index + 1] -= offset
+        if counts[index] == counts[index + 1]:
             self._close(index)
+        self._peak = self._mean = None
 
     def at(self, step: int) -> int:
         """The load of a step that is not before any live sequence's start."""
-        count, offset = self._later(self._index(step))
-        return offset + step * count
+        _, count, offset = self._table[:, self._index(step)].tolist()
+        return int(offset + step * count)
 
     def mean(self, begin: int, end: int) -> float:
         """The average load of the steps `begin` to `end`, which are not before any live sequence's start."""
+        if self._mean and self._mean[0] == (begin, end):
+            return self._mean[1]
         first, last = self._index(begin), self._index(end)
-        count, offset = self._later(last)
         # The same sequences are live from behind each end up to the next one.
-        ends = self._ends[first:last]
-        begins = np.empty_like(ends)
-        begins[:1], begins[1:] = begin, ends[:-1] + 1
-        steps, sums = ends - begins + 1, ends + begins  # of a stretch its steps' numbers make steps * sums / 2
-        area = int((steps * (2 * self._offsets[first:last] + self._counts[first:last] * sums)).sum())
-        rest = int(ends[-1]) + 1 if len(ends) else begin
-        area += (end - rest + 1) * (2 * offset + count * (end + rest))
-        return area / 2 / (end - begin + 1)
+        bounds = np.empty(last - first + 2, np.int64)
+        bounds[0], bounds[1:-1], bounds[-1] = begin - 1, self._table[0, first:last], end
+        before, ends = bounds[:-1], bounds[1:]
+        _, counts, offsets = self._table[:, first : last + 1]
+        # Of a stretch its steps' numbers make steps * (first + last of them) / 2.
+        area = int((ends - before) @ (2 * offsets + counts * (before + 1 + ends)))
+        mean = area / 2 / (end - begin + 1)
+        self._mean = (begin, end), mean
+        return mean
 
     def peak(self, new: Demand) -> int:
         """The largest load of the steps in which `new` would be live, its own included."""
+        if self._peak and self._peak[0] == new:
+            return self._peak[1]
         first, last = self._index(new.start), self._index(new.end + 1)
-        ends = self._ends[first:last]  # where the load has its maxima
         largest = self.at(new.end) + new.end
-        if len(ends):
-            loads = ends * (self._counts[first:last] + 1)
-            loads += self._offsets[first:last]
-            largest = max(largest, int(loads.max()))
-        return largest + new.first - new.start
-
-    @property
-    def _ends(self) -> np.ndarray:
-        return self._table[0, : self._num_ends]
-
-    @property
-    def _counts(self) -> np.ndarray:
-        return self._table[1, : self._num_ends]
-
-    @property
-    def _offsets(self) -> np.ndarray:
-        return self._table[2, : self._num_ends]
+        if first < last:
+            ends, counts, offsets = self._table[:, first:last]  # where the load has its maxima
+            largest = max(largest, int((ends * (counts + 1) + offsets).max()))
+        peak = largest + new.first - new.start
+        self._peak = new, peak
+        return peak
 
     def _index(self, step: int) -> int:
         """The first end that is not before `step`."""
-        return int(self._ends.searchsorted(step))
-
-    def _later(self, index: int) -> tuple[int, int]:
-        """How many end there or later, and their offsets together."""
-        if index == self._num_ends:
-            return 0, 0
-        return int(self._table[1, index]), int(self._table[2, index])
+        return bisect_left(self._ends, step)
 
     def _open(self, index: int, end: int) -> None:
         """A column for an end where nobody ends yet."""
-        count, offset = self._later(index)
-        size = self._num_ends
+        self._ends.insert(index, end)
+        size = len(self._ends)
         if size == self._table.shape[1]:
             self._table = np.concatenate((self._table, np.zeros_like(self._table)), axis=1)
-        self._table[:, index + 1 : size + 1] = self._table[:, index:size]
-        self._table[:, index] = end, count, offset
-        self._num_ends += 1
+        self._table[:, index + 1 : size] = self._table[:, index : size - 1]
+        self._table[0, index] = end  # as many end there or later as at the next one
 
     def _close(self, index: int) -> None:
-        self._table[:, index : self._num_ends - 1] = self._table[:, index + 1 : self._num_ends]
-        self._num_ends -= 1
+        del self._ends[index]
+        size = len(self._ends)
+        self._table[:, index : size + 1] = self._table[:, index + 1 : size + 2]
 
 
 class SteadyStream:

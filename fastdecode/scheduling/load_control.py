@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Collection
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -45,8 +45,7 @@ _SHARE, _ROUNDING = 1 << 40, 1e-6  # what a whole prediction weighs; of sums of 
 START_POLICIES = ("steady", "eager", "at-once")
 
 
-@dataclass(frozen=True)
-class _Started:
+class _Started(NamedTuple):
     worker: int
     demand: Demand
     spent: float | None  # of the worker's stream; None: it was not paced
@@ -142,12 +141,12 @@ class LoadControl:
     def extend(self, seq_id: int, steps: int) -> None:
         """A sequence has outlived its prediction by so many steps."""
         started = self._started[seq_id]
-        longer = replace(started.demand, end=started.demand.end + steps)
+        longer = started.demand._replace(end=started.demand.end + steps)
         if self._total is not None:
             self._total.remove(started.demand)
             self._total.add(longer)
         self._credits.extend(seq_id, longer)
-        self._started[seq_id] = replace(started, demand=longer)
+        self._started[seq_id] = started._replace(demand=longer)
 
     def end(self, seq_id: int) -> None:
         """It has ended, by itself or not; the step at hand was its last, or the one before."""
@@ -157,7 +156,7 @@ class LoadControl:
             self._total.remove(started.demand)
         self._credits.end(seq_id)
         if started.spent is not None:
-            took = self._measured(replace(started.demand, end=max(self._step, started.demand.start)))
+            took = self._measured(started.demand._replace(end=max(self._step, started.demand.start)))
             stream = self._stream(started.worker)
             stream.settle(started.spent, stream.cost(took))
 

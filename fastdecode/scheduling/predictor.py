@@ -15,9 +15,11 @@ bucket is taken to end in the next one, never at once.
 from __future__ import annotations
 
 import bisect
+import itertools
 import random
 from collections import deque
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 BUCKET_TOKENS = 200
@@ -40,17 +42,28 @@ class Prediction:
         `more_than`: tokens there are already.  If none of the lengths is beyond, one bucket more.
         """
         first = bisect.bisect_right(self.lengths, more_than)
-        left = sum(self.weights[first:])
+        sums = self._sums
+        before = sums[first - 1] if first else 0.0
+        left = sums[-1] - before
         if left <= 0:
             return more_than + BUCKET_TOKENS
-        seen = 0.0
-        for length, weight in zip(self.lengths[first:], self.weights[first:], strict=True):
-            seen += weight
-            if seen >= share * left - 1e-9:
-                return length
-        return self.lengths[-1]
+        goal = bisect.bisect_left(sums, before + share * left - 1e-9, first)
+        return self.lengths[min(goal, len(self.lengths) - 1)]
 
     def mean(self, more_than: int = 0) -> float:
+        return self._mean_beyond(more_than) if more_than >= self.lengths[0] else self._mean
+
+    @cached_property
+    def _sums(self) -> list[float]:
+        """Of the weights, up to each length."""
+        return list(itertools.accumulate(self.weights))
+
+    @cached_property
+    def _mean(self) -> float:
+        """Of all."""
+        return self._mean_beyond(0)
+
+    def _mean_beyond(self, more_than: int) -> float:
         first = bisect.bisect_right(self.lengths, more_than)
         left = sum(self.weights[first:])
         if left <= 0:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from fastdecode.scheduling.load import Demand
 from fastdecode.scheduling.predictor import Prediction, Predictor
 from fastdecode.scheduling.request import Sequence
 
 
-@dataclass(frozen=True)
-class Prospect:
+class Prospect(NamedTuple):
     """What a sequence will hold if it starts in the step at hand."""
 
     limit: Demand  # up to the end that was predicted with confidence
