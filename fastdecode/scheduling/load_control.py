@@ -22,6 +22,7 @@ A sequence that finds nothing running starts in any case: what fits nowhere was 
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Collection
 from typing import NamedTuple
@@ -190,31 +191,35 @@ class LoadControl:
 class RecentStarts:
     """The last predictions to start, and whether they are alike: asked for once in a step, if at all.
 
-    Those that start in one step mostly share one prediction, so what has changed since is counted for each of them
-    once; in whole shares, so that nothing is left of what has been taken away again.
+    A start changes the largest share that lies together by one at most, so an answer that was far from the limit holds
+    for as many of them.  Those that start in one step mostly share one prediction, so what has changed since is counted
+    for each of them once; in whole shares, so that nothing is left of what has been taken away again.
     """
 
     def __init__(self) -> None:
         self._predictions: deque[Prediction] = deque(maxlen=RECENT)
         self._changed: dict[int, tuple[Prediction, int]] = {}  # by identity, how many more than the shares have
         self._shares: dict[int, int] = {}  # length -> its weights together
-        self._known: bool | None = True  # None: to be seen again
+        self._are_alike = True
+        self._num_sure = 0  # more starts for which that holds; negative: to be seen again
 
     def add(self, prediction: Prediction) -> None:
         if len(self._predictions) == RECENT:
             self._change(self._predictions[0], -1)
         self._predictions.append(prediction)
         self._change(prediction, 1)
-        self._known = None
+        self._num_sure -= 1
 
     @property
     def are_alike(self) -> bool:
-        if self._known is None:
+        if self._num_sure < 0:
             self._count()
             lengths = np.fromiter(self._shares, np.int64, len(self._shares))
             weights = np.fromiter(self._shares.values(), np.float64, len(self._shares))
-            self._known = _lie_together(lengths, weights / _SHARE, len(self._predictions))
-        return self._known
+            excess = _excess(lengths, weights / _SHARE, len(self._predictions))
+            self._are_alike = excess >= 0
+            self._num_sure = max(0, math.floor(abs(excess) - _ROUNDING))
+        return self._are_alike
 
     def _change(self, prediction: Prediction, more: int) -> None:
         _, before = self._changed.get(id(prediction), (prediction, 0))
@@ -235,14 +240,17 @@ def are_alike(predictions: Collection[Prediction]) -> bool:
         return True
     lengths = np.concatenate([prediction.lengths for prediction in predictions])
     weights = np.concatenate([prediction.weights for prediction in predictions])
-    return _lie_together(lengths, weights, len(predictions))
+    return _excess(lengths, weights, len(predictions)) >= 0
 
 
-def _lie_together(lengths: np.ndarray, weights: np.ndarray, num_predictions: int) -> bool:
-    """Of so many predictions.  lengths, weights: [n], in any order."""
+def _excess(lengths: np.ndarray, weights: np.ndarray, num_predictions: int) -> float:
+    """By how many of so many predictions more lie together than are needed; negative: fewer.
+
+    lengths, weights: [n], in any order
+    """
     if num_predictions < _LEAST_RECENT:
-        return True
+        return 0.0  # too few to tell
     order = np.argsort(lengths)
     lengths, mass = lengths[order], np.append(0, np.cumsum(weights[order]))
     within = mass[np.searchsorted(lengths, _ALIKE_WITHIN * lengths, side="right")] - mass[:-1]
-    return bool(within.max() >= _ALIKE_SHARE * num_predictions - _ROUNDING)
+    return float(within.max()) - _ALIKE_SHARE * num_predictions + _ROUNDING
