@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import NamedTuple, TypeAlias, overload
+from typing import NamedTuple, Self, TypeAlias, overload
 
 import numpy as np
 import torch
@@ -45,6 +45,12 @@ class SamplingRows:
     allowed: list[tuple[int, TokenIds]] = field(default_factory=list)  # (row, the only token ids it may take)
     banned: list[tuple[int, TokenIds]] = field(default_factory=list)  # (row, token ids it must not take)
     biases: list[tuple[int, TokenIds, np.ndarray]] = field(default_factory=list)  # (row, token ids, what is added)
+
+    @classmethod
+    def likeliest(cls, n: int) -> Self:
+        """The most likely token of each, and no log-probabilities."""
+        none, ones = np.zeros(n, np.float32), np.ones(n, np.float32)
+        return cls(none, np.zeros(n, np.int64), ones, none, np.zeros(n), np.full(n, -1, np.int64))
 
 
 class RowFault(IntEnum):

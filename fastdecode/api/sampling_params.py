@@ -28,6 +28,7 @@ class Draw(NamedTuple):
 
 
 NUM_DRAW_FIELDS = len(Draw._fields)
+LIKELIEST = Draw(0.0, 0, 1.0, 0.0, -1)  # the most likely token, and no log-probabilities
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,9 +129,9 @@ class SamplingParams:
 
     @cached_property
     def draw(self) -> Draw:
-        num_logprobs = -1 if self.logprobs is None else self.logprobs
+        num_logprobs = LIKELIEST.num_logprobs if self.logprobs is None else self.logprobs
         if self.temperature < _GREEDY_BELOW:
-            return Draw(0.0, 0, 1.0, 0.0, num_logprobs)
+            return LIKELIEST if self.logprobs is None else LIKELIEST._replace(num_logprobs=num_logprobs)
         temperature = max(self.temperature, _LEAST_TEMPERATURE)
         return Draw(temperature, self.top_k, self.top_p, self.min_p, num_logprobs)
 

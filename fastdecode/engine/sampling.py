@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from fastdecode.api.sampling_params import LIKELIEST
 from fastdecode.api.token_rules import TokenCounts, TokenRules
-from fastdecode.scheduling.plan import Segment, Step
+from fastdecode.scheduling.plan import Decodes, Segment, Step
 from fastdecode.scheduling.request import Sequence
 from gpu_sworker import Penalties, Sampled, SamplingRows, TokenLogprobs, uniforms
 
@@ -49,15 +50,29 @@ def sampling_rows(step: Step, running: abc.Callable[[int], Sequence]) -> Samplin
     running: seq_id -> sequence; asked of those alone that have just begun, or rules of single tokens.
     """
     decodes, begun = step.decodes, [running(segment.seq_id) for segment in step.sampled_prompts]
-    assert decodes.draws is not None and decodes.seeds is not None, "a lane has them"
-    assert decodes.num_output_tokens is not None and decodes.has_rules is not None
-    draws, seeds, numbers = decodes.draws, decodes.seeds, decodes.num_output_tokens
+    assert decodes.has_rules is not None, "a lane knows it"
     with_rules = [(row, running(int(decodes.seq_ids[row]))) for row in np.flatnonzero(decodes.has_rules).tolist()]
+    with_rules += [(row, sequence) for row, sequence in enumerate(begun, len(decodes)) if sequence.request.rules]
+    if decodes.draws is None and all(sequence.request.params.draw == LIKELIEST for sequence in begun):
+        rows = SamplingRows.likeliest(len(decodes) + len(begun))
+    else:
+        rows = _drawn(decodes, begun)
+    for row, sequence in with_rules:
+        assert sequence.request.rules
+        _add_rules(rows, row, sequence, sequence.request.rules)
+    return rows
+
+
+def _drawn(decodes: Decodes, begun: list[Sequence]) -> SamplingRows:
+    """Each by its own `Draw`."""
+    draws, seeds, numbers = decodes.draws, decodes.seeds, decodes.num_output_tokens
+    assert seeds is not None and numbers is not None, "a lane has them"
+    if draws is None:
+        draws = np.broadcast_to(LIKELIEST, (len(decodes), len(LIKELIEST)))
     if begun:
         draws = np.concatenate([draws, np.array([sequence.request.params.draw for sequence in begun], np.float64)])
         seeds = np.concatenate([seeds.view(np.uint64), np.array([sequence.seed for sequence in begun], np.uint64)])
         numbers = np.concatenate([numbers, np.array([len(s.output_token_ids) for s in begun], np.int64)])
-        with_rules += [(row, s) for row, s in enumerate(begun, len(decodes)) if s.request.rules]
     temperature, top_k, top_p, min_p, num_logprobs = draws.T  # float64 holds all of them exactly
     rows = SamplingRows(
         temperature=temperature.astype(np.float32),
@@ -70,9 +85,6 @@ def sampling_rows(step: Step, running: abc.Callable[[int], Sequence]) -> Samplin
     random = np.flatnonzero(temperature > 0)
     if len(random):
         rows.uniforms[random] = uniforms(seeds.view(np.uint64)[random], numbers[random].astype(np.uint64))
-    for row, sequence in with_rules:
-        assert sequence.request.rules
-        _add_rules(rows, row, sequence, sequence.request.rules)
     return rows
 
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fastdecode.api.sampling_params import NUM_DRAW_FIELDS
+from fastdecode.api.sampling_params import LIKELIEST, NUM_DRAW_FIELDS
 from fastdecode.scheduling.plan import Decodes, Segment, Step
 from fastdecode.scheduling.request import Sequence
 
@@ -50,6 +50,7 @@ class Lane:
         self._slots: dict[int, int] = {}  # seq_id -> its place in the list, and in the columns
         self._columns = np.empty((9, 16), np.int64)
         self._draws = np.empty((16, NUM_DRAW_FIELDS))
+        self._num_drawn = 0  # of those that decode, whose `Draw` is another than the likeliest token
         self._order = np.empty(0, np.int64)  # slots of the step's decodes
         self._ends: Counter[frozenset[int]] = Counter()  # of those that decode
         self._any_end: np.ndarray | None = None  # all of these tokens; None: to be made anew
@@ -89,6 +90,7 @@ class Lane:
             self._slots[moved.seq_id] = slot
             self._columns[:, slot] = self._columns[:, last]
             self._draws[slot] = self._draws[last]
+        self._num_drawn -= sequence.request.params.draw != LIKELIEST
         ends = sequence.request.ends
         self._ends[ends] -= 1
         if not self._ends[ends]:
@@ -107,13 +109,13 @@ class Lane:
         assert self.step is None, "a lane has one step at a time"
         n = len(self._sequences)
         self._order = np.argsort(self._columns[_R_WORKER, :n], kind="stable")
-        columns = self._columns[:, self._order]
+        columns = self._columns.take(self._order, axis=1)
         return Decodes(
             seq_ids=columns[_SEQ_ID],
             r_workers=columns[_R_WORKER],
             positions=columns[_POSITION],
             token_ids=columns[_TOKEN],
-            draws=self._draws[self._order],
+            draws=self._draws.take(self._order, axis=0) if self._num_drawn else None,
             seeds=columns[_SEED],
             num_output_tokens=columns[_POSITION] + 1 - columns[_PROMPT],
             has_rules=columns[_RULES] > 0,
@@ -190,6 +192,7 @@ class Lane:
         n = len(self._sequences)
         assert self._slots == {s.seq_id: slot for slot, s in enumerate(self._sequences)}
         assert sum(self._ends.values()) == n
+        assert self._num_drawn == sum(s.request.params.draw != LIKELIEST for s in self._sequences)
         for slot, sequence in enumerate(self._sequences):
             assert sequence.lane == self.index and not sequence.is_prefilling
             row = self._columns[:, slot].tolist()
@@ -213,6 +216,7 @@ class Lane:
         self._slots[sequence.seq_id] = slot
         self._columns[:, slot] = _row(sequence)
         self._draws[slot] = sequence.request.params.draw
+        self._num_drawn += sequence.request.params.draw != LIKELIEST
         ends = sequence.request.ends
         self._ends[ends] += 1
         if self._ends[ends] == 1:

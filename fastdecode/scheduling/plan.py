@@ -16,8 +16,6 @@ from typing import NamedTuple, Self
 
 import numpy as np
 
-from fastdecode.api.sampling_params import NUM_DRAW_FIELDS
-
 
 class Segment(NamedTuple):
     """Consecutive tokens of one sequence that go through the model together."""
@@ -65,8 +63,8 @@ class Decodes:
     r_workers: np.ndarray  # [n] int64, rising
     positions: np.ndarray  # [n] int64
     token_ids: np.ndarray  # [n] int64
-    # How the next token of each is drawn; None where nobody samples.
-    draws: np.ndarray | None = None  # [n, 5] float64, a `Draw` each
+    draws: np.ndarray | None = None  # [n, 5] float64, a `Draw` each of the next token; None: all are `LIKELIEST`
+    # None where nobody samples.
     seeds: np.ndarray | None = None  # [n] int64, the bits of the seeds
     num_output_tokens: np.ndarray | None = None  # [n] int64, the number of the coming draw
     has_rules: np.ndarray | None = None  # [n] bool, of single tokens
@@ -74,9 +72,7 @@ class Decodes:
     @classmethod
     def none(cls) -> Self:
         nothing = np.empty(0, np.int64)
-        return cls(
-            nothing, nothing, nothing, nothing, np.empty((0, NUM_DRAW_FIELDS)), nothing, nothing, np.empty(0, np.bool_)
-        )
+        return cls(nothing, nothing, nothing, nothing, None, nothing, nothing, np.empty(0, np.bool_))
 
     def __len__(self) -> int:
         return len(self.seq_ids)
