@@ -32,6 +32,13 @@ def converts_half() -> bool:
     return bool(llvmlite.binding.get_host_cpu_features().get("f16c"))
 
 
+def has_wide_registers() -> bool:
+    """Whether a register holds LANES floats, and there are 32 of them (AVX-512)."""
+    if config.CPU_NAME or config.CPU_FEATURES is not None:
+        return "+avx512f" in (config.CPU_FEATURES or "")
+    return bool(llvmlite.binding.get_host_cpu_features().get("avx512f"))
+
+
 @cache
 def words(*values: int) -> Any:
     """A constant vector of 32-bit integers; one value stands for all lanes."""
@@ -156,12 +163,15 @@ def call(b: Any, name: str, *values: Any) -> Any:
 
 
 def prefetch(b: Any, base: Any, offset: Any, num_bytes: int) -> None:
-    """Asks for the cache lines of `num_bytes` bytes, to be read soon."""
+    """Asks for the cache lines of `num_bytes` bytes, to be read soon.
+
+    Into the second level of cache: the first one would hold little else, and gets them in time from there.
+    """
     pointer = I8.as_pointer()
     kind = ir.FunctionType(ir.VoidType(), [pointer, I32, I32, I32])
     function = cgutils.get_or_insert_function(b.module, kind, "llvm.prefetch.p0")
     for line in range(0, num_bytes, _LINE):
-        b.call(function, [b.gep(base, [b.add(offset, I64(line))]), I32(0), I32(3), I32(1)])  # read, to L1, data
+        b.call(function, [b.gep(base, [b.add(offset, I64(line))]), I32(0), I32(2), I32(1)])  # read, to L2, data
 
 
 def combine(b: Any, vectors: list[Any], how: Callable[[Any, Any, Any], Any]) -> Any:
