@@ -17,7 +17,7 @@ the weights p beforehand; a minimum contributes its product with Σ q of the gro
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -47,6 +47,11 @@ class Shape:
         return HeadFormat(self.dtype, self.head_dim, self.block_tokens)
 
     @property
+    def of_any_group(self) -> Shape:
+        """For code that is told the group as it runs."""
+        return replace(self, group=1)
+
+    @property
     def num_query_sums(self) -> int:
         """Of a query head: Σ q of each group of K's channels, which K's minima are multiplied with."""
         return self.head.k.num_groups if self.head.k.has_minima else 0
@@ -63,6 +68,8 @@ class HeadCode:
     scratch: [count, block_tokens] scores, then weights; [count] shrinks; for quantised storage also [count, groups]
     sums of weight · minimum and [count, groups, block_tokens] weights · scales.
     """
+
+    is_full = False  # whether all tokens of the block are live
 
     def __init__(self, b: Any, shape: Shape, count: int, values: dict[str, Any]) -> None:
         self.b, self.count, self.is_capped, self.block = b, count, shape.is_capped, shape.block_tokens
@@ -162,13 +169,14 @@ class HeadCode:
                 if self.is_capped:
                     cap = emit.splat(b, self.values["softcap"])
                     score = b.fmul(cap, emit.tanh(b, b.fdiv(score, cap)))
-                first_token = emit.splat(b, self._times(self._plus(tile, x), LANES))
-                token = b.add(first_token, ir.Constant(numbers, list(range(LANES))))
-                is_live = b.and_(
-                    b.icmp_signed(">=", token, emit.splat(b, self.values["low"])),
-                    b.icmp_signed("<", token, emit.splat(b, self.values["high"])),
-                )
-                score = b.select(is_live, score, emit.constant(MASKED))
+                if not self.is_full:
+                    first_token = emit.splat(b, self._times(self._plus(tile, x), LANES))
+                    token = b.add(first_token, ir.Constant(numbers, list(range(LANES))))
+                    is_live = b.and_(
+                        b.icmp_signed(">=", token, emit.splat(b, self.values["low"])),
+                        b.icmp_signed("<", token, emit.splat(b, self.values["high"])),
+                    )
+                    score = b.select(is_live, score, emit.constant(MASKED))
                 emit.store(b, score, self.scratch, place)
                 largest[0][x] = emit.maximum(b, score, largest[0][x])
             return largest

@@ -55,8 +55,12 @@ class Job(Structure):
         ("begins", c_int64),  # like rows
         ("ends", c_int64),
         ("places", c_int64),
+        ("jointly", c_int64),
+        ("part_firsts", c_int64),  # [num_rows] int64
+        ("part_counts", c_int64),  # like part_firsts
         ("bounds", c_int64),  # [num_shares + 1] int64
         ("num_shares", c_int64),
+        ("joint_entry", c_int64),  # address, for pieces of several rows
         # What is written.
         ("out", c_int64),  # [num_rows, num_q_heads, head_dim]
         ("out_wire", c_int64),

@@ -12,6 +12,7 @@ import numpy as np
 
 from cpu_attention.append import make_append
 from cpu_attention.job import Job, address
+from cpu_attention.joint import make_joint
 from cpu_attention.layout import NUMBER_DTYPES, AttentionRule, HeadFormat
 from cpu_attention.state import State
 from cpu_attention.team import ALONE, Team
@@ -52,7 +53,7 @@ def attend(
     """softmax(q·K)·V of each row over its own sequence, and what is needed to merge it with others."""
     num_rows, num_q_heads, _ = q.shape
     num_kv_heads = data.shape[1]
-    shape = Shape(head.dtype, head.stored_dim, head.block_tokens, num_q_heads // num_kv_heads, rule.softcap is not None)
+    shape = _shape(head, num_q_heads // num_kv_heads, rule)
     assert num_q_heads == shape.group * num_kv_heads and q.shape[2] == head.head_dim
     assert state.out.shape == q.shape and state.maxima.shape == state.sums.shape == q.shape[:2]
     assert num_rows == work.num_rows == len(block_tables)
@@ -89,6 +90,10 @@ def attend(
         assert array.flags.c_contiguous and array.flags.writeable and array.dtype == dtype
     job.out, job.out_wire = address(state.out), _wire(state.out)
     job.maxima, job.sums = address(state.maxima), address(state.sums)
+    if work.is_joint:
+        joint = make_joint(shape.of_any_group)
+        job.joint_entry = joint.address
+        uses.append(joint)
     if work.num_parts:
         parts = State.empty(work.num_parts, num_q_heads, head.stored_dim)
         num_done = np.zeros(work.num_parts, np.int32)
@@ -105,6 +110,11 @@ def warm_up(head: HeadFormat, group: int, rule: AttentionRule) -> None:
     work = cut_work(np.zeros(1, np.int64), np.ones(1, np.int64), 1, head.block_tokens)
     rule = AttentionRule(rule.scale, softcap=rule.softcap)
     attend(q, data, head, zero[None], work, rule, State.empty(*q.shape), NewTokens(token, token, zero, zero))
+    make_joint(_shape(head, group, rule).of_any_group)
+
+
+def _shape(head: HeadFormat, group: int, rule: AttentionRule) -> Shape:
+    return Shape(head.dtype, head.stored_dim, head.block_tokens, group, rule.softcap is not None)
 
 
 def _describe_store(job: Job, data: np.ndarray, head: HeadFormat) -> np.ndarray:

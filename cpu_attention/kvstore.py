@@ -66,6 +66,11 @@ class KVStore:
     def num_free_blocks(self) -> int:
         return self._num_free
 
+    @property
+    def num_shared_blocks(self) -> int:
+        """That several sequences have."""
+        return self._num_shared
+
     def num_tokens(self, seq_id: int) -> int:
         return self._find(seq_id).num_tokens
 

@@ -16,6 +16,7 @@ from cpu_attention.errors import BadRequest
 from cpu_attention.kvstore import KVStore
 from cpu_attention.machine import format_bytes
 from cpu_attention.multicore import Attention
+from cpu_attention.sharing import Tables
 
 # All steps that are begun may take so much, and this part of the KV.  A step of 4096 sequences, one of them with
 # 250,000 tokens, takes 64 MiB.
@@ -88,7 +89,9 @@ class MicroBatch:
         self.append_shares = None if is_plain.all() else attention.cut_append(self.blocks)
         self.block_tables = tables[np.repeat(rows, new.num_queries)]  # [A, max_blocks] int32
         # By window, the queries' attention in shares.
-        self.works = {window: attention.cut(positions, window, block_tokens, totals) for window in windows}
+        may_share = store.num_shared_blocks > 0 or bool((new.num_queries > 1).any())
+        shared = Tables(tables, np.repeat(rows, new.num_queries)) if may_share else None
+        self.works = {window: attention.cut(positions, window, block_tokens, totals, shared) for window in windows}
         if not is_partial and any(len(work.rows_of_nothing) for work in self.works.values()):
             raise BadRequest("a query sees none of the tokens that are here, and its answer is not to be merged")
 

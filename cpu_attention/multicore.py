@@ -14,6 +14,7 @@ import numpy as np
 
 from cpu_attention import kernel as compiled
 from cpu_attention.layout import AttentionRule, HeadFormat
+from cpu_attention.sharing import Tables, find_runs
 from cpu_attention.state import State
 from cpu_attention.team import Team
 from cpu_attention.work import NewTokens, Work, cut_tokens, cut_work
@@ -56,11 +57,17 @@ class Attention:
             self._team.start()
 
     def cut(
-        self, positions: np.ndarray, window: int | None, block_tokens: int, totals: np.ndarray | None = None
+        self,
+        positions: np.ndarray,
+        window: int | None,
+        block_tokens: int,
+        totals: np.ndarray | None = None,
+        shared: Tables | None = None,
     ) -> Work:
         """Work for `attend`: row r attends to keys 0..positions[r], or to the last `window` of them.
 
         totals: [num_rows], how many keys there are, which may be fewer; None: up to every row's position.
+        shared: the tables by which blocks are found that are read once for several rows; None: none are.
         """
         ends = positions.astype(np.int64) + 1
         begins = np.zeros_like(ends) if window is None else np.maximum(ends - window, 0)
@@ -68,7 +75,8 @@ class Attention:
             ends = np.minimum(ends, totals)
             begins = np.minimum(begins, ends)
         shares = self._num_threads * _SHARES_PER_THREAD if self._num_threads > 1 else 1
-        return cut_work(begins, ends, shares, block_tokens)
+        runs = () if shared is None else find_runs(shared, begins, ends, block_tokens)
+        return cut_work(begins, ends, shares, block_tokens, runs)
 
     def cut_append(self, blocks: np.ndarray) -> list[slice]:
         """Shares for `NewTokens`; blocks: [num_tokens], where each token goes."""

@@ -52,6 +52,9 @@ def make_attend(shape: Shape) -> Entry:
         begins = carray(pointer(j.begins), (num_pieces,), np.int64)
         ends = carray(pointer(j.ends), (num_pieces,), np.int64)
         places = carray(pointer(j.places), (num_pieces,), np.int64)
+        jointly = carray(pointer(j.jointly), (num_pieces,), np.int64)
+        part_firsts = carray(pointer(j.part_firsts), (j.num_rows,), np.int64)
+        part_counts = carray(pointer(j.part_counts), (j.num_rows,), np.int64)
         bounds = carray(pointer(j.bounds), (j.num_shares + 1,), np.int64)
         parts = carray(pointer(j.parts), (j.num_parts, num_q_heads, D), np.float32)
         part_maxima = carray(pointer(j.part_maxima), (j.num_parts, num_q_heads), np.float32)
@@ -62,16 +65,27 @@ def make_attend(shape: Shape) -> Entry:
         whole, maxima = np.empty((1, num_q_heads, D), np.float32), np.empty((1, num_q_heads), np.float32)
         sums = np.empty_like(maxima)
         scratch = np.empty(AT_ONCE * (BLOCK * (1 + NUM_FOLDED) + NUM_FOLDED + 1), np.float32)
+        joint_end = np.int64(0)  # pieces before it are done
         for piece in range(bounds[share], bounds[share + 1]):
             row, begin, end = rows[piece], begins[piece], ends[piece]
-            is_last = piece + 1 == num_pieces or rows[piece + 1] != row
-            is_whole = is_last and (piece == 0 or rows[piece - 1] != row)
+            first_part, num_parts = part_firsts[row], part_counts[row]
+            is_whole = num_parts == 1
+            if jointly[piece] > 1 and piece >= joint_end:  # the first of several rows'
+                code, raised = call(j.joint_entry, job, piece)
+                fail(code, raised)
+                joint_end = piece + jointly[piece]
+            if piece < joint_end:
+                if fetch_add(j.num_done + 4 * first_part, 1) + 1 == num_parts:
+                    _merge(parts, part_maxima, part_sums, first_part, num_parts, whole, maxima, sums)
+                    _finish(job, row, whole, maxima, sums)
+                continue
+            is_last = is_whole or places[piece] == first_part + num_parts - 1
             out, out_maxima, out_sums = (whole, maxima, sums) if is_whole else (parts, part_maxima, part_sums)
             place = 0 if is_whole else places[piece]
             for head in range(num_q_heads):
                 widen(j.q + row * j.q_row_bytes + head * j.q_head_bytes, j.head_dim, j.q_wire, queries, head * D)
                 if IS_ROTATED:
-                    _rotate(queries, head, SPEC)
+                    rotate(queries, head, SPEC)
                 for group in range(NUM_SUMS):
                     total = np.float32(0)
                     for d in range(group * CHANNELS, min((group + 1) * CHANNELS, D)):
@@ -95,31 +109,26 @@ def make_attend(shape: Shape) -> Entry:
                 for kv_head in range(num_kv_heads):
                     unit = (block * num_kv_heads + kv_head) * UNIT
                     ahead = unit + UNIT if kv_head + 1 < num_kv_heads else following * num_kv_heads * UNIT
-                    _inside(data, unit, ahead + UNIT - 1)  # for numba's bounds checks, when they are on
+                    inside(data, unit, ahead + UNIT - 1)  # for numba's bounds checks, when they are on
                     head = kv_head * GROUP
                     for _ in range(GROUP // AT_ONCE):
-                        _attend_head(
+                        attend_head(
                             queries, head, data, unit, ahead, low, high, j.scale, j.softcap,
                             query_sums, scratch, out, out_maxima, out_sums, place * num_q_heads + head, SPEC, AT_ONCE,
                         )  # fmt: skip
                         head += AT_ONCE
                     if REST > 0:
-                        _attend_head(
+                        attend_head(
                             queries, head, data, unit, ahead, low, high, j.scale, j.softcap,
                             query_sums, scratch, out, out_maxima, out_sums, place * num_q_heads + head, SPEC, REST,
                         )  # fmt: skip
                 block = following
             is_done = is_whole
             if not is_whole:
-                first, after = piece, piece + 1
-                while first > 0 and rows[first - 1] == row:
-                    first -= 1
-                while after < num_pieces and rows[after] == row:
-                    after += 1
                 # Whoever is last puts the parts together, always in the same order.
-                is_done = fetch_add(j.num_done + 4 * places[first], 1) + 1 == after - first
+                is_done = fetch_add(j.num_done + 4 * first_part, 1) + 1 == num_parts
                 if is_done:
-                    _merge(parts, part_maxima, part_sums, places[first], after - first, whole, maxima, sums)
+                    _merge(parts, part_maxima, part_sums, first_part, num_parts, whole, maxima, sums)
             if is_done:
                 _finish(job, row, whole, maxima, sums)
 
@@ -167,14 +176,14 @@ def _finish(job, row, whole, maxima, sums):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(inline="always")
-def _inside(data, first, last):  # type: ignore[no-untyped-def]
+def inside(data, first, last):  # type: ignore[no-untyped-def]
     return data[first] + data[last]
 
 
 @intrinsic
-def _rotate(typing_context, queries, head, SPEC):  # type: ignore[no-untyped-def]
+def rotate(typing_context, queries, head, SPEC):  # type: ignore[no-untyped-def]
     """One head of q as K was rotated when it was quantised."""
-    shape = _shape(SPEC)
+    shape = shape_of(SPEC)
 
     def generate(context, b, signature, arguments):  # type: ignore[no-untyped-def]
         base = b.bitcast(context.make_array(signature.args[0])(context, b, arguments[0]).data, I8.as_pointer())
@@ -192,7 +201,7 @@ _ARRAYS = ("q", "data", "query_sums", "scratch", "out", "maxima", "sums")
 
 
 @intrinsic
-def _attend_head(  # type: ignore[no-untyped-def]
+def attend_head(  # type: ignore[no-untyped-def]
     typing_context, q, head, data, unit, ahead, low, high, scale, softcap,
     query_sums, scratch, out, maxima, sums, out_head, SPEC, COUNT,
 ):  # fmt: skip
@@ -202,7 +211,7 @@ def _attend_head(  # type: ignore[no-untyped-def]
     """
     if not isinstance(COUNT, types.IntegerLiteral):
         raise errors.RequireLiteralValue("COUNT is compiled in")
-    shape, count = _shape(SPEC), COUNT.literal_value
+    shape, count = shape_of(SPEC), COUNT.literal_value
     given = {
         "q": q, "head": head, "data": data, "unit": unit, "ahead": ahead, "low": low, "high": high,
         "scale": scale, "softcap": softcap, "query_sums": query_sums, "scratch": scratch,
@@ -221,7 +230,7 @@ def _attend_head(  # type: ignore[no-untyped-def]
     return types.void(*given.values(), SPEC, COUNT), generate
 
 
-def _shape(SPEC: Any) -> Shape:
+def shape_of(SPEC: Any) -> Shape:
     if not isinstance(SPEC, types.StringLiteral):
         raise errors.RequireLiteralValue("shapes are compiled in")
     return Shape(*ast.literal_eval(SPEC.literal_value))
