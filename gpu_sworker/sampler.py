@@ -77,6 +77,13 @@ class Sampled:
     faults: np.ndarray  # [n] int64 of RowFault
 
 
+class _Likeliest(NamedTuple):
+    """The first largest of each row."""
+
+    token_ids: torch.Tensor  # [n] int64
+    is_finite: torch.Tensor  # [n] bool: the row is a distribution, for the first NaN counts as the largest
+
+
 def uniforms(seeds: np.ndarray, positions: np.ndarray) -> np.ndarray:
     """Draw number `positions[i]` of the stream `seeds[i]`.  # [n] uint64, [n] -> [n] float64 in [0, 1)
 
@@ -98,25 +105,18 @@ def derive_seed(seed: int, index: int) -> int:
 def sample(logits: torch.Tensor, rows: SamplingRows) -> Sampled:
     """logits: [n, vocab] of any float dtype, left unchanged.  A row with a fault does its neighbours no harm."""
     raw = logits.float()
-    token_ids = _likeliest(raw)
-    is_sound = _is_finite_at(raw, token_ids)
-    has_choice, logits = is_sound, raw
+    token_ids, is_sound = _likeliest(raw)
+    faults, logits = torch.where(is_sound, RowFault.NONE, RowFault.NOT_FINITE), raw
     if rows.allowed or rows.banned or rows.biases or rows.penalties:
         logits = _constrained(raw, rows)
-        token_ids = _likeliest(logits)
-        has_choice = _is_finite_at(logits, token_ids)
+        token_ids, has_choice = _likeliest(logits)
+        faults = torch.where(has_choice | ~is_sound, faults, RowFault.NOTHING_LEFT)
     random = np.flatnonzero(rows.temperature > 0)
     if len(random):
         where = torch.from_numpy(random).to(logits.device)
         token_ids[where] = _draw(logits if len(random) == len(logits) else logits[where], rows, random)
-    faults = torch.where(has_choice, RowFault.NONE, RowFault.NOTHING_LEFT).where(is_sound, RowFault.NOT_FINITE)
     on_host = torch.stack((token_ids, faults)).cpu().numpy()  # together: each by itself would wait for the device
     return Sampled(on_host[0], _logprobs(raw, token_ids, rows.num_logprobs), on_host[1])
-
-
-def _is_finite_at(logits: torch.Tensor, likeliest: torch.Tensor) -> torch.Tensor:
-    """Whether each row is a distribution: the first NaN, if there is one, counts as the largest.  # [n] bool"""
-    return logits.gather(1, likeliest[:, None])[:, 0].isfinite()
 
 
 def _constrained(logits: torch.Tensor, rows: SamplingRows) -> torch.Tensor:
@@ -206,12 +206,16 @@ class _LogprobRow(Sequence[TokenLogprob]):
         return map(TokenLogprob, [token_id, *ids], [own, *values], [rank, *range(1, self._count + 1)])
 
 
-def _likeliest(logits: torch.Tensor) -> torch.Tensor:
-    """The first largest of each row.  [n, vocab] -> [n] int64"""
+def _likeliest(logits: torch.Tensor) -> _Likeliest:
+    """logits: [n, vocab]"""
     if logits.device.type != "cpu":
-        return logits.argmax(dim=1)
+        token_ids = logits.argmax(dim=1)
+        return _Likeliest(token_ids, logits.gather(1, token_ids[:, None])[:, 0].isfinite())
     # numpy's is vectorised: 0.1 ms for 64 rows of 32,000, torch's 0.6.
-    return torch.from_numpy(logits.detach().numpy().argmax(axis=1))
+    array = logits.detach().numpy()
+    places = array.argmax(axis=1)
+    is_finite = np.isfinite(array[np.arange(len(array)), places])
+    return _Likeliest(torch.from_numpy(places), torch.from_numpy(is_finite))
 
 
 def _draw(logits: torch.Tensor, rows: SamplingRows, random: np.ndarray) -> torch.Tensor:

@@ -239,13 +239,14 @@ class Engine:
 
     def _sample(self, step: Step, logits: torch.Tensor) -> StepResult:
         """logits: [num_sampled + num_scored, vocab]"""
-        num_sampled = step.num_sampled
-        to_score = scoring_rows(step.scored, [self._scheduler.running(segment.seq_id) for segment in step.scored])
+        num_sampled, running = step.num_sampled, self._scheduler.running
         with self._sworker.inference():
-            return StepResult(
-                self._sworker.sample(logits[:num_sampled], sampling_rows(step, self._scheduler.running)),
-                self._sworker.score(logits[num_sampled:], to_score.token_ids, to_score.num_logprobs),
-            )
+            sampled = self._sworker.sample(logits[:num_sampled], sampling_rows(step, running))
+            if not step.scored:
+                return StepResult(sampled, [])
+            to_score = scoring_rows(step.scored, [running(segment.seq_id) for segment in step.scored])
+            scores = self._sworker.score(logits[num_sampled:], to_score.token_ids, to_score.num_logprobs)
+            return StepResult(sampled, scores)
 
     def _commit(self, step: Step, result: StepResult) -> list[RequestOutput]:
         """Hands tokens to sequences, looks for ends, gives back what sequences held that are finished or failed."""

@@ -239,7 +239,7 @@ def _row(sequence: Sequence) -> list[int]:
         _position_of(sequence, sequence.request.max_new_tokens),
         _position_of(sequence, sequence.expected_tokens),
         len(sequence.request.prompt_token_ids),
-        int(np.uint64(sequence.seed).view(np.int64)),
+        sequence.seed - (sequence.seed >> 63 << 64),  # the same bits
         sequence.request.rules is not None,
     ]
 

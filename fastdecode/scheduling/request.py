@@ -15,6 +15,7 @@ preempted goes through the model again as one prompt, output and all, and contin
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from fastdecode.api.sampling_params import SamplingParams
 from fastdecode.api.token_rules import TokenCounts, TokenRules
@@ -38,7 +39,7 @@ class Request:
         """KV a continuation will hold at most: the last token sampled never comes back as input."""
         return len(self.prompt_token_ids) + max(self.max_new_tokens - 1, 0)
 
-    @property
+    @cached_property
     def ends(self) -> frozenset[int]:
         """Tokens of which any ends it."""
         return self.eos_token_ids | self.stop_token_ids
