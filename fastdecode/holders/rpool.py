@@ -4,53 +4,25 @@
 
 Steps of several lanes may be between submit and collect; they are collected in the order they were submitted, because
 an R-worker answers in the order it was asked.  Rows of prompts are written behind: nothing comes back for them but a
-word at the end of the last layer.  Errors name the R-worker.
+word at the end of the last layer.  Who they are, and who is lost or comes back, is in `connections`.
 """
 
 from __future__ import annotations
 
-import itertools
-import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import groupby
-from typing import TypeVar
 
 import numpy as np
 
-from fastdecode.errors import RWorkerError, RWorkerFailed, RWorkerLost, RWorkerTimeout, RWorkerUnreachable
-from fastdecode.holders.patience import Patience
-from fastdecode.holders.rejoin import Joined, Rejoin, RWorkerHandle
+from fastdecode.holders.connections import Connections
+from fastdecode.holders.rejoin import RWorkerHandle
 from fastdecode.observe.timeline import S_WORKER, NoTimeline, Timeline
-from fastdecode.observe.totals import PoolTotals, WorkerTotals
 from fastdecode.scheduling.plan import Admission, Forking, Step
-from transport import (
-    Admit,
-    Attend,
-    Attended,
-    ChannelClosed,
-    Failure,
-    Fork,
-    Goodbye,
-    Hello,
-    Message,
-    PeerLost,
-    PeerTimeout,
-    Ping,
-    Pong,
-    Release,
-    Rewind,
-    Rows,
-    TransportError,
-    Welcome,
-)
+from transport import Admit, Attend, Attended, Fork, Message, Ping, Pong, Release, Rewind, Rows
 
-logger = logging.getLogger(__name__)
-
-_Result = TypeVar("_Result")
 _NO_TIMELINE = NoTimeline()
 _KINDS = 3  # of rows that one R-worker has of a step: decodes, prompts that attend there, prompts that do not
 
@@ -84,104 +56,12 @@ class Ticket:
     early: dict[_Share, Attended] = field(default_factory=dict)  # answers that came while something else was waited for
 
 
-class RPool:
+class RPool(Connections):
     def __init__(self, workers: Sequence[RWorkerHandle], timeout_s: float, timeline: Timeline = _NO_TIMELINE) -> None:
-        # These two are replaced, not changed: `lost` is read in any thread.
-        self._workers = dict(enumerate(workers))
-        self._alive = sorted(self._workers)
-        self._patience = {worker: Patience(timeout_s) for worker in self._workers}
+        super().__init__(workers, timeout_s)
         self._timeline = timeline
-        self.timeout_s = timeout_s  # the longest wait for an answer, and for somebody to come back when none is left
         self._last_ping = 0
-        self._numbers = itertools.count(len(self._workers))  # of those to come
-        self._rejoin: Rejoin | None = None  # from `open` on
-        self._awaited: set[int] = set()  # lost, or new, and looked for
-        self._num_blocks: dict[int, int] = {}  # of each that has been welcome
-        self._last_layer = 0
         self._tickets: dict[int, Ticket] = {}  # of the lanes that are on their way
-        self._held: dict[int, set[int]] = {}  # R-worker -> sequences it may know; written before it is told
-        self.totals = PoolTotals({worker: WorkerTotals() for worker in self._workers})
-
-    @property
-    def names(self) -> list[str]:
-        """Of all that there ever were."""
-        return [worker.name for worker in self._workers.values()]
-
-    @property
-    def alive(self) -> tuple[int, ...]:
-        return tuple(self._alive)
-
-    @property
-    def lost(self) -> list[str]:
-        """Names of those that do not serve now.  In any thread."""
-        workers, alive = self._workers, self._alive
-        return [handle.name for worker, handle in workers.items() if worker not in alive]
-
-    @property
-    def num_blocks(self) -> list[int]:
-        """That each has for KV, or had when it was lost.  [num_r_workers]"""
-        return [self._num_blocks.get(worker, 0) for worker in range(1 + max(self._workers))]
-
-    @property
-    def held(self) -> list[tuple[int, int]]:
-        """(R-worker, sequence) of all that may be known there."""
-        return [(worker, seq_id) for worker in self._alive for seq_id in self._held.get(worker, ())]
-
-    def is_vital(self, worker: int) -> bool:
-        """Whether all stands still without it, so that it has as long as can be: a rank of MPI, or the last one."""
-        return self._workers[worker].is_vital or self._alive == [worker]
-
-    def drop(self, worker: int) -> bool:
-        """A lost one: nothing is sent to it any more, and nothing of it is waited for.  It may return.
-
-        Whether the others go on without it, or somebody may come back whom to wait for.
-        """
-        lost = self._workers[worker]
-        if worker in self._alive:
-            lost.channel.close()
-            if self._rejoin and lost.again and not lost.is_vital:
-                self._awaited.add(worker)
-                self._rejoin.seek(worker, lost.again)
-            # At the end: interrupted before, all of it is done again.
-            self._alive = [other for other in self._alive if other != worker]
-            self.totals.num_lost += 1
-        return not lost.is_vital and bool(self._alive or self._awaited)
-
-    def invite(self, find: Callable[[int], RWorkerHandle]) -> None:
-        """A new one, found under the number it will have; `take_joined` tells when it is there.  In any thread."""
-        assert self._rejoin, "a pool is opened first"
-        worker = next(self._numbers)
-        self._awaited.add(worker)
-        self._rejoin.seek(worker, partial(find, worker))
-
-    def take_joined(self, wait_s: float = 0.0) -> list[Joined]:
-        """Those that came back, or new, since the last call: alive from now on, and empty.  Waits for a first one."""
-        joined = self._rejoin.look(wait_s) if self._rejoin else []
-        for new in joined:
-            assert self._rejoin, "somebody has come by it"
-            self._held[new.worker] = set()
-            self._num_blocks[new.worker] = new.welcome.num_blocks
-            self._workers = self._workers | {new.worker: new.handle}
-            self._patience.setdefault(new.worker, Patience(self.timeout_s))  # whoever comes back is known
-            self.totals.workers.setdefault(new.worker, WorkerTotals())
-            self._alive = sorted({*self._alive, new.worker})
-            self._awaited.discard(new.worker)
-            self._rejoin.taken(new)  # interrupted before, it comes once more
-            self.totals.num_joined += 1
-        return joined
-
-    def open(self, hello: Hello, timeout_s: float) -> list[Welcome]:
-        """Opens a session with every R-worker; they prepare side by side.  Raises RWorkerError."""
-        self._last_layer = len(hello.layers) - 1
-        for i in self._alive:
-            self._guard(i, partial(self._workers[i].channel.send, hello, timeout_s=timeout_s), first_contact=True)
-        welcomes = []
-        for i in self._alive:
-            reply = self._guard(i, partial(self._workers[i].channel.recv, timeout_s=timeout_s), first_contact=True)
-            welcomes.append(self._expect(i, reply, Welcome))
-            self._num_blocks[i] = welcomes[-1].num_blocks
-        self._rejoin = Rejoin(hello)
-        return welcomes
 
     def admit(self, admissions: Sequence[Admission]) -> None:
         self._check_serving(admission.r_worker for admission in admissions)
@@ -330,20 +210,6 @@ class RPool:
             if any(share.worker == worker and share not in ticket.early for ticket, share in self._all_due()):
                 raise self._failed(worker, "did not answer what a step that goes on has asked")
 
-    def close(self) -> None:
-        """Says goodbye to whoever still listens and closes all channels."""
-        if self._rejoin:
-            self._rejoin.close()
-        for worker in (self._workers[i] for i in self._alive):
-            try:
-                worker.channel.send(Goodbye(), timeout_s=1.0)
-            except TransportError as error:
-                logger.debug("%s took no goodbye: %s", worker.name, error)
-            try:
-                worker.channel.close()
-            except TransportError as error:
-                logger.debug("%s: %s", worker.name, error)
-
     def _all_due(self) -> Iterator[tuple[Ticket, _Share]]:
         """What steps under way wait for."""
         return ((ticket, share) for ticket in self._tickets.values() for share in ticket.due)
@@ -374,55 +240,7 @@ class RPool:
         self._timeline.add(S_WORKER, "wait", waited_ns, ready_ns, *where)
         self._timeline.add(S_WORKER, "receive", ready_ns, now_ns, *where)
 
-    def _check_serving(self, workers: Iterable[int]) -> None:
-        """Before anything is sent: rows that are left out would shift those of all others."""
-        missing = set(workers).difference(self._alive)
-        assert not missing, f"a step has rows for R-workers {sorted(missing)}, which do not serve"
-
-    def _send(self, worker: int, message: Message) -> None:
-        channel = self._workers[worker].channel
-        self._guard(worker, partial(channel.send, message, timeout_s=self.timeout_s))
-
-    def _recv(self, worker: int, timeout_s: float | None = None) -> Message:
-        channel = self._workers[worker].channel
-        if timeout_s is None:
-            timeout_s = self.timeout_s if self.is_vital(worker) else self._patience[worker].seconds
-        return self._guard(worker, partial(channel.recv, timeout_s=timeout_s))
-
-    def _expect(self, worker: int, reply: Message, kind: type[_Result]) -> _Result:
-        if isinstance(reply, Failure):
-            raise self._failed(worker, f"failed: {reply.kind}: {reply.text}", reply.kind)
-        if not isinstance(reply, kind):
-            raise self._failed(worker, f"answered {type(reply).__name__} where {kind.__name__} was due")
-        return reply
-
-    def _failed(self, worker: int, text: str, kind: str | None = None) -> RWorkerFailed:
-        error = RWorkerFailed(f"{self._workers[worker].name} {text}", kind)
-        error.r_worker = worker
-        return error
-
-    def _guard(self, worker: int, action: Callable[[], _Result], *, first_contact: bool = False) -> _Result:
-        """Runs one transport call; what goes wrong becomes ours, with the R-worker's name."""
-        try:
-            return action()
-        except TransportError as error:
-            told = _as_ours(error, self._workers[worker].name, first_contact)
-            told.r_worker = worker
-            raise told from error
-
 
 def _answers(reply: Attended, ticket: Ticket, share: _Share) -> bool:
     asked = (ticket.step, share.micro_batch, ticket.layer, share.queries.stop - share.queries.start)
     return (reply.step, reply.micro_batch, reply.layer, len(reply.o)) == asked
-
-
-def _as_ours(error: TransportError, name: str, first_contact: bool) -> RWorkerError:
-    match error:
-        case ChannelClosed():
-            return RWorkerLost(f"{name}: {error}")
-        case PeerLost():
-            return RWorkerLost(f"{name} is gone, and the KV it held with it: {error}")
-        case PeerTimeout():
-            return (RWorkerUnreachable if first_contact else RWorkerTimeout)(f"{name}: {error}")
-        case _:
-            return RWorkerFailed(f"{name}: {error}")
