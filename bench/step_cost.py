@@ -155,7 +155,7 @@ class Rig:
     def step(self) -> None:
         """The parts of `Engine.step` for a step of each lane, without the layers between them."""
         self.fill()
-        with self._measured("schedule"), self._starts_measured():
+        with self._starts_measured(), self._measured("schedule"):
             steps = [step for lane in range(self._scheduler.num_lanes) if (step := self._scheduler.schedule(lane))]
         assert steps, "it is kept full"
         self.num_starts.append(sum(len(step.admissions) for step in steps))
