@@ -64,6 +64,28 @@ class Roofs:
         return results, time.perf_counter() - started
 
 
+class ThreadRoofs:
+    """The same of the calling thread alone, by its own processor time: others on the machine disturb it less."""
+
+    def __init__(self) -> None:
+        part_bytes = min(_BYTES_PER_THREAD, available_memory_bytes() // _SHARE_OF_MEMORY)
+        self._part, self._numbers = np.ones(part_bytes // 8, np.uint64), np.ones(_ACCUMULATORS * LANES, np.float32)
+        _sum(self._part[:8])  # compiles
+        _multiply_add(1, self._numbers)
+
+    def read_bandwidth(self) -> float:
+        """Bytes per second."""
+        started = time.thread_time()
+        assert _sum(self._part) == len(self._part)
+        return self._part.nbytes / (time.thread_time() - started)
+
+    def fma_rate(self) -> float:
+        """fp32 FLOP per second."""
+        started = time.thread_time()
+        _multiply_add(_TURNS, self._numbers)
+        return _TURNS * _ACCUMULATORS * LANES * 2 / (time.thread_time() - started)
+
+
 def measure_read_bandwidth(num_threads: int, repeats: int = 5) -> float:
     """Bytes per second that `num_threads` threads read together, the median of `repeats` passes."""
     roofs = Roofs(num_threads)

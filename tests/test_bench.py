@@ -46,6 +46,15 @@ def test_attention(tmp_path: Path) -> None:
             assert r["max_abs_error"] < 2e-6
 
 
+def test_shared_rows(tmp_path: Path) -> None:
+    flags = ["--families", "2", "--tokens", "256", "--kv-heads", "2", "--q-heads", "4", "--head-dim", "64"]
+    flags += ["--rows", "1", "2", "12", "--repeats", "2", "--dtype", "float16"]
+    results = run(tmp_path, "shared_rows.py", *flags)["results"]
+    assert [r["rows"] for r in results] == [1, 2, 12]
+    for r in results:
+        assert r["gb_per_s"] > 0 and r["of_read_roof"] <= r["of_binding_roof"] * 1.001 and r["group"] == 2
+
+
 @pytest.mark.parametrize("windows", [8, pytest.param(24, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("outliers", [False, True])
 def test_kv_quality(tmp_path: Path, outliers: bool, windows: int) -> None:

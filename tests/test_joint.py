@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import product
 
 import numpy as np
@@ -10,12 +11,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sharing_trees import BLOCK_TOKENS, Tree, grow, trees
 
-from cpu_attention import KV_DTYPES, NUMBER_DTYPES, AttentionRule, HeadFormat, RWorker, kernel, reference
+from cpu_attention import KV_DTYPES, NUMBER_DTYPES, AttentionRule, HeadFormat, RWorker, kernel, reference, sharing
 from cpu_attention.multicore import Attention
 from cpu_attention.state import State
 from transport import Admit, Attend, Attended, Fork, Hello, LayerSpec, Rows, Welcome
 
 TOLERANCE = 2e-6
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _short_runs() -> Iterator[None]:
+    """Runs of one block, which do not pay, so that small cases have many."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharing, "LEAST_SPARED", 1)
+        yield
 
 
 class Case:

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sharing_trees import TREES, Tree
 
+from cpu_attention import sharing
 from cpu_attention.multicore import Attention
 from cpu_attention.sharing import MOST_ROWS, Run, Tables, find_runs
 from cpu_attention.work import Work, cut_work
 
 
-def runs_of(tree: Tree, block: int, window: int | None = None) -> list[Run]:
-    begins, ends = spans_of(tree, window)
-    return find_runs(tree.tables, begins, ends, block)
+@pytest.fixture(autouse=True, scope="module")
+def _short_runs() -> Iterator[None]:
+    """Runs of one block, which do not pay, so that small cases have many."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharing, "LEAST_SPARED", 1)
+        yield
 
 
 def spans_of(tree: Tree, window: int | None) -> tuple[np.ndarray, np.ndarray]:
@@ -121,3 +127,14 @@ def test_one_prefix_keeps_all_threads_busy() -> None:
         work = Attention(4).cut(positions[:rows], None, 16, shared=Tables(tables[:rows], np.arange(rows)))
         sizes = [int((work.pieces.ends - work.pieces.begins)[share].sum()) for share in work.shares]
         assert len(sizes) == 8 and max(sizes) <= 1.2 * min(sizes) + 64 * 16
+
+
+def test_least_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it spares each row must be worth the partial state it leaves behind."""
+    monkeypatch.setattr(sharing, "LEAST_SPARED", 128)
+    for rows, blocks, is_run in ((2, 15, False), (2, 16, True), (8, 9, False), (8, 10, True)):
+        tables = np.zeros((rows, blocks + 1), np.int32)
+        tables[:, :blocks], tables[:, blocks] = np.arange(blocks), 1000 + np.arange(rows)
+        tables_of = Tables(tables, np.arange(rows))
+        runs = find_runs(tables_of, np.zeros(rows, np.int64), np.full(rows, blocks * 16 + 1), 16)
+        assert bool(runs) == is_run
