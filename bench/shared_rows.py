@@ -159,7 +159,8 @@ def main() -> None:
     parser.add_argument("--alone", type=int, default=8, help="most rows that are also timed each by itself")
     parser.add_argument("--json", metavar="FILE")
     args = parser.parse_args()
-    pin_thread(available_cores()[0])
+    cores = available_cores()
+    pin_thread(cores[0])
     print(COLUMNS.format("dtype", "G", "r", "ms", "GB/s", "of read", "GFLOP/s", "of FMA", "of roof", "alone"))
     results: list[Result] = []
     for dtype in args.dtype:
@@ -168,7 +169,7 @@ def main() -> None:
         results += measured
     if args.json:
         machine = {
-            "processor": cpu_name(), "cores": len(available_cores()), "python": platform.python_version(),
+            "processor": cpu_name(), "cores": len(cores), "python": platform.python_version(),
             "numba": numba.__version__, "numpy": np.__version__,
         }  # fmt: skip
         record = {"machine": machine, "arguments": vars(args), "results": [asdict(result) for result in results]}
