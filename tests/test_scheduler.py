@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from cpu_attention.kvstore import KVStore
 from fastdecode.api.sampling_params import SamplingParams
 from fastdecode.errors import RequestError
 from fastdecode.scheduling.config import SchedulerConfig
@@ -17,6 +19,7 @@ from fastdecode.scheduling.kv_credits import KV_POLICIES
 from fastdecode.scheduling.load_control import START_POLICIES
 from fastdecode.scheduling.plan import Forking, Segment, Step
 from fastdecode.scheduling.predictor import Learned, MaxTokens, NoisyOracle, Oracle, Predictor
+from fastdecode.scheduling.prefixes import SHARING
 from fastdecode.scheduling.request import Request, Sequence
 from fastdecode.scheduling.scheduler import Scheduler
 from fastdecode.scheduling.waiting import ORDERS, WaitingQueue
@@ -60,6 +63,8 @@ def siblings(
     rank: int = 0,
     scores: bool = False,
     copies: int = 1,
+    salt: str | None = None,
+    first: tuple[int, ...] = (),
 ) -> list[Sequence]:
     """The sequences of a request, numbered from seq_id on.
 
@@ -67,13 +72,14 @@ def siblings(
     """
     request = Request(
         request_id=str(seq_id),
-        prompt_token_ids=tuple(range(10, 10 + prompt)),
+        prompt_token_ids=(first + tuple(range(10, 10 + prompt)))[:prompt],
         params=SamplingParams(n=copies, temperature=1.0, max_tokens=output, prompt_logprobs=0 if scores else None),
         max_new_tokens=output,
         stop_token_ids=frozenset(),
         eos_token_ids=frozenset() if true is None else frozenset({END}),
         true_output_tokens=true,
         priority=rank,
+        cache_salt=salt,
     )
     return [Sequence(seq_id + index, request, index, 0) for index in range(copies)]
 
@@ -104,10 +110,13 @@ class World:
         self.scored_rows = scored_rows
         self.scored: defaultdict[int, list[int]] = defaultdict(list)  # seq_id -> positions, as they came
         self.sequences: dict[int, Sequence] = {}
-        self.stored: dict[int, tuple[int, int]] = {}  # seq_id -> R-worker, tokens: what R-workers hold
+        layout: Any = SimpleNamespace(
+            block_bytes=1, block_tokens=BLOCK_TOKENS, layers=(), heads=(), num_blocks=lambda n: -(-n // BLOCK_TOKENS)
+        )
+        self.stores = [KVStore(layout, blocks) for blocks in capacity]
+        self.stored: dict[tuple[int, int], tuple[int, ...]] = {}  # (R-worker, seq_id) -> whose K and V are there
         self.is_remote: dict[tuple[int, int], bool] = {}  # (sequence, how often it was preempted) -> where it attends
         self.skipped: Counter[int] = Counter()  # seq_id that decodes -> ends of steps since it had one
-        self.num_preempted = 0
         self.under_way: list[Step] = []
         self.steps: list[Step] = []  # as they began
         self.loads: list[int] = []
@@ -121,7 +130,7 @@ class World:
         for worker, seq_ids in self.scheduler.remove(sequences).items():
             for seq_id in seq_ids:
                 assert seq_id not in busy, "it is in a step that is under way"
-                assert self.stored.pop(seq_id)[0] == worker
+                self._release(worker, seq_id)
         self.scheduler.check_integrity()
 
     def step(self) -> Step | None:
@@ -132,7 +141,7 @@ class World:
         if not self.under_way:
             return None
         self._check_nobody_is_forgotten()
-        self.loads.append(sum(tokens for _, tokens in self.stored.values()))
+        self.loads.append(sum(map(len, self.running.values())))
         step = self.under_way.pop(0)
         for segment in step.scored:
             self.scored[segment.seq_id] += segment.scored
@@ -149,11 +158,18 @@ class World:
         for worker, seq_ids in step.preempted.items():
             for seq_id in seq_ids:
                 assert seq_id not in busy
-                assert self.stored.pop(seq_id)[0] == worker
-                self.num_preempted += 1
+                self._release(worker, seq_id)
+        for worker, cut in step.cut.items():
+            for seq_id, num_tokens in cut.items():
+                assert self.sequences[seq_id].r_worker != worker or seq_id in step.seq_ids, "it runs"
+                if num_tokens:
+                    self.stores[worker].truncate(seq_id, num_tokens)
+                    self.stored[worker, seq_id] = self.stored[worker, seq_id][:num_tokens]
+                else:
+                    self._release(worker, seq_id)
         for admission in step.admissions:
-            assert admission.seq_id not in self.stored
-            self.stored[admission.seq_id] = admission.r_worker, 0
+            self.stores[admission.r_worker].admit(admission.seq_id, admission.max_tokens)
+            self.stored[admission.r_worker, admission.seq_id] = ()
         for forking in step.forkings:
             self._fork(forking)
         admitted = {seq_id: self.sequences[seq_id].num_preemptions for seq_id in step.seq_ids}
@@ -167,19 +183,22 @@ class World:
         assert len(set(step.sampled)) == len(step.sampled)
 
     def _fork(self, forking: Forking) -> None:
-        worker, tokens = self.stored[forking.parent]
+        worker, count = forking.r_worker, forking.num_tokens
         on_their_way = [s.start for step in self.under_way[:-1] for s in step.segments if s.seq_id == forking.parent]
-        assert self.stored[forking.seq_id] == (worker, 0) and worker == forking.r_worker
-        assert 0 < forking.num_tokens <= min([tokens, *on_their_way]), "what a child begins with is there"
-        child, parent = (self.sequences[seq_id].token_ids for seq_id in (forking.seq_id, forking.parent))
-        assert child[: forking.num_tokens] == parent[: forking.num_tokens]
-        self.stored[forking.seq_id] = worker, forking.num_tokens
+        parent = self.stored[worker, forking.parent]
+        assert self.stored[worker, forking.seq_id] == ()
+        assert 0 < count <= min([len(parent), *on_their_way]), "what a child begins with is there"
+        self.stores[worker].fork([forking.seq_id], [forking.parent], [count])
+        assert self.sequences[forking.seq_id].token_ids[:count] == parent[:count]
+        salts = {self.sequences[seq_id].request.cache_salt for seq_id in (forking.seq_id, forking.parent)}
+        assert len(salts) == 1
+        self.stored[worker, forking.seq_id] = parent[:count]
 
     def _check_nobody_is_forgotten(self) -> None:
         """Who decodes is in a step soon: in the next one of its lane, which it may have changed; but prompts that go
         alone come before, and so does whoever memory has to be made for."""
         busy = {seq_id for step in self.under_way for seq_id in step.seq_ids}
-        waits = [i for i in self.stored if not self.sequences[i].is_prefilling and i not in busy]
+        waits = [i for i in self.running if not self.sequences[i].is_prefilling and i not in busy]
         self.skipped = Counter({i: self.skipped[i] + 1 for i in waits if not self.sequences[i].finish_reason})
         prompts_alone = not self.split_fuse and any(step.prompts for step in self.under_way)
         if self.scheduler.num_lanes == 1 and not prompts_alone:
@@ -193,16 +212,29 @@ class World:
     def run(self) -> None:
         while self.step():
             assert len(self.steps) < 20_000, "it does not come to an end"
-        assert not self.scheduler.has_work and not self.stored
+        assert not self.scheduler.has_work and not self.running
 
     def _store(self, segment: Segment) -> None:
-        worker, tokens = self.stored[segment.seq_id]
-        sequence = self.sequences[segment.seq_id]
-        assert (worker, tokens) == (segment.r_worker, segment.start), "positions follow one another, on one R-worker"
+        sequence, where = self.sequences[segment.seq_id], (segment.r_worker, segment.seq_id)
+        assert segment.r_worker == sequence.r_worker
+        assert len(self.stored[where]) == segment.start, "positions follow one another, on one R-worker"
         assert segment.token_ids == sequence.token_ids[segment.start : segment.end]
-        self.stored[segment.seq_id] = worker, segment.end
-        blocks = sum(-(-tokens // BLOCK_TOKENS) for place, tokens in self.stored.values() if place == worker)
-        assert blocks <= self.capacity[worker], "an R-worker would have to hold more than it can"
+        self.stored[where] += segment.token_ids
+        assert self.stored[where] == sequence.token_ids[: segment.end]
+        self.stores[segment.r_worker].extend({segment.seq_id: segment.num_tokens})  # raises if there is no block
+
+    def _release(self, worker: int, seq_id: int) -> None:
+        self.stores[worker].release(seq_id)
+        del self.stored[worker, seq_id]
+
+    @property
+    def running(self) -> dict[int, tuple[int, ...]]:
+        """Tokens whose KV R-workers have, but for sequences that have ended."""
+        return {i: tokens for (worker, i), tokens in self.stored.items() if self.sequences[i].r_worker == worker}
+
+    @property
+    def num_preempted(self) -> int:
+        return sum(sequence.num_preemptions for sequence in self.sequences.values())
 
     def _check_budget(self, segments: list[Segment]) -> None:
         prompts = {s.seq_id for s in segments if s.is_prompt}
@@ -225,6 +257,8 @@ sizes = st.tuples(
     st.integers(0, 2),
     st.booleans(),
     st.sampled_from([1, 1, 1, 2, 4]),
+    st.sampled_from([None, None, "a"]),
+    st.sampled_from([(), (5,) * 18, (6,) * 33]),
 )
 PREDICTORS = {
     "max": MaxTokens,
@@ -255,9 +289,10 @@ PREDICTORS = {
     restart=st.one_of(st.none(), st.integers(1, 50)),
     scored_rows=st.integers(1, 50),
     prompt_room=st.integers(0, 12),
+    sharing=st.sampled_from(SHARING),
 )
 def test_whatever_comes(
-    sizes: list[tuple[int, int, int | None, int, bool, int]],
+    sizes: list[tuple[int, int, int | None, int, bool, int, str | None, tuple[int, ...]]],
     arrivals: list[int],
     aborts: dict[int, int],
     max_num_seqs: int,
@@ -276,6 +311,7 @@ def test_whatever_comes(
     restart: int | None,
     scored_rows: int,
     prompt_room: int,
+    sharing: str,
 ) -> None:
     """Budgets are kept in every step (see World), nobody running is skipped, no credit leaks, everything ends.
 
@@ -299,12 +335,15 @@ def test_whatever_comes(
         max_scored_rows=scored_rows,
         prompt_kv_blocks=prompt_room,
         prompt_kv_block_tokens=3,
+        sharing=sharing,
     )
     world = World(scheduler, budget, capacity, split_fuse, scored_rows)
     coming: list[tuple[int, Sequence]] = []
-    for when, (prompt, out, true, rank, scores, copies) in zip(arrivals, sizes, strict=False):
-        options = {"true": true and min(true, out), "rank": rank, "scores": scores, "copies": copies}
-        coming += [(when, one) for one in siblings(len(coming), prompt=prompt, output=out, **options)]
+    for when, (prompt, out, true, rank, scores, copies, salt, first) in zip(arrivals, sizes, strict=False):
+        coming += [
+            (when, one)
+            for one in siblings(len(coming), prompt, out, true and min(true, out), rank, scores, copies, salt, first)
+        ]
     aborted = set()
     for number in range(20_000):
         while coming and (coming[0][0] <= number or not scheduler.has_work):
@@ -312,10 +351,14 @@ def test_whatever_comes(
         if (victim := world.sequences.get(aborts.get(number, -1))) is not None:
             world.remove([victim])
             aborted.add(victim.seq_id)
-        assert len(world.stored) <= max_num_seqs
+        assert len(world.running) <= max_num_seqs
         if world.step() is None and not coming:
             break
-    assert not scheduler.has_work and not world.stored
+    assert not scheduler.has_work and not world.running
+    scheduler.forget_prefixes()
+    world.add(a_sequence(len(coming) + len(world.sequences), prompt=1, output=1))
+    world.run()
+    assert all(store.num_free_blocks >= store.num_blocks - 1 for store in world.stores), "a block has leaked"
     for sequence in world.sequences.values():
         if sequence.seq_id not in aborted:
             expected = sequence.request.true_output_tokens or sequence.request.max_new_tokens
@@ -325,7 +368,8 @@ def test_whatever_comes(
         restart is None
         and kv_policy != "greedy"
         and predictor == "max"
-        and len({rank for *_, rank, _, _ in sizes}) == 1
+        and (sharing == "nothing" or kv_policy == "reserve-static")
+        and len({rank for _, _, _, rank, *_ in sizes}) == 1
     ):
         assert world.num_preempted == 0, "what is reserved to the end is never thrown out"
 

@@ -108,13 +108,21 @@ def make_scheduler(
             order=config.order,
             order_window=config.order_window,
             restart_tokens=facts.restart_tokens,
-            share_prompts=config.kv_cache_dtype in ("auto", facts.dtype),
+            sharing=_sharing(config, facts),
             prompt_kv_blocks=prompt_kv.num_blocks,
             prompt_kv_block_tokens=prompt_kv.block_tokens,
             max_scored_rows=max(_SCORES_BYTES // (4 * facts.vocab_size), _LEAST_SCORED_ROWS),
         ),
         Learned() if config.length_predictor == "learned" else MaxTokens(),
     )
+
+
+def _sharing(config: EngineConfig, facts: ModelFacts) -> str:
+    """See `fastdecode.scheduling.prefixes`."""
+    is_exact = config.kv_cache_dtype in ("auto", facts.dtype)
+    if config.enable_prefix_caching or (config.enable_prefix_caching is None and is_exact):
+        return "prompts"
+    return "samples" if is_exact else "nothing"
 
 
 def max_kv_load(config: EngineConfig, facts: ModelFacts, num_r_workers: int) -> int | None:

@@ -33,6 +33,10 @@ class EngineConfig:
         (K in int8, V in int4). ``auto``: like dtype.
     kv_cache_memory: bytes of KV per R-worker, like ``"4GiB"``; None: a share of what is free, or what the
         R-worker was started with.
+    enable_prefix_caching: whether sequences begin with KV of others whose tokens begin alike, running or ended, as far
+        as an R-worker has room for those. None: where that changes no token: not with a kv_cache_dtype of its own,
+        because a prompt's own tokens see K and V as they are, and not as they are stored. n samples of a prompt share
+        it in any case then.
     prompt_kv_memory: bytes on the S-worker's device, like ``"2GiB"``, for K and V of prompts on their way in, as far
         as they take more than one step; those that find no room attend on their R-workers. None: an eighth of what is
         free there.
@@ -82,6 +86,7 @@ class EngineConfig:
     linear_kernel: str = "auto"
     kv_cache_dtype: str = "auto"
     kv_cache_memory: int | None = None
+    enable_prefix_caching: bool | None = None
     prompt_kv_memory: int | None = None
     num_r_workers: int = 1
     r_worker_threads: int | None = None

@@ -66,6 +66,7 @@ class Pipeline:
         """Of a lane that has none under way: its first S-block.  Raises RWorkerError."""
         assert step.lane not in self._flights, "a lane has one step at a time"
         self.release(step.preempted)
+        self._rpool.cut(step.cut)
         self._rpool.admit(step.admissions)
         self._rpool.fork(step.forkings)
         flight = _Flight(step, self._rpool.begin(step), self._sworker.forward(flatten(step)), _prompts(step))

@@ -86,14 +86,19 @@ class RPool(Connections):
     def release(self, released: Mapping[int, Sequence[int]]) -> None:
         """R-worker -> sequences that nothing in flight uses any more; those of a lost one are gone anyway."""
         for worker, seq_ids in released.items():
-            if worker in self._alive:
+            if worker in self._alive and seq_ids:
                 self._send(worker, Release(np.array(seq_ids, np.int64)))
                 self._held.setdefault(worker, set()).difference_update(seq_ids)
+
+    def cut(self, cut: Mapping[int, Mapping[int, int]]) -> None:
+        """R-worker -> sequence that has ended -> how many tokens of it stay, for others to begin with."""
+        self.release({worker: [i for i, stays in own.items() if not stays] for worker, own in cut.items()})
+        self.rewind({worker: {i: stays for i, stays in own.items() if stays} for worker, own in cut.items()})
 
     def rewind(self, kept: Mapping[int, Mapping[int, int]]) -> None:
         """R-worker -> sequence -> how many tokens of it stay, after a step was broken off."""
         for worker, num_tokens in kept.items():
-            if worker in self._alive:
+            if worker in self._alive and num_tokens:
                 self._send(
                     worker, Rewind(np.array(list(num_tokens), np.int64), np.array(list(num_tokens.values()), np.int32))
                 )

@@ -26,7 +26,7 @@ class SchedulerConfig:
     max_scored_rows: int = 1 << 30  # logits that score tokens of prompts, in a step; they are all there at a time
     prompt_kv_blocks: int = 1 << 40  # on the S-worker, for prompts that come in chunks
     prompt_kv_block_tokens: int = 16
-    share_prompts: bool = True  # by samples of a request; not where KV is stored in another dtype than the model's
+    sharing: str = "samples"  # of KV, see `prefixes`
     split_fuse: bool = True  # False: prompts go whole, in steps of their own, before anything else (vLLM of 2023)
 
     @property

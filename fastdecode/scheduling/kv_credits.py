@@ -20,10 +20,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fastdecode.scheduling.load import Demand, Projection
+from fastdecode.scheduling.load import Demand, Projection, Shared
 from fastdecode.scheduling.request import Sequence
 
 _LOOK_AHEAD = 32  # steps
+
+_NOT_SHARED = Shared()
+_NONE: abc.Mapping[int, Shared] = {}
 
 KV_POLICIES = ("greedy", "reserve-static", "reserve-dynamic")
 
@@ -36,8 +39,9 @@ class _Account:
     projection: Projection
     num_sequences: int = 0
     reserved: int = 0  # blocks, at the predicted ends
-    held: int = 0  # blocks, in the step at hand
+    held: int = 0  # blocks, in the step at hand, each once
     tokens: int = 0  # that the blocks held are for
+    shared: int = 0  # by how much blocks of all sequences, each counted by itself, are more than those held
 
 
 class KVCredits:
@@ -80,6 +84,9 @@ class KVCredits:
     def blocks(self, num_tokens: int) -> int:
         return -(-num_tokens // self._block_tokens)
 
+    def tokens_of(self, num_blocks: int) -> int:
+        return num_blocks * self._block_tokens
+
     def with_slack(self, demand: Demand) -> Demand:
         """The same in tokens that its blocks may take."""
         return Demand(demand.start, demand.end, demand.first + self._block_tokens - 1)
@@ -93,72 +100,93 @@ class KVCredits:
         num_workers = len(self._accounts)  # sums below are exact: float64 holds whole numbers up to 2^53
         held, tokens = (np.bincount(workers, of_each, num_workers).astype(np.int64) for of_each in (blocks, num_tokens))
         for account, of_blocks, of_tokens in zip(self._accounts, held.tolist(), tokens.tolist(), strict=True):
-            account.held, account.tokens = of_blocks, of_tokens
+            account.held = of_blocks - account.shared
+            account.tokens = of_tokens - account.shared * self._block_tokens
 
     def overdrawn(self) -> int | None:
         """An R-worker that would have to hold more in this step than it can."""
         return next((w for w, account in enumerate(self._accounts) if account.held > account.capacity), None)
 
-    def give_back(self, worker: int, num_tokens: int) -> None:
-        """A sequence of so many tokens leaves in the step at hand."""
-        self._accounts[worker].held -= self.blocks(num_tokens)
-        self._accounts[worker].tokens -= num_tokens
+    @property
+    def num_free_blocks(self) -> list[int]:
+        """Of each R-worker, that the step at hand leaves.  [num_r_workers]"""
+        return [account.capacity - account.held for account in self._accounts]
 
-    def fitting(self, demand: Demand, max_kv_tokens: int) -> list[int]:
-        """The R-workers where it fits."""
+    def take_spare(self, worker: int) -> bool:
+        """A block more in the step at hand, if there is one."""
+        account = self._accounts[worker]
+        is_spare = account.held < account.capacity
+        account.held += is_spare
+        return is_spare
+
+    def give_back(self, worker: int, num_tokens: int, num_shared_blocks: int) -> None:
+        """A sequence of so many tokens leaves in the step at hand; others go on holding what they share with it."""
+        self._accounts[worker].held -= self.blocks(num_tokens) - num_shared_blocks
+        self._accounts[worker].tokens -= num_tokens - num_shared_blocks * self._block_tokens
+
+    def fitting(self, demand: Demand, max_kv_tokens: int, shared: abc.Mapping[int, Shared] = _NONE) -> list[int]:
+        """The R-workers where it fits.  shared: what of it they have, where that is something."""
         now, last, most = self.blocks(demand.first), self.blocks(demand.last), self.blocks(max_kv_tokens)
         with_slack = self.with_slack(demand)
 
-        def fits(account: _Account) -> bool:
+        def fits(account: _Account, shared: Shared) -> bool:
             if most > account.capacity:
                 return False  # it could outlive every prediction, and must be able to end where it is
             if account.num_sequences == 0:
                 return True
-            if account.held + now > account.capacity:
+            if account.held + now - shared.num_blocks > account.capacity:
                 return False
-            if self._policy == "greedy" or account.reserved + last <= account.capacity:
+            if self._policy == "greedy" or account.reserved + last - shared.num_blocks <= account.capacity:
                 return True
             if self._policy == "reserve-dynamic":
-                return account.projection.peak(with_slack) <= account.capacity * self._block_tokens
+                own = with_slack.sharing(self.tokens_of(shared.num_blocks), shared.until)
+                return max(map(account.projection.peak, own)) <= account.capacity * self._block_tokens
             return False
 
-        return [worker for worker, account in enumerate(self._accounts) if fits(account)]
+        return [
+            worker for worker, account in enumerate(self._accounts) if fits(account, shared.get(worker, _NOT_SHARED))
+        ]
 
-    def lightest(self, workers: abc.Iterable[int], until_mean: Demand | None) -> int | None:
+    def lightest(
+        self, workers: abc.Iterable[int], until_mean: Demand | None, shared: abc.Mapping[int, Shared] = _NONE
+    ) -> int | None:
         """Of these the R-worker with the least KV, now and until the sequence's mean end; None if there are none.
 
         By what is there now alone, loads swing: whoever has a sequence less gets all that start, which weigh little
         as yet, and more than its share of them later.  (With equal lengths the largest of eight R-workers came to 3.4
         times the mean, step after step.)  Where nobody knows when sequences end, what they all grow by in some steps
         stands for the time to come.
+
+        shared: what of it they have, where that is something.  That need not be read once more for it, and not be
+        computed: so it counts twice.
         """
 
         def load(worker: int) -> float:
-            account = self._accounts[worker]
+            account, spared = self._accounts[worker], 2 * shared.get(worker, _NOT_SHARED).num_tokens
+            now = account.tokens - spared
             if until_mean is None:
-                return account.tokens + _LOOK_AHEAD * account.num_sequences
-            return account.tokens + account.projection.mean(until_mean.start, until_mean.end)
+                return now + _LOOK_AHEAD * account.num_sequences
+            return now + account.projection.mean(until_mean.start, until_mean.end) - spared
 
         workers = list(workers)
         return min(workers, key=load) if len(workers) > 1 else next(iter(workers), None)
 
-    def start(self, seq_id: int, worker: int, demand: Demand) -> None:
-        """In the step at hand."""
-        self._hold(worker, demand.first)
-        self._reserve(seq_id, worker, demand)
-
-    def extend(self, seq_id: int, demand: Demand) -> None:
-        """It will hold more than was thought."""
-        worker, _ = self._demands[seq_id]
-        self.end(seq_id)
-        self._reserve(seq_id, worker, demand)
-
-    def end(self, seq_id: int) -> None:
-        worker, demand = self._demands.pop(seq_id)
+    def start(self, seq_id: int, worker: int, demand: Demand, num_tokens: int, num_shared_blocks: int = 0) -> None:
+        """In the step at hand.  demand: but for blocks that are part of another's; num_tokens: with them."""
         account = self._accounts[worker]
-        account.projection.remove(self.with_slack(demand))
-        account.reserved -= self.blocks(demand.last)
-        account.num_sequences -= 1
+        account.shared += num_shared_blocks
+        account.held += self.blocks(num_tokens) - num_shared_blocks
+        account.tokens += num_tokens - num_shared_blocks * self._block_tokens
+        self._reserve(seq_id, worker, demand)
+
+    def change(self, seq_id: int, demand: Demand) -> None:
+        """It will hold something else than was thought."""
+        worker = self._cancel(seq_id)
+        self._reserve(seq_id, worker, demand)
+
+    def end(self, seq_id: int, num_shared_blocks: int = 0) -> None:
+        worker = self._cancel(seq_id)
+        self._accounts[worker].shared -= num_shared_blocks
 
     def check_integrity(self, running: abc.Iterable[Sequence]) -> None:
         """Asserts that exactly the running sequences have credit, where they are."""
@@ -175,6 +203,11 @@ class KVCredits:
         account.reserved += self.blocks(demand.last)
         account.num_sequences += 1
 
-    def _hold(self, worker: int, num_tokens: int) -> None:
-        self._accounts[worker].held += self.blocks(num_tokens)
-        self._accounts[worker].tokens += num_tokens
+    def _cancel(self, seq_id: int) -> int:
+        """Where it was."""
+        worker, demand = self._demands.pop(seq_id)
+        account = self._accounts[worker]
+        account.projection.remove(self.with_slack(demand))
+        account.reserved -= self.blocks(demand.last)
+        account.num_sequences -= 1
+        return worker

@@ -32,6 +32,14 @@ class Demand(NamedTuple):
     def at(self, step: int) -> int:
         return self.first + step - self.start if self.start <= step <= self.end else 0
 
+    def sharing(self, num_tokens: int, until: int) -> list[Demand]:
+        """What is its own if another one reads so many of its tokens for it, up to the step `until`."""
+        if not num_tokens:
+            return [self]
+        own = self._replace(end=min(self.end, until), first=self.first - num_tokens)
+        rest = self._replace(start=until + 1, first=self.first + until + 1 - self.start)
+        return [part for part in (own, rest) if part.start <= part.end]
+
     @property
     def last(self) -> int:
         """What it reads in its last step."""
@@ -42,6 +50,14 @@ class Demand(NamedTuple):
         """Tokens read in all its steps together."""
         steps = self.end - self.start + 1
         return steps * self.first + steps * (steps - 1) // 2
+
+
+class Shared(NamedTuple):
+    """Of a sequence that is to start somewhere, what is there already."""
+
+    num_tokens: int = 0  # in all: they need not be computed
+    num_blocks: int = 0  # of them those that running sequences hold,
+    until: int = 0  # up to about this step
 
 
 class Projection:

@@ -24,14 +24,15 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 import numpy as np
 
 from fastdecode.scheduling.kv_credits import KVCredits
-from fastdecode.scheduling.load import Demand, Projection, SteadyStream
+from fastdecode.scheduling.load import Demand, Projection, Shared, SteadyStream
 from fastdecode.scheduling.predictor import Prediction
+from fastdecode.scheduling.prefix_tree import Change
 from fastdecode.scheduling.prospects import Prospect
 
 # Fillings of the limit, at the sequences' full lengths.  Of N such fillings started at once each takes S steps; in a
@@ -42,6 +43,9 @@ RECENT, _LEAST_RECENT = 128, 8  # starts that tell whether lengths are alike
 # little; normally distributed ones gain up to a relative spread of 0.15, where this share is 0.26.
 _ALIKE_WITHIN, _ALIKE_SHARE = 1.1, 0.32
 _SHARE, _ROUNDING = 1 << 40, 1e-6  # what a whole prediction weighs; of sums of them
+
+_NOT_SHARED = Shared()
+_NONE: Mapping[int, Shared] = {}
 
 START_POLICIES = ("steady", "eager", "at-once")
 
@@ -107,33 +111,35 @@ class LoadControl:
         """Whether all that waits and runs may come to hold more than so many times the limit."""
         return waiting_kv_tokens + self._max_kv_tokens > fillings * self._limit
 
-    def place(self, prospect: Prospect, *, is_urgent: bool = False, preferred: int | None = None) -> int | None:
+    def place(self, prospect: Prospect, *, is_urgent: bool = False, shared: Mapping[int, Shared] = _NONE) -> int | None:
         """The R-worker on which it starts; None: not in this step.  What is urgent keeps no pace, but fits.
 
-        preferred: where it starts if it may.
+        shared: what of it R-workers have already, where that is something.
         """
-        workers = self._credits.fitting(prospect.limit, prospect.max_kv_tokens)
-        if self._started and not self._within_limit(prospect):
-            return None
+        workers = self._credits.fitting(prospect.limit, prospect.max_kv_tokens, shared)
+        if self._started:
+            workers = [w for w in workers if self._within_limit(prospect, shared.get(w, _NOT_SHARED))]
         if self._started and not is_urgent:
             if not self._batch_open:
                 return None
-            workers = [worker for worker in workers if self._keeps_pace(prospect, worker)]
-        if preferred in workers:
-            return preferred
-        return self._credits.lightest(workers, prospect.mean)
+            workers = [w for w in workers if self._keeps_pace(prospect, w, shared.get(w, _NOT_SHARED))]
+        return self._credits.lightest(workers, prospect.mean, shared)
 
-    def start(self, seq_id: int, worker: int, prospect: Prospect) -> None:
+    def start(self, seq_id: int, worker: int, prospect: Prospect, change: Change, num_unpaid_blocks: int) -> None:
+        """change: what it changes for the others that run there; num_unpaid_blocks: that are in another's demand."""
+        num_tokens = prospect.limit.first
+        prospect = prospect.less(self._credits.tokens_of(num_unpaid_blocks))
         cost = self._cost(prospect, worker)
         if cost is not None:
             self._stream(worker).spend(cost)
         if prospect.mean is not None and self._policy == "steady":
             self._recent.add(prospect.prediction)
-        self._credits.start(seq_id, worker, prospect.limit)
+        self._credits.start(seq_id, worker, prospect.limit, num_tokens, change.num_shared)
         if self._total is not None:
             self._total.add(prospect.limit)
         self._started[seq_id] = _Started(worker, prospect.limit, cost, prospect.max_kv_tokens)
         self._max_kv_tokens += prospect.max_kv_tokens
+        self._pay(change)
 
     def close_batch(self) -> None:
         """Nobody else could start though there was budget left: a batch that starts at once is complete."""
@@ -141,37 +147,51 @@ class LoadControl:
 
     def extend(self, seq_id: int, steps: int) -> None:
         """A sequence has outlived its prediction by so many steps."""
-        started = self._started[seq_id]
-        longer = started.demand._replace(end=started.demand.end + steps)
-        if self._total is not None:
-            self._total.remove(started.demand)
-            self._total.add(longer)
-        self._credits.extend(seq_id, longer)
-        self._started[seq_id] = started._replace(demand=longer)
+        demand = self._started[seq_id].demand
+        self._change(seq_id, demand._replace(end=demand.end + steps))
 
-    def end(self, seq_id: int) -> None:
-        """It has ended, by itself or not; the step at hand was its last, or the one before."""
+    def end(self, seq_id: int, change: Change) -> None:
+        """It has ended, by itself or not; the step at hand was its last, or the one before.
+
+        change: what that changes for the others that run there.
+        """
         started = self._started.pop(seq_id)
         self._max_kv_tokens -= started.max_kv_tokens
         if self._total is not None:
             self._total.remove(started.demand)
-        self._credits.end(seq_id)
+        self._credits.end(seq_id, change.num_shared)
+        self._pay(change)
         if started.spent is not None:
             took = self._measured(started.demand._replace(end=max(self._step, started.demand.start)))
             stream = self._stream(started.worker)
             stream.settle(started.spent, stream.cost(took))
 
+    def _pay(self, change: Change) -> None:
+        """Whose demand the blocks are part of that others have, too: one of theirs."""
+        for seq_id, blocks in change.paid.items():
+            demand = self._started[seq_id].demand
+            self._change(seq_id, demand._replace(first=demand.first + self._credits.tokens_of(blocks)))
+
+    def _change(self, seq_id: int, demand: Demand) -> None:
+        started = self._started[seq_id]
+        if self._total is not None:
+            self._total.remove(started.demand)
+            self._total.add(demand)
+        self._credits.change(seq_id, demand)
+        self._started[seq_id] = started._replace(demand=demand)
+
     def check_integrity(self) -> None:
         assert self._total is None or len(self._total) == len(self._started)
         assert self._max_kv_tokens == sum(started.max_kv_tokens for started in self._started.values())
 
-    def _within_limit(self, prospect: Prospect) -> bool:
+    def _within_limit(self, prospect: Prospect, shared: Shared) -> bool:
         if self._total is None or self._max_kv_load is None:
             return True
-        return self._total.peak(prospect.limit) <= self._max_kv_load
+        own = prospect.limit.sharing(self._credits.tokens_of(shared.num_blocks), shared.until)
+        return max(map(self._total.peak, own)) <= self._max_kv_load
 
-    def _keeps_pace(self, prospect: Prospect, worker: int) -> bool:
-        cost = self._cost(prospect, worker)
+    def _keeps_pace(self, prospect: Prospect, worker: int, shared: Shared) -> bool:
+        cost = self._cost(prospect.less(self._credits.tokens_of(shared.num_blocks)), worker)
         return cost is None or self._stream(worker).allows(cost)
 
     def _cost(self, prospect: Prospect, worker: int) -> float | None:

@@ -10,7 +10,7 @@ So what an R-worker stores and what it attends to are slices of k, v, q and o, a
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple, Self
 
@@ -106,6 +106,8 @@ class Step:
     decodes: Decodes
     prompts: tuple[Segment, ...]
     forkings: tuple[Forking, ...] = ()  # after the admissions
+    # R-worker -> sequence that has ended -> how many tokens of it stay, which may be none; before the admissions.
+    cut: Mapping[int, Mapping[int, int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         keys = [_row_order(segment) for segment in self.prompts]

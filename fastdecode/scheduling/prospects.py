@@ -17,6 +17,13 @@ class Prospect(NamedTuple):
     prediction: Prediction
     max_kv_tokens: int
 
+    def less(self, num_tokens: int) -> Prospect:
+        """If so many tokens of it are another's all the while."""
+        if not num_tokens:
+            return self
+        mean = self.mean and self.mean._replace(first=self.mean.first - num_tokens)
+        return self._replace(limit=self.limit._replace(first=self.limit.first - num_tokens), mean=mean)
+
 
 class Prospects:
     def __init__(self, predictor: Predictor, quantile: float) -> None:

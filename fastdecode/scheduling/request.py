@@ -33,6 +33,7 @@ class Request:
     priority: int = 0  # lower goes first, as with vLLM
     rules: TokenRules | None = None  # None: its logits are taken as they are
     true_output_tokens: int | None = None  # known in simulations and replays only
+    cache_salt: str | None = None  # it shares its prompt with requests of the same salt alone
 
     @property
     def max_kv_tokens(self) -> int:
@@ -63,7 +64,7 @@ class Sequence:
     prefill_tokens: int = 0  # how many it began with there: its prompt, and what was output before a preemption
     num_prefilled: int = 0  # of them those whose KV is on the R-worker
     is_remote: bool = False  # its prompt attends on the R-worker, which holds the beginning of it
-    awaits: int | None = None  # whose KV of the prompt it will begin with; until then its R-worker knows nothing of it
+    is_known: bool = False  # to its R-worker; not while it waits for what it is to begin with
     num_scored: int = 0  # positions of its prompt whose logits have been looked at; they outlive a preemption
     num_preemptions: int = 0
     prediction: Prediction | None = None  # of all its output tokens; None: nobody was asked yet
@@ -86,6 +87,13 @@ class Sequence:
         return self.num_prefilled < self.prefill_tokens
 
     @property
+    def num_kv_tokens(self) -> int:
+        """That its R-worker has, between two steps: all but the one that was sampled last."""
+        if self.num_prefilled < self.prefill_tokens:
+            return self.num_prefilled
+        return max(self.num_tokens - 1, self.prefill_tokens)
+
+    @property
     def max_kv_tokens(self) -> int:
         return self.request.max_kv_tokens
 
@@ -98,16 +106,16 @@ class Sequence:
     def admit(self, r_worker: int, lane: int) -> None:
         assert self.r_worker is None and not self.finish_reason
         self.r_worker, self.lane, self.num_prefilled, self.prefill_tokens = r_worker, lane, 0, self.num_tokens
-        self.is_remote, self.awaits = False, None
+        self.is_remote = self.is_known = False
 
     def begin_with(self, num_tokens: int) -> None:
-        """Its R-worker has so many of its prompt's already, and the rest attends there."""
-        self.num_prefilled, self.is_remote, self.awaits = num_tokens, True, None
+        """Its R-worker knows it, and has so many of its prompt's already; then the rest attends there."""
+        self.num_prefilled, self.is_remote, self.is_known = num_tokens, num_tokens > 0, True
 
     def preempt(self) -> None:
         """Back to waiting; its KV is gone."""
         assert self.r_worker is not None and not self.finish_reason
-        self.r_worker, self.num_prefilled, self.awaits = None, 0, None
+        self.r_worker, self.num_prefilled, self.is_known = None, 0, False
         self.num_preemptions += 1
 
     def append(self, token_id: int) -> None:

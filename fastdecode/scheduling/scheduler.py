@@ -26,11 +26,12 @@ from fastdecode.scheduling.lane import Lane, hand_over
 from fastdecode.scheduling.load_control import LoadControl
 from fastdecode.scheduling.plan import Decodes, Step, in_row_order
 from fastdecode.scheduling.predictor import Learned, Predictor
+from fastdecode.scheduling.prefix_tree import Change
+from fastdecode.scheduling.prefixes import PrefixCounts, Prefixes
 from fastdecode.scheduling.prompt_room import PromptRoom
 from fastdecode.scheduling.prospects import Prospects
 from fastdecode.scheduling.request import Sequence
 from fastdecode.scheduling.running import Running, place, rank
-from fastdecode.scheduling.siblings import Siblings
 from fastdecode.scheduling.starts import Starts
 from fastdecode.scheduling.waiting import WaitingQueue
 
@@ -53,6 +54,7 @@ class Scheduler:
         self._num_steps = 0
         self._round = 1
         self._lanes_in_round: set[int] = set()  # that had their step in it
+        self.prefix_counts = PrefixCounts()
         self._begin(config.capacity_blocks)
 
     def _begin(self, capacity_blocks: tuple[int, ...]) -> None:
@@ -72,10 +74,10 @@ class Scheduler:
         )
         self._prompt_room = PromptRoom(config.prompt_kv_blocks, config.prompt_kv_block_tokens)
         # Where positions go by how long a prompt is, KV of one is of no use to a longer one.
-        may_share = config.share_prompts and config.restart_tokens is None
-        self._siblings = Siblings(config.block_tokens if may_share else None)
+        sharing = config.sharing if config.restart_tokens is None else "nothing"
+        self._prefixes = Prefixes(config.block_tokens, sharing, self.prefix_counts)
         self._starts = Starts(
-            config, self._waiting, self._running, self._load, self._credits, self._prompt_room, self._siblings,
+            config, self._waiting, self._running, self._load, self._credits, self._prompt_room, self._prefixes,
             self._prospects,
         )  # fmt: skip
 
@@ -179,6 +181,7 @@ class Scheduler:
             return None
         decodes = lane.decodes()
         prompts, begun = self._starts.prompts(lane, self._round_of(lane))
+        self._prefixes.make_room(self._credits.num_free_blocks)
         if prompts and not self._config.split_fuse:
             decodes = Decodes.none()
         if not len(decodes) and not prompts:
@@ -191,7 +194,7 @@ class Scheduler:
         preempted, self._preempted = self._preempted, {}
         lane.step = Step(
             self._num_steps, index, preempted, tuple(begun.admissions), decodes, in_row_order(prompts),
-            tuple(begun.forkings),
+            tuple(begun.forkings), self._prefixes.take_cuts(),
         )  # fmt: skip
         return lane.step
 
@@ -217,6 +220,7 @@ class Scheduler:
         first_tokens = iter(token_ids[len(step.decodes) :].tolist())
         for segment in step.prompts:
             sequence = lane.prefilled(segment)
+            self._prefixes.note(sequence)
             if not sequence.is_prefilling:
                 self._prompt_room.give_back(segment.seq_id)
             if segment.is_sampled:
@@ -269,24 +273,33 @@ class Scheduler:
                     loss.released.setdefault(segment.r_worker, []).append(segment.seq_id)
                 else:
                     loss.kept.setdefault(segment.r_worker, {})[segment.seq_id] = segment.start
-            for r_worker, seq_ids in lane.step.preempted.items():
-                loss.released.setdefault(r_worker, []).extend(seq_ids)
+            if lane.index in unbegun:
+                for r_worker, seq_ids in lane.step.preempted.items():
+                    loss.released.setdefault(r_worker, []).extend(seq_ids)
+                for r_worker, cut in lane.step.cut.items():  # of those that may have been told nobody keeps any more
+                    self._prefixes.forget(r_worker, cut)
+                    loss.released.setdefault(r_worker, []).extend(cut)
             lane.step = None
             gone, lane.leaving = lane.leaving, {}
             for sequence in gone.values():
                 self._let_go(sequence, loss.released)
-        to_wait = {seq_id for seq_ids in loss.released.values() for seq_id in seq_ids}
+        to_wait = {(r_worker, seq_id) for r_worker, seq_ids in loss.released.items() for seq_id in seq_ids}
         for sequence in list(self._running):
-            if sequence.seq_id in to_wait:
-                self._put_back(sequence)
+            if (sequence.r_worker, sequence.seq_id) in to_wait:
+                self._put_back(sequence, may_stay=False)
             elif sequence.r_worker == worker:
-                self._put_back(sequence)
+                self._put_back(sequence, may_stay=False)
                 loss.released.setdefault(worker, []).append(sequence.seq_id)
         for pending in (self._preempted, self._freed):
             pending.pop(worker, None)
+        self._prefixes.lose(worker)
         self._credits.lose(worker)
         self._load.measure_memory()
         return loss
+
+    def forget_prefixes(self) -> None:
+        """KV of sequences that have ended is not begun with any more; R-workers are told by the next step."""
+        self._prefixes.forget_all()
 
     def begin_anew(self, capacity_blocks: Iterable[int], lost: Iterable[int]) -> None:
         """All sequences are forgotten, whatever this was in the middle of.
@@ -317,7 +330,7 @@ class Scheduler:
             sequence.seq_id for lane in self._lanes for sequence in lane
         )
         self._running.check_integrity()
-        self._siblings.check_integrity({s.seq_id: s for s in self._running})
+        self._prefixes.check_integrity(self._running)
         self._prompt_room.check_integrity({seq_id for lane in self._lanes for seq_id in lane.prefilling})
         for lane in self._lanes:
             lane.check_integrity()
@@ -351,11 +364,11 @@ class Scheduler:
         """
 
         def put_back(victim: Sequence) -> None:
-            worker = place(victim)
-            self._credits.give_back(worker, victim.num_tokens)
-            if victim.awaits is None:
+            worker, is_known = place(victim), victim.is_known
+            shared, stays = self._put_back(victim, may_stay=True)
+            self._credits.give_back(worker, victim.num_tokens, shared.num_shared)
+            if is_known and not stays:
                 self._preempted.setdefault(worker, []).append(victim.seq_id)
-            self._put_back(victim)
 
         restart = self._config.restart_tokens
         if restart is not None:
@@ -380,23 +393,26 @@ class Scheduler:
 
     def _let_go(self, sequence: Sequence, freed: dict[int, list[int]]) -> None:
         """One that has ended, and nothing under way has rows of."""
-        if sequence.awaits is None:
+        _, stays = self._take_out(sequence, may_stay=sequence.finish_reason is not None)
+        if sequence.is_known and not stays:
             freed.setdefault(place(sequence), []).append(sequence.seq_id)
-        self._take_out(sequence)
         sequence.r_worker = None
         self._prospects.learn(sequence)
 
-    def _put_back(self, sequence: Sequence) -> None:
-        self._take_out(sequence)
+    def _put_back(self, sequence: Sequence, *, may_stay: bool) -> tuple[Change, bool]:
+        taken = self._take_out(sequence, may_stay=may_stay)
         sequence.preempt()
         self._waiting.put_back(sequence)
+        return taken
 
-    def _take_out(self, sequence: Sequence) -> None:
+    def _take_out(self, sequence: Sequence, *, may_stay: bool) -> tuple[Change, bool]:
+        """Of the running.  What of its KV it shared with others, and whether its R-worker keeps that."""
         self._running.remove(sequence)
         self._lanes[sequence.lane].remove(sequence)
         self._prompt_room.give_back(sequence.seq_id)
-        self._siblings.end(sequence)
-        self._load.end(sequence.seq_id)
+        shared, stays = self._prefixes.leave(sequence, may_stay=may_stay)
+        self._load.end(sequence.seq_id, shared)
+        return shared, stays
 
     def _expect_more(self, sequence: Sequence) -> None:
         """It has outlived what was predicted, and is taken to end in the next bucket."""

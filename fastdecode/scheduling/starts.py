@@ -6,18 +6,21 @@ budget of the step ─ decodes ─► prompts on their way ─► whoever waits,
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from fastdecode.scheduling.config import SchedulerConfig
 from fastdecode.scheduling.kv_credits import KVCredits
 from fastdecode.scheduling.lane import Lane
+from fastdecode.scheduling.load import Shared
 from fastdecode.scheduling.load_control import LoadControl
 from fastdecode.scheduling.plan import Admission, Forking, Segment
+from fastdecode.scheduling.prefix_tree import Found
+from fastdecode.scheduling.prefixes import Prefixes
 from fastdecode.scheduling.prompt_room import PromptRoom
 from fastdecode.scheduling.prospects import Prospect, Prospects
 from fastdecode.scheduling.request import Sequence
 from fastdecode.scheduling.running import Running, place, rank
-from fastdecode.scheduling.siblings import Siblings
 from fastdecode.scheduling.waiting import WaitingQueue
 
 _MOST_LOOKED_UP = 1 << 22  # blocks, for the queries of a chunk that attends on its R-worker
@@ -54,13 +57,13 @@ class Starts:
         load: LoadControl,
         credits: KVCredits,
         prompt_room: PromptRoom,
-        siblings: Siblings,
+        prefixes: Prefixes,
         prospects: Prospects,
     ) -> None:
         """What it takes from one of them and gives to another is the scheduler's, which takes it back."""
         self._config, self._waiting, self._running = config, waiting, running
         self._load, self._credits, self._prospects = load, credits, prospects
-        self._prompt_room, self._siblings = prompt_room, siblings
+        self._prompt_room, self._prefixes = prompt_room, prefixes
         self.num_places = config.num_seats  # sequences that ran when a step with budget left let others wait; or all
 
     def has_place(self, first: Sequence, number: int) -> bool:
@@ -69,7 +72,8 @@ class Starts:
             return True
         has_seat = len(self._running) < self._config.num_seats
         prospect = self._prospect(first, self._whole_step, number)
-        return has_seat and self._load.place(prospect, is_urgent=True) is not None
+        shared = _shared(self._prefixes.find(first))
+        return has_seat and self._load.place(prospect, is_urgent=True, shared=shared) is not None
 
     @property
     def _whole_step(self) -> _Left:
@@ -87,11 +91,12 @@ class Starts:
         prompts: list[Segment] = []
         first, lowest = self._waiting.first(), self._running.lowest_priority
         outranked: list[Sequence] = []
-        # At most one of each priority, beside those that wait for a sibling: the next one starts when it has ended.
+        # At most one of each priority, beside those that wait for what they begin with: the next one starts when it
+        # has ended.
         for sequence in sorted(lane.prefilling.values(), key=rank):
             if first and first.request.priority < sequence.request.priority:
                 outranked.append(sequence)
-            elif left.tokens > 0 and not self._siblings.is_to_wait(sequence):
+            elif left.tokens > 0 and not self._prefixes.is_to_wait(sequence):
                 prompts.append(self._chunk(sequence, left, begun))
         self._load.begin_step(
             number, self._waiting.max_kv_tokens, self._prospect(first, left, number) if first else None
@@ -105,17 +110,15 @@ class Starts:
                 break
             if is_for_others := len(lane) >= self._share:
                 break
-            prospect = self._prospect(first, left, number)
-            worker = self._load.place(
-                prospect, is_urgent=first.request.priority < lowest, preferred=self._siblings.r_worker_for(first)
-            )
+            prospect, found = self._prospect(first, left, number), self._prefixes.find(first)
+            worker = self._load.place(prospect, is_urgent=first.request.priority < lowest, shared=_shared(found))
             if worker is None:
                 break
-            self._start(first, worker, lane, prospect)
-            if not self._siblings.is_to_wait(first):
+            self._start(first, worker, lane, prospect, found.get(worker))
+            if not self._prefixes.is_to_wait(first):
                 prompts.append(self._chunk(first, left, begun))
         for sequence in outranked:
-            if left.tokens > 0 and not self._siblings.is_to_wait(sequence):
+            if left.tokens > 0 and not self._prefixes.is_to_wait(sequence):
                 prompts.append(self._chunk(sequence, left, begun))
         if not is_for_others and (left.tokens > 0 or len(self._running) >= config.num_seats):
             self._load.close_batch()
@@ -130,7 +133,7 @@ class Starts:
 
     def _chunk(self, sequence: Sequence, left: _Left, begun: _Begun) -> Segment:
         """The next tokens of its prompt, as many as there may be; takes them from what is left."""
-        if sequence.num_prefilled == 0:
+        if not sequence.is_known:
             self._begin_prompt(sequence, begun)
         begin, end = sequence.num_prefilled, sequence.prefill_tokens
         if self._config.split_fuse:
@@ -159,18 +162,20 @@ class Starts:
         return segment
 
     def _begin_prompt(self, sequence: Sequence, begun: _Begun) -> None:
-        begun.admissions.append(Admission(sequence.seq_id, place(sequence), sequence.max_kv_tokens))
-        if sequence.awaits is not None:
-            shared = self._siblings.num_shared_tokens(sequence)
-            begun.forkings.append(Forking(sequence.seq_id, sequence.awaits, place(sequence), shared))
-            sequence.begin_with(shared)
+        worker = place(sequence)
+        beginning = self._prefixes.begin(sequence, lambda: self._credits.take_spare(worker))
+        if beginning.parent is not None or not beginning.num_tokens:  # its R-worker knows nothing of it
+            begun.admissions.append(Admission(sequence.seq_id, worker, sequence.max_kv_tokens))
+        if beginning.parent is not None:
+            begun.forkings.append(Forking(sequence.seq_id, beginning.parent, worker, beginning.num_tokens))
+        sequence.begin_with(beginning.num_tokens)
 
-    def _start(self, sequence: Sequence, worker: int, lane: Lane, prospect: Prospect) -> None:
+    def _start(self, sequence: Sequence, worker: int, lane: Lane, prospect: Prospect, found: Found | None) -> None:
         self._waiting.remove(sequence)
         self._running.add(sequence)
-        self._load.start(sequence.seq_id, worker, prospect)
+        change = self._prefixes.start(sequence, worker, found, prospect.limit.end)
+        self._load.start(sequence.seq_id, worker, prospect, change, self._prefixes.num_unpaid(sequence))
         sequence.admit(worker, lane.index)
-        self._siblings.start(sequence)
         lane.add(sequence)
         sequence.expected_tokens = self._prospects.expected_tokens(sequence)
 
@@ -185,3 +190,7 @@ class Starts:
                 each, now = min(each, self._config.max_scored_rows), min(now, left.scored_rows)
             last_chunk += max(0, -(-(sequence.num_tokens - now) // each))
         return self._prospects.of(sequence, step, last_chunk)
+
+
+def _shared(found: Mapping[int, Found]) -> dict[int, Shared]:
+    return {worker: Shared(one.num_tokens, one.num_used, one.used_until) for worker, one in found.items()}

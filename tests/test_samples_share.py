@@ -10,8 +10,6 @@ from conftest import quiet
 
 from fastdecode import LLM, SamplingParams
 from fastdecode.observe.step_log import read_step_log
-from fastdecode.scheduling.request import Request, Sequence
-from fastdecode.scheduling.siblings import Siblings
 
 PROMPTS = [[(7 * i + j) % 400 + 3 for j in range(length)] for i, length in enumerate((150, 9, 70, 131))]
 PARAMS = [
@@ -30,29 +28,18 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 def samples(model: Path, options: dict[str, Any], log: Path) -> tuple[list[list[list[int]]], int]:
     """Tokens of every sample, and how many tokens of prompts went through the model."""
-    defaults = {"kv_cache_memory": "64MiB", "skip_tokenizer_init": True, "step_log": str(log)}
+    defaults = {
+        "enable_prefix_caching": False,
+        "kv_cache_memory": "64MiB",
+        "skip_tokenizer_init": True,
+        "step_log": str(log),
+    }
     with LLM(model, **defaults | options) as llm:
         outputs = quiet(llm, PROMPTS, PARAMS)
     assert not any(output.error for output in outputs)
     assert all(len(one.logprobs or ()) == len(one.token_ids) for output in outputs for one in output.outputs)
     computed = sum(record.num_prompt_tokens for record in read_step_log(log))
     return [[one.token_ids for one in output.outputs] for output in outputs], computed
-
-
-def test_who_was_to_bring_it_runs_again_elsewhere() -> None:
-    """Preempted, and on another R-worker when the one that waited for it looks again: nothing is to be forked there."""
-    request = Request("0", tuple(range(20)), SamplingParams(n=2), 4, frozenset(), frozenset())
-    first, other = (Sequence(index, request, index, 0) for index in range(2))
-    siblings = Siblings(4)
-    for sequence in (first, other):
-        sequence.admit(0, 0)
-        siblings.start(sequence)
-    assert other.awaits == first.seq_id and siblings.is_to_wait(other)
-    siblings.end(first)
-    first.preempt()
-    first.admit(1, 0)
-    siblings.start(first)
-    assert not siblings.is_to_wait(other) and other.awaits is None
 
 
 @pytest.mark.parametrize("name", OPTIONS)
