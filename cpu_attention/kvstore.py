@@ -63,6 +63,10 @@ class KVStore:
         return len(self._stored)
 
     @property
+    def seq_ids(self) -> set[int]:
+        return set(self._stored)
+
+    @property
     def num_free_blocks(self) -> int:
         return self._num_free
 

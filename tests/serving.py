@@ -125,18 +125,23 @@ class Live:
             return await client.post(self.url + path, json=body)
 
     async def idle(self, timeout: float = 20) -> None:
-        """Nothing runs, nothing waits, and no KV is held, by the scheduler's account and the R-workers'."""
+        """Nothing runs, nothing waits, and no KV is held but what is kept for others, by the scheduler's account and
+        the R-workers'."""
         deadline = time.monotonic() + timeout
         while not self._is_idle() and time.monotonic() < deadline:
             await asyncio.sleep(0.01)
         self.service._engine._scheduler.check_integrity()
         assert self.service.num_running == 0 and self.service.num_waiting == 0 and self.service._num_inside == 0
-        assert [store.num_sequences for store in self.stores] == [0] * len(self.stores)
+        assert self._is_kept()
         assert not self.service._live and not self.service._engine._requests.sequences
 
     def _is_idle(self) -> bool:
-        is_empty = not any(store.num_sequences for store in self.stores)
-        return is_empty and not self.service._num_inside and not self.service._engine.has_work
+        return self._is_kept() and not self.service._num_inside and not self.service._engine.has_work
+
+    def _is_kept(self) -> bool:
+        """By R-workers, in whatever order they came up."""
+        kept = [self.service._engine._scheduler.kept(worker) for worker in range(len(self.stores))]
+        return sorted(map(sorted, kept)) == sorted(sorted(store.seq_ids) for store in self.stores)
 
 
 @asynccontextmanager

@@ -108,10 +108,10 @@ class Prefixes:
             self._note_cuts(sequence.r_worker, {sequence.seq_id: num_kept})
         return change, num_kept > 0
 
-    def num_kept_blocks(self, worker: int) -> int:
-        """That ended sequences alone hold there."""
+    def kept(self, worker: int) -> set[int]:
+        """Ended sequences that are there still; of some of them all is given up, and nobody told."""
         tree = self._trees.get(worker)
-        return tree.num_kept if tree else 0
+        return {*(tree.kept if tree else ()), *self._cut.get(worker, ())}
 
     def make_room(self, num_free_blocks: abc.Sequence[int]) -> None:
         """Where ended sequences hold more than that, they give it up.  [num_r_workers]; what runs has taken its part"""

@@ -297,6 +297,10 @@ class Scheduler:
         self._load.measure_memory()
         return loss
 
+    def kept(self, worker: int) -> set[int]:
+        """Sequences that have ended, and whose KV the R-worker has still, for others to begin with."""
+        return self._prefixes.kept(worker)
+
     def forget_prefixes(self) -> None:
         """KV of sequences that have ended is not begun with any more; R-workers are told by the next step."""
         self._prefixes.forget_all()
