@@ -38,12 +38,14 @@ def prompts_of(llama: Case) -> list[list[int]]:
 
 
 def check(llm: LLM, llama: Case) -> None:
-    """It serves, nobody was lost, and nothing of the past is left."""
+    """It serves, nobody was lost, and nothing of the past is left but what others may begin with."""
     outputs = quiet(llm, prompts_of(llama), GREEDY)
     assert [output.outputs[0].token_ids for output in outputs] == [llama.reference[i][:5] for i in (1, 2, 5)]
     engine = llm._engine
     assert not engine._rpool.lost and not engine._rpool.totals.num_lost and not engine.has_work
-    assert not engine._rpool.held and not engine._requests and not engine._requests.sequences
+    assert not engine._requests and not engine._requests.sequences
+    assert {seq_id for worker, seq_id in engine._rpool.held if worker == 0} == engine._scheduler.kept(0)
+    assert {seq_id for worker, seq_id in engine._rpool.held if worker == 1} == engine._scheduler.kept(1)
     engine._requests.check_integrity()
     engine._scheduler.check_integrity()
 

@@ -20,6 +20,7 @@ import pytest
 from conftest import quiet
 
 from fastdecode import LLM, SamplingParams
+from fastdecode.scheduling.prefix_tree import Change
 from fastdecode.scheduling.request import Sequence
 from models import make_model
 from transport import (
@@ -167,9 +168,9 @@ def _note_preemptions(llm: LLM) -> list[int]:
     scheduler, found = llm._engine._scheduler, list[int]()
     put_back = scheduler._put_back
 
-    def noted(sequence: Sequence) -> None:
+    def noted(sequence: Sequence, *, may_stay: bool) -> tuple[Change, bool]:
         found.append(sequence.seq_id)
-        put_back(sequence)
+        return put_back(sequence, may_stay=may_stay)
 
     scheduler._put_back = noted  # type: ignore[method-assign]
     return found

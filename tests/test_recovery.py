@@ -269,3 +269,27 @@ def test_a_step_that_is_redone(dtype: str) -> None:
     assert store.num_free_blocks == store.num_blocks
     plain.close()
     redone.close()
+
+
+@pytest.mark.parametrize("num_rounds", [2, pytest.param(12, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("options", [SMALL_STEPS, TIGHT], ids=["chunked", "preempting"])
+def test_beginnings_that_are_lost(
+    num_rounds: int, options: dict[str, Any], llama: Case, r_workers: list[RWorker]
+) -> None:
+    """What others began with, or waited for, is gone with its R-worker: they compute it themselves."""
+    beginning = llama.prompts[-1][:50]
+    prompts = [beginning + prompt[:40] for prompt in llama.prompts]
+    options = {**options, "block_tokens": 16}
+    with LLM(llama.directory, skip_tokenizer_init=True, enable_prefix_caching=False) as llm:
+        expected = [tokens(quiet(llm, prompts[:count], GREEDY)) for count in (len(prompts), 5)]
+    generator = np.random.default_rng(7)
+    for _ in range(num_rounds):
+        r_workers.clear()
+        with three_workers(llama, **options) as llm:
+            first, second = generator.permutation(3)[:2]
+            make_faulty(llm, int(first), int(generator.integers(0, 150)), gone)
+            make_faulty(llm, int(second), int(generator.integers(0, 600)), gone)
+            assert tokens(quiet(llm, prompts, GREEDY)) == expected[0]
+            assert tokens(quiet(llm, prompts[:5], GREEDY)) == expected[1]
+            assert tokens(quiet(llm, prompts, GREEDY)) == expected[0]
+            assert_at_rest(llm, r_workers)

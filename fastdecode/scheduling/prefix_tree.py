@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from collections import Counter, OrderedDict, abc
 from dataclasses import dataclass, field
-from typing import Self
+from typing import NamedTuple, Self
 
 import numpy as np
 
@@ -32,7 +32,7 @@ _LEAST_TOKENS = 16  # that are worth a fork
 class Block:
     """KV of some tokens after those of its parents; with fewer tokens than a block holds it is the end of a chain."""
 
-    __slots__ = ("children", "held_by", "key", "latest", "parent", "payer", "users")
+    __slots__ = ("children", "held_by", "is_end", "key", "latest", "parent", "payer", "users")
 
     def __init__(self, parent: Block | None, key: bytes) -> None:
         self.parent, self.key = parent, key
@@ -42,6 +42,7 @@ class Block:
         self.users: dict[int, None] = {}
         self.held_by: dict[int, None] = {}
         self.payer: int | None = None  # of the users, the one whose demand it is part of
+        self.is_end = False  # of an ended sequence that is kept; of one, or there might be more of them than blocks
 
 
 _TOKEN = np.dtype(np.int32)
@@ -94,12 +95,10 @@ class Change:
     paid: abc.Mapping[int, int] = field(default_factory=dict)  # other sequence -> blocks it pays for, more or fewer
 
 
-@dataclass(frozen=True)
-class Beginning:
-    """What is there when a sequence's first tokens are to go through the model."""
-
-    num_tokens: int  # of its own that need not
-    parent: int | None  # from whom they are forked; None: from nobody, they are its own
+class Fork(NamedTuple):
+    child: int
+    parent: int
+    num_tokens: int
 
 
 @dataclass
@@ -135,7 +134,8 @@ class PrefixTree:
         self._running: dict[int, _Member] = {}
         self._kept: dict[int, _Member] = {}
         self._leaves: OrderedDict[Block, None] = OrderedDict()  # that can be given up, the next one first
-        self._pinned: list[Block] = []  # kept ones that somebody is about to copy from
+        self._begun: list[tuple[int, Block, int]] = []  # sequence, the last block it begins with, how many tokens
+        self._pinned: list[Block] = []  # kept ones that they are to copy from
         self.num_kept = 0  # blocks that ended sequences alone hold, but for those
 
     def find(self, seq_id: int, scope: str | None, tokens: Tokens, most_tokens: int, priority: int) -> Found:
@@ -173,6 +173,7 @@ class PrefixTree:
             member = _Member(scope, list(found.blocks), source=found.source, num_copied=found.num_copied)
         else:
             member.num_own = member.num_tokens
+            member.blocks[-1].is_end = False
             if member.tail:  # that is about to be written
                 self._drop_holder(member.tail, seq_id)
                 member.tail = None
@@ -205,8 +206,10 @@ class PrefixTree:
                 return next(iter(block.users)) != seq_id
         return bool(member.source and member.source.users and not member.source.held_by)
 
-    def begin(self, seq_id: int, is_spare: abc.Callable[[], bool]) -> Beginning:
-        """Its first tokens go through the model now; those that it begins with are its own from now on.
+    def begin(self, seq_id: int, is_spare: abc.Callable[[], bool]) -> tuple[int, bool]:
+        """Its first tokens go through the model now.  How many of them need not, and whether it had them already.
+
+        The others it has from now on; from whom, `make_room` tells.
 
         is_spare: takes a block for what is copied and may else have been given up, if there is one; until `make_room`.
         """
@@ -214,20 +217,20 @@ class PrefixTree:
         assert not member.has_begun
         member.has_begun = True
         if member.num_own:
-            return Beginning(member.num_own, None)
+            return member.num_own, True
         held = [block for block in member.path if block.held_by]
-        parent = next(iter(held[-1].held_by)) if held else None
-        num_tokens = len(held) * self._block_tokens
+        last, num_tokens = held[-1] if held else None, len(held) * self._block_tokens
         source, member.source = member.source, None
-        if source and source.held_by and source.parent is (held[-1] if held else self._roots.get(member.scope)):
+        if source and source.held_by and source.parent is (last or self._roots.get(member.scope)):
             is_kept = not source.users and source not in self._pinned
             if not is_kept or is_spare():
                 if is_kept:
                     self._pin(source)
-                parent = next(iter(source.held_by))
-                num_tokens += member.num_copied
+                last, num_tokens = source, num_tokens + member.num_copied
+        if last:
+            self._begun.append((seq_id, last, num_tokens))
         self._hold(seq_id, member, len(held))
-        return Beginning(num_tokens, parent)
+        return num_tokens, False
 
     def note(self, seq_id: int, num_tokens: int) -> None:
         """So many of its first tokens have their KV."""
@@ -258,37 +261,46 @@ class PrefixTree:
         del member.path[num_kept:]
         return Change(num_shared, paid), self._keep(seq_id, member, kept) if kept else 0
 
-    def make_room(self, num_blocks: int) -> dict[int, int]:
-        """Gives up so many blocks that ended sequences alone hold, none of them to be copied by those that have begun
-        since the last call; # sequence -> how many tokens of it stay
+    def make_room(self, num_blocks: int) -> tuple[dict[int, int], list[Fork]]:
+        """Gives up so many blocks that ended sequences alone hold, but none that is to be copied.
+
+        # sequence -> how many tokens of it stay; what those are forked from that have begun since the last call: from
+        somebody who stays, for of several who hold a block one does.
         """
         cut: dict[int, int] = {}
         for _ in range(num_blocks):
             block = next(iter(self._leaves))
-            for seq_id in block.held_by:
-                member = self._kept[seq_id]
-                if member.tail is block:
-                    member.tail = None
-                else:
-                    member.path.pop()
-                member.num_held = len(member.path)
-                cut[seq_id] = member.num_tokens
-                if not member.path:
-                    del self._kept[seq_id]
-            self.num_kept -= 1
-            self._drop(block)
+            (seq_id,) = block.held_by
+            member = self._kept[seq_id]
+            if member.tail is block:
+                member.tail = None
+            else:
+                member.path.pop()
+            member.num_held = len(member.path)
+            self._drop_holder(block, seq_id)
+            cut[seq_id] = member.num_tokens
+            if member.path and not member.path[-1].is_end:
+                member.path[-1].is_end = True
+            else:  # another one has as much
+                cut[seq_id] = 0
+                self._forget(seq_id)
         pinned, self._pinned = self._pinned, []
         for block in pinned:
             self.num_kept += not block.users
             self._see(block)
-        return cut
+        begun, self._begun = self._begun, []
+        children = {seq_id for seq_id, _, _ in begun}
+        return cut, [
+            Fork(seq_id, next(parent for parent in block.held_by if parent not in children), num_tokens)
+            for seq_id, block, num_tokens in begun
+        ]
 
     def forget(self, seq_ids: abc.Iterable[int]) -> list[int]:
         """Ended sequences of these do not stay any longer; they are returned."""
         gone = [seq_id for seq_id in seq_ids if seq_id in self._kept]
         for seq_id in gone:
-            for block in reversed(self._kept.pop(seq_id).blocks):
-                self._drop_holder(block, seq_id)
+            self._kept[seq_id].blocks[-1].is_end = False
+            self._forget(seq_id)
         return gone
 
     @property
@@ -298,7 +310,7 @@ class PrefixTree:
 
     def check_integrity(self) -> None:
         """Asserts that blocks know their sequences, and the other way round."""
-        assert not self._pinned
+        assert not self._pinned and not self._begun
         blocks: list[Block] = []
         to_see: list[Block] = [*self._roots.values()]
         assert all(root.children for root in to_see)
@@ -322,7 +334,9 @@ class PrefixTree:
             assert member.num_held == len(member.path) and member.blocks
             for block in member.blocks:
                 holders[block].append(seq_id)
+        ends = [member.blocks[-1] for member in self._kept.values()]
         for block in blocks:
+            assert ends.count(block) == block.is_end, "no two kept ones end alike"
             assert sorted(block.users) == sorted(users[block]) and sorted(block.held_by) == sorted(holders[block])
             assert block.users or block.held_by, "a block that nobody has is gone"
             is_full = len(block.key) == self._block_tokens * _TOKEN.itemsize
@@ -364,13 +378,17 @@ class PrefixTree:
             block.held_by[seq_id] = None
             self.num_kept += 1
             self._see(block)
-        if not member.blocks or len(member.blocks[-1].held_by) > 1:
-            for block in reversed(member.blocks):
-                self._drop_holder(block, seq_id)
-            return 0
-        member.num_held = len(member.path)
         self._kept[seq_id] = _Member(member.scope, member.path, member.tail, len(member.path))
+        if not member.blocks or len(member.blocks[-1].held_by) > 1:
+            self._forget(seq_id)
+            return 0
+        member.blocks[-1].is_end = True
         return member.num_tokens
+
+    def _forget(self, seq_id: int) -> None:
+        """One that is kept, and counts as the end of no block."""
+        for block in reversed(self._kept.pop(seq_id).blocks):
+            self._drop_holder(block, seq_id)
 
     def _hold(self, seq_id: int, member: _Member, num_blocks: int) -> None:
         """It has KV of so many blocks of its path now."""

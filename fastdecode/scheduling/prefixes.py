@@ -19,7 +19,8 @@ from __future__ import annotations
 from collections import abc
 from dataclasses import dataclass
 
-from fastdecode.scheduling.prefix_tree import Beginning, Change, Found, PrefixTree, Tokens
+from fastdecode.scheduling.plan import Forking
+from fastdecode.scheduling.prefix_tree import Change, Found, PrefixTree, Tokens
 from fastdecode.scheduling.request import Sequence
 
 SHARING = ("prompts", "samples", "nothing")
@@ -74,17 +75,17 @@ class Prefixes:
         tree = self._running.get(sequence.seq_id)
         return tree is not None and tree.is_to_wait(sequence.seq_id)
 
-    def begin(self, sequence: Sequence, is_spare: abc.Callable[[], bool]) -> Beginning:
-        """Its first tokens go through the model now.
+    def begin(self, sequence: Sequence, is_spare: abc.Callable[[], bool]) -> tuple[int, bool]:
+        """Its first tokens go through the model now.  How many of them need not, and whether it had them already.
 
         is_spare: takes a block where it is, if there is one, for what it copies; it is given back by `make_room`.
         """
         tree = self._running.get(sequence.seq_id)
-        beginning = tree.begin(sequence.seq_id, is_spare) if tree else Beginning(0, None)
+        num_tokens, has_them = tree.begin(sequence.seq_id, is_spare) if tree else (0, False)
         if tree and not sequence.num_preemptions:
             self._counts.num_queried += sequence.num_tokens
-            self._counts.num_found += beginning.num_tokens
-        return beginning
+            self._counts.num_found += num_tokens
+        return num_tokens, has_them
 
     def note(self, sequence: Sequence) -> None:
         """More of its prompt has its KV."""
@@ -113,10 +114,17 @@ class Prefixes:
         tree = self._trees.get(worker)
         return {*(tree.kept if tree else ()), *self._cut.get(worker, ())}
 
-    def make_room(self, num_free_blocks: abc.Sequence[int]) -> None:
-        """Where ended sequences hold more than that, they give it up.  [num_r_workers]; what runs has taken its part"""
+    def make_room(self, num_free_blocks: abc.Sequence[int]) -> list[Forking]:
+        """Where ended sequences hold more than that, they give it up.  [num_r_workers]; what runs has taken its part.
+
+        From whom those are forked that have begun since the last call.
+        """
+        forkings = []
         for worker, tree in self._trees.items():
-            self._note_cuts(worker, tree.make_room(max(0, tree.num_kept - num_free_blocks[worker])))
+            cut, forks = tree.make_room(max(0, tree.num_kept - num_free_blocks[worker]))
+            self._note_cuts(worker, cut)
+            forkings += [Forking(child, parent, worker, num_tokens) for child, parent, num_tokens in forks]
+        return forkings
 
     def take_cuts(self) -> dict[int, dict[int, int]]:
         """R-worker -> ended sequence -> how many tokens of it stay; those that nobody was told of yet."""

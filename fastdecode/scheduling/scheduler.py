@@ -180,8 +180,8 @@ class Scheduler:
         if not self._preempt(self._round_of(lane)):
             return None
         decodes = lane.decodes()
-        prompts, begun = self._starts.prompts(lane, self._round_of(lane))
-        self._prefixes.make_room(self._credits.num_free_blocks)
+        prompts, admissions = self._starts.prompts(lane, self._round_of(lane))
+        forkings = self._prefixes.make_room(self._credits.num_free_blocks)
         if prompts and not self._config.split_fuse:
             decodes = Decodes.none()
         if not len(decodes) and not prompts:
@@ -193,8 +193,8 @@ class Scheduler:
             self._lanes_in_round = {index} if has_had_one else self._lanes_in_round | {index}
         preempted, self._preempted = self._preempted, {}
         lane.step = Step(
-            self._num_steps, index, preempted, tuple(begun.admissions), decodes, in_row_order(prompts),
-            tuple(begun.forkings), self._prefixes.take_cuts(),
+            self._num_steps, index, preempted, tuple(admissions), decodes, in_row_order(prompts), tuple(forkings),
+            self._prefixes.take_cuts(),
         )  # fmt: skip
         return lane.step
 

@@ -7,14 +7,14 @@ budget of the step ─ decodes ─► prompts on their way ─► whoever waits,
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from fastdecode.scheduling.config import SchedulerConfig
 from fastdecode.scheduling.kv_credits import KVCredits
 from fastdecode.scheduling.lane import Lane
 from fastdecode.scheduling.load import Shared
 from fastdecode.scheduling.load_control import LoadControl
-from fastdecode.scheduling.plan import Admission, Forking, Segment
+from fastdecode.scheduling.plan import Admission, Segment
 from fastdecode.scheduling.prefix_tree import Found
 from fastdecode.scheduling.prefixes import Prefixes
 from fastdecode.scheduling.prompt_room import PromptRoom
@@ -38,14 +38,6 @@ class _Left:
         self.scored_rows -= len(segment.scored)
         if self.scored_rows <= 0:
             self.tokens = 0  # the next prompt may want scores, too, and none is passed by
-
-
-@dataclass
-class _Begun:
-    """What R-workers are told of sequences whose first chunk is in a step."""
-
-    admissions: list[Admission] = field(default_factory=list)
-    forkings: list[Forking] = field(default_factory=list)
 
 
 class Starts:
@@ -79,7 +71,7 @@ class Starts:
     def _whole_step(self) -> _Left:
         return _Left(self._config.lane_tokens, self._config.max_scored_rows)
 
-    def prompts(self, lane: Lane, number: int) -> tuple[list[Segment], _Begun]:
+    def prompts(self, lane: Lane, number: int) -> tuple[list[Segment], list[Admission]]:
         """Goes on with the prompt that is on its way, then lets waiting sequences start, as far as the budget goes.
 
         number: of the round that the step will be in.
@@ -87,7 +79,7 @@ class Starts:
         config = self._config
         left = self._whole_step
         left.tokens -= lane.num_decoding if config.split_fuse else 0
-        begun = _Begun()
+        admissions: list[Admission] = []
         prompts: list[Segment] = []
         first, lowest = self._waiting.first(), self._running.lowest_priority
         outranked: list[Sequence] = []
@@ -97,7 +89,7 @@ class Starts:
             if first and first.request.priority < sequence.request.priority:
                 outranked.append(sequence)
             elif left.tokens > 0 and not self._prefixes.is_to_wait(sequence):
-                prompts.append(self._chunk(sequence, left, begun))
+                prompts.append(self._chunk(sequence, left, admissions))
         self._load.begin_step(
             number, self._waiting.max_kv_tokens, self._prospect(first, left, number) if first else None
         )
@@ -116,14 +108,14 @@ class Starts:
                 break
             self._start(first, worker, lane, prospect, found.get(worker))
             if not self._prefixes.is_to_wait(first):
-                prompts.append(self._chunk(first, left, begun))
+                prompts.append(self._chunk(first, left, admissions))
         for sequence in outranked:
             if left.tokens > 0 and not self._prefixes.is_to_wait(sequence):
-                prompts.append(self._chunk(sequence, left, begun))
+                prompts.append(self._chunk(sequence, left, admissions))
         if not is_for_others and (left.tokens > 0 or len(self._running) >= config.num_seats):
             self._load.close_batch()
             self.num_places = len(self._running) if self._waiting else config.num_seats
-        return prompts, begun
+        return prompts, admissions
 
     @property
     def _share(self) -> int:
@@ -131,10 +123,10 @@ class Starts:
         fair = -(-(len(self._running) + len(self._waiting)) // self._config.num_lanes)
         return min(fair, self._config.lane_seats)
 
-    def _chunk(self, sequence: Sequence, left: _Left, begun: _Begun) -> Segment:
+    def _chunk(self, sequence: Sequence, left: _Left, admissions: list[Admission]) -> Segment:
         """The next tokens of its prompt, as many as there may be; takes them from what is left."""
         if not sequence.is_known:
-            self._begin_prompt(sequence, begun)
+            self._begin_prompt(sequence, admissions)
         begin, end = sequence.num_prefilled, sequence.prefill_tokens
         if self._config.split_fuse:
             end = min(end, begin + left.tokens)
@@ -161,14 +153,12 @@ class Starts:
         left.take(segment)
         return segment
 
-    def _begin_prompt(self, sequence: Sequence, begun: _Begun) -> None:
+    def _begin_prompt(self, sequence: Sequence, admissions: list[Admission]) -> None:
         worker = place(sequence)
-        beginning = self._prefixes.begin(sequence, lambda: self._credits.take_spare(worker))
-        if beginning.parent is not None or not beginning.num_tokens:  # its R-worker knows nothing of it
-            begun.admissions.append(Admission(sequence.seq_id, worker, sequence.max_kv_tokens))
-        if beginning.parent is not None:
-            begun.forkings.append(Forking(sequence.seq_id, beginning.parent, worker, beginning.num_tokens))
-        sequence.begin_with(beginning.num_tokens)
+        num_tokens, has_them = self._prefixes.begin(sequence, lambda: self._credits.take_spare(worker))
+        if not has_them:  # its R-worker knows nothing of it
+            admissions.append(Admission(sequence.seq_id, worker, sequence.max_kv_tokens))
+        sequence.begin_with(num_tokens)
 
     def _start(self, sequence: Sequence, worker: int, lane: Lane, prospect: Prospect, found: Found | None) -> None:
         self._waiting.remove(sequence)
