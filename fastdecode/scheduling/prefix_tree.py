@@ -32,13 +32,13 @@ _LEAST_TOKENS = 16  # that are worth a fork
 class Block:
     """KV of some tokens after those of its parents; with fewer tokens than a block holds it is the end of a chain."""
 
-    __slots__ = ("children", "held_by", "is_end", "key", "latest", "parent", "payer", "users")
+    __slots__ = ("by_first", "children", "held_by", "is_end", "key", "parent", "payer", "users")
 
     def __init__(self, parent: Block | None, key: bytes) -> None:
         self.parent, self.key = parent, key
         self.children: dict[bytes, Block] = {}
-        self.latest: dict[bytes, Block] = {}  # by their first token, of the children the one that came last
         # In the order they came; dictionaries, for sets have none.
+        self.by_first: dict[bytes, dict[Block, None]] = {}  # the children again, by their first token
         self.users: dict[int, None] = {}
         self.held_by: dict[int, None] = {}
         self.payer: int | None = None  # of the users, the one whose demand it is part of
@@ -156,7 +156,7 @@ class PrefixTree:
             block = child
         begin = len(path) * self._block_tokens
         rest = tokens.block(len(path))[: (most_tokens - begin) * _TOKEN.itemsize]
-        source = block.latest.get(rest[: _TOKEN.itemsize])
+        source = next(reversed(block.by_first.get(rest[: _TOKEN.itemsize], {})), None)
         copied = _num_common(source.key, rest) if source and self._is_due(source, priority) else 0
         if begin + copied < _LEAST_TOKENS:
             return Found()
@@ -320,7 +320,9 @@ class PrefixTree:
                 assert child.key == key and child.parent is block
                 blocks.append(child)
                 to_see.append(child)
-            assert set(block.latest.values()) <= set(block.children.values())
+            alike = [(first, child) for first, children in block.by_first.items() for child in children]
+            assert {child for _, child in alike} == set(block.children.values()) and len(alike) == len(block.children)
+            assert all(child.key.startswith(first) for first, child in alike)
         users: dict[Block, list[int]] = {block: [] for block in blocks}
         holders: dict[Block, list[int]] = {block: [] for block in blocks}
         for seq_id, member in self._running.items():
@@ -428,7 +430,8 @@ class PrefixTree:
             self._drop(block)
 
     def _add(self, parent: Block, key: bytes) -> Block:
-        child = parent.children[key] = parent.latest[key[: _TOKEN.itemsize]] = Block(parent, key)
+        child = parent.children[key] = Block(parent, key)
+        parent.by_first.setdefault(key[: _TOKEN.itemsize], {})[child] = None
         self._leaves.pop(parent, None)
         return child
 
@@ -438,8 +441,10 @@ class PrefixTree:
         assert parent is not None and not block.children
         block.users, block.held_by = {}, {}
         del parent.children[block.key]
-        if parent.latest.get(first := block.key[: _TOKEN.itemsize]) is block:
-            del parent.latest[first]
+        alike = parent.by_first[first := block.key[: _TOKEN.itemsize]]
+        del alike[block]
+        if not alike:
+            del parent.by_first[first]
         self._leaves.pop(block, None)
         self._see(parent, is_oldest=True)
 
