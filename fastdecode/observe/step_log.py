@@ -63,7 +63,7 @@ def round_record(
         num_prompt_tokens=sum(step.num_prompt_tokens for step in steps),
         num_running=num_running,
         num_waiting=num_waiting,
-        num_preempted=sum(len(seq_ids) for step in steps for seq_ids in step.preempted.values()),
+        num_preempted=sum(step.num_preempted for step in steps),
         kv_tokens=kv_tokens,
         num_sampled=sum(step.num_sampled for step in steps),
     )
@@ -89,7 +89,7 @@ def make_record(
         num_prompt_tokens=step.num_prompt_tokens,
         num_running=num_running,
         num_waiting=num_waiting,
-        num_preempted=sum(map(len, step.preempted.values())),
+        num_preempted=step.num_preempted,
         kv_tokens=kv_tokens,
         num_sampled=step.num_sampled,
         wait_s=lap.wait_s,

@@ -108,6 +108,7 @@ class Step:
     forkings: tuple[Forking, ...] = ()  # after the admissions
     # R-worker -> sequence that has ended -> how many tokens of it stay, which may be none; before the admissions.
     cut: Mapping[int, Mapping[int, int]] = field(default_factory=dict)
+    num_preempted: int = 0  # sequences that went back to waiting before it, also those whose KV stays
 
     def __post_init__(self) -> None:
         keys = [_row_order(segment) for segment in self.prompts]

@@ -65,6 +65,7 @@ class Scheduler:
         self._lanes = [Lane(index) for index in range(config.num_lanes)]
         self._freed: dict[int, list[int]] = {}  # R-worker -> sequences that nobody was told to free yet
         self._preempted: dict[int, list[int]] = {}  # likewise, by the next step
+        self._num_preempted = 0  # since the last step; some are to be found again, and not freed
         self._credits = KVCredits(config.kv_policy, capacity_blocks, config.block_tokens)
         self._load = LoadControl(
             self._credits,
@@ -194,8 +195,9 @@ class Scheduler:
         preempted, self._preempted = self._preempted, {}
         lane.step = Step(
             self._num_steps, index, preempted, tuple(admissions), decodes, in_row_order(prompts), tuple(forkings),
-            self._prefixes.take_cuts(),
+            self._prefixes.take_cuts(), self._num_preempted,
         )  # fmt: skip
+        self._num_preempted = 0
         return lane.step
 
     def commit(self, step: Step, token_ids: np.ndarray) -> list[Sequence]:
@@ -370,6 +372,7 @@ class Scheduler:
         def put_back(victim: Sequence) -> None:
             worker, is_known = place(victim), victim.is_known
             shared, stays = self._put_back(victim, may_stay=True)
+            self._num_preempted += 1
             self._credits.give_back(worker, victim.num_tokens, shared.num_shared)
             if is_known and not stays:
                 self._preempted.setdefault(worker, []).append(victim.seq_id)
