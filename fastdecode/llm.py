@@ -124,6 +124,16 @@ class LLM:
         prompts = [replace(first, messages=conversation) for conversation in conversations]
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
 
+    def reset_prefix_cache(self) -> bool:
+        """Forgets KV of sequences that have ended; those that run keep theirs, and others may begin with it.
+
+        True: nothing can be in the way.  Not to be called in another thread while this LLM generates.  Raises
+        ConfigError if it is closed.
+        """
+        self._check_open()
+        self._engine.reset_prefix_cache()
+        return True
+
     def add_r_worker(self, address: str) -> None:
         """One more R-worker, which runs at `address` or will: it gets new sequences from when it answers on.
 
@@ -163,6 +173,10 @@ class LLM:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ConfigError("this LLM is closed")
+
     def _pair(
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
     ) -> list[tuple[Prompt, SamplingParams]]:
@@ -170,8 +184,7 @@ class LLM:
 
     def _run(self, requests: Iterable[tuple[Prompt, SamplingParams]], timeout_s: float | None = None) -> _Run:
         """(place in `requests`, output) as they finish."""
-        if self._closed:
-            raise ConfigError("this LLM is closed")
+        self._check_open()
         # The interpreter's own word for it cannot be wrong, wherever an interrupt came.
         last = self._last_run()
         if last is not None and inspect.getgeneratorstate(last) in (inspect.GEN_RUNNING, inspect.GEN_SUSPENDED):
@@ -193,7 +206,9 @@ class LLM:
                     request_id, read = self._engine.next_request_id(), ReadPrompt(None, [])
                     try:
                         read = read_prompt(prompt, self._tokenizer, self.max_model_len)
-                        self._engine.add_request(request_id, read.token_ids, params, prompt=read.text)
+                        self._engine.add_request(
+                            request_id, read.token_ids, params, prompt=read.text, cache_salt=read.cache_salt
+                        )
                         taken[request_id] = _Taken(place, params.n, time.monotonic())
                     except RequestError as error:
                         yield place, refused_output(request_id, read.text, read.token_ids, error, params.n)

@@ -92,6 +92,7 @@ def test_echo(model: Path, whole: RequestOutput) -> None:
         assert all(len(values) == num_prompt + 5 for values in told.values())
         for begin, name in zip(told["text_offset"], told["tokens"], strict=True):
             assert choice["text"][begin : begin + len(name)] == name
+    assert both["usage"].pop("prompt_tokens_details")["cached_tokens"] < num_prompt
     assert both["usage"] == {"prompt_tokens": num_prompt, "completion_tokens": 10, "total_tokens": num_prompt + 10}
     (choice,) = plain["choices"]
     assert choice["text"] == TEXT + generated.text and choice["logprobs"] is None

@@ -91,7 +91,7 @@ OF_BOTH: dict[str, Any] = {
     "truncate_prompt_tokens": None,
     "response_format": {"type": "text", "json_schema": None}, "echo": False, "use_beam_search": False, "user": "me",
     "safety_identifier": "s", "prompt_cache_key": "k", "prompt_cache_retention": "24h", "service_tier": "auto",
-    "store": False, "metadata": {"a": None}, "stream_options": None, "guided_json": None, "cache_salt": "x",
+    "store": False, "metadata": {"a": None}, "stream_options": None, "guided_json": None, "cache_salt": None,
     "return_tokens_as_token_ids": False, "thinking_token_budget": -1, "structured_outputs": None,
     "logits_processors": [], "lora": [], "timings_per_token": False, "repeat_penalty": 1.0, "dry_multiplier": 0,
     "dynatemp_range": 0.0, "xtc_probability": 0,
@@ -178,6 +178,14 @@ def test_no_limit_and_usage_so_far() -> None:
         request = read_request(url, streamed, DEFAULTS)
         assert request.with_usage and request.with_usage_so_far
     assert read_request(CHAT, {"messages": HI, "max_completion_tokens": -1}, DEFAULTS).params.max_tokens is None
+
+
+def test_a_salt_goes_with_every_prompt() -> None:
+    read = read_request(COMPLETIONS, {"prompt": ["x", "y"], "cache_salt": "s"}, DEFAULTS)
+    assert read.prompts == [{"prompt": "x", "cache_salt": "s"}, {"prompt": "y", "cache_salt": "s"}]
+    read = read_line(COMPLETIONS, {"prompt": [5, 6], "cache_salt": "s"}, DEFAULTS)
+    assert read.prompt == {"prompt_token_ids": [5, 6], "cache_salt": "s"}
+    assert read_line(CHAT, {"messages": HI, "cache_salt": "s"}, DEFAULTS).prompt == Conversation(HI, cache_salt="s")
 
 
 def test_what_a_chat_template_is_told() -> None:
@@ -283,7 +291,8 @@ def an_output(asked: int) -> RequestOutput:
     """Token 5 was drawn, the second likeliest."""
     entries = {5: Logprob(-1.0, 2, "b"), 4: Logprob(-0.5, 1, "a"), 6: Logprob(-3.0, 3, "ü")}
     entries = dict(list(entries.items())[: max(asked, 1)] if asked < 3 else entries.items())
-    return RequestOutput("0", None, [1, 2, 3], [CompletionOutput(0, "b", [5], -1.0, [entries], "stop", "x")])
+    choice = CompletionOutput(0, "b", [5], -1.0, [entries], "stop", "x")
+    return RequestOutput("0", None, [1, 2, 3], [choice], num_cached_tokens=2)
 
 
 def test_chat_response() -> None:
@@ -291,7 +300,10 @@ def test_chat_response() -> None:
     (choice,) = body.pop("choices")
     assert body == {
         "id": "c-1", "object": "chat.completion", "created": 9, "model": "m",
-        "usage": {"prompt_tokens": 3, "completion_tokens": 1, "total_tokens": 4},
+        "usage": {
+            "prompt_tokens": 3, "completion_tokens": 1, "total_tokens": 4,
+            "prompt_tokens_details": {"cached_tokens": 2},
+        },
     }  # fmt: skip
     assert choice["message"] == {"role": "assistant", "content": "b"} and choice["finish_reason"] == "stop"
     (token,) = choice["logprobs"]["content"]

@@ -29,6 +29,7 @@ class Conversation:
     messages: as `read_messages` takes them.  chat_template: None: the tokenizer's.  continue_final_message: the last
     message stays open, for the model to go on with.  template_kwargs: further variables of the template; those it does
     not read change nothing, as with vLLM.  reasoning_effort: OpenAI's; refused where the template has no use for it.
+    cache_salt: who has another one finds no KV of it.
     """
 
     messages: Sequence[Mapping[str, Any]]
@@ -37,6 +38,7 @@ class Conversation:
     continue_final_message: bool = False
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     reasoning_effort: str | None = None
+    cache_salt: str | None = None
 
     def __post_init__(self) -> None:
         """Raises RequestError."""

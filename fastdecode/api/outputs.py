@@ -44,6 +44,7 @@ class Delta:
     # Of those tokens: where in the whole text their own begin; beyond its end, if a stop string cuts that off.
     text_offsets: list[int] | None = None
     prompt_logprobs: PromptLogprobs | None = None  # with the first one, if asked for
+    num_cached_tokens: int = 0  # of the request, as in its RequestOutput
 
 
 @dataclass(frozen=True)
@@ -74,5 +75,5 @@ class RequestOutput:
     error: OutputError | None = None
     metrics: RequestMetrics | None = None
     prompt_logprobs: PromptLogprobs | None = None  # None unless asked for
-    num_cached_tokens: int = 0  # there is no prefix cache yet
+    num_cached_tokens: int = 0  # of the prompt those that were found, and did not go through the model
     finished: bool = True

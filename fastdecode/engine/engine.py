@@ -142,20 +142,26 @@ class Engine:
         prompt: str | None = None,
         priority: int = 0,
         on_delta: Callable[[Delta], None] | None = None,
+        cache_salt: str | None = None,
     ) -> None:
         """Queues a request under an id of `next_request_id`.  Raises RequestError; then nothing was queued.
 
         priority: lower goes first, and takes the place of higher if there is none left.  on_delta: told, within a step,
-        of every token that it brought.
+        of every token that it brought.  cache_salt: it begins with KV of requests with the same one alone.
         """
         with self._whole():
-            live = self._intake.take(request_id, prompt_token_ids, params, prompt, priority, on_delta)
+            live = self._intake.take(request_id, prompt_token_ids, params, prompt, priority, on_delta, cache_salt)
             self._scheduler.add(*(continuation.sequence for continuation in live.continuations))
             self._requests.add(live)
 
     def add_r_worker(self, find: Callable[[int], RWorkerHandle]) -> None:
         """One more, found beside the steps under the number it will have; it is used once it is there."""
         self._rpool.invite(find)
+
+    def reset_prefix_cache(self) -> None:
+        """Forgets KV of sequences that have ended; those that run keep theirs, and others may begin with it."""
+        with self._whole():
+            self._scheduler.forget_prefixes()
 
     def heartbeat(self, timeout_s: float) -> None:
         """To be called while nothing runs: every R-worker answers within `timeout_s`, or counts as lost; the last one
@@ -319,4 +325,6 @@ class Engine:
             kv_capacity_tokens=tuple(self.kv_capacity_tokens),
             kv_load_limit=self.kv_load_limit,
             totals=self.totals.copy(),
+            num_prefix_queried=self._scheduler.prefix_counts.num_queried,
+            num_prefix_found=self._scheduler.prefix_counts.num_found,
         )

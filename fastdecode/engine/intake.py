@@ -39,9 +39,10 @@ class Intake:
         prompt: str | None,
         priority: int,
         on_delta: Callable[[Delta], None] | None,
+        cache_salt: str | None = None,
     ) -> LiveRequest:
         """The request with its n sequences, each with a seed of its own.  Raises RequestError."""
-        request = self._make_request(request_id, prompt_token_ids, params, priority)
+        request = self._make_request(request_id, prompt_token_ids, params, priority, cache_salt)
         seed = params.seed if params.seed is not None else derive_seed(self._seed, int(request_id))
         self._check_stops(params)
         stops = StopStrings(params.stop_strings) if params.stop_strings else None
@@ -62,7 +63,12 @@ class Intake:
         return self._make_request("", prompt_token_ids, params, 0)
 
     def _make_request(
-        self, request_id: str, prompt_token_ids: list[int], params: SamplingParams, priority: int
+        self,
+        request_id: str,
+        prompt_token_ids: list[int],
+        params: SamplingParams,
+        priority: int,
+        cache_salt: str | None = None,
     ) -> Request:
         facts = self._facts
         if not prompt_token_ids:
@@ -94,6 +100,7 @@ class Intake:
             eos_token_ids=ends,
             priority=priority,
             rules=self._token_rules(params, prompt_token_ids, stops | ends),
+            cache_salt=cache_salt,
         )
 
     def _token_rules(self, params: SamplingParams, prompt: list[int], ends: frozenset[int]) -> TokenRules | None:

@@ -99,7 +99,7 @@ class LiveRequests:
     def note_prompts(
         self, prompts: abc.Iterable[Segment], scores: abc.Iterable[TokenLogprobs], began: float, now: float
     ) -> None:
-        """When each was begun and had its first token, and how likely its own tokens are.
+        """When each was begun, and what of it was found; when it had its first token, and how likely its own are.
 
         scores: per scored position; began, now: of the step that the prompts were in, of the clock of `LiveRequest`.
         """
@@ -111,7 +111,8 @@ class LiveRequests:
                 if known:
                     known[0].prompt_scores[position + 1] = score
             if known:
-                known[0].first_scheduled = known[0].first_scheduled or began
+                if known[0].first_scheduled is None:
+                    known[0].first_scheduled, known[0].num_cached_tokens = began, segment.start
                 if segment.is_sampled:
                     known[0].first_token = known[0].first_token or now
 

@@ -98,6 +98,7 @@ class LiveRequest:
     prompt_logprobs: PromptLogprobs | None = None  # the same with names, once somebody is told
     first_scheduled: float | None = None
     first_token: float | None = None
+    num_cached_tokens: int = 0  # of the prompt, that its first sequence found when it started
 
 
 def finished_output(live: LiveRequest, now: float, tokenizer: Tokenizer | None) -> RequestOutput:
@@ -119,6 +120,7 @@ def finished_output(live: LiveRequest, now: float, tokenizer: Tokenizer | None) 
             total_s=now - live.arrived,
         ),
         prompt_logprobs=prompt_logprobs,
+        num_cached_tokens=live.num_cached_tokens,
     )
 
 
@@ -144,6 +146,7 @@ def next_delta(live: LiveRequest, continuation: Continuation, tokenizer: Tokeniz
         stop_reason=sequence.stop_reason,
         text_offsets=continuation.text.offsets[begin:] if is_asked and continuation.text else None,
         prompt_logprobs=_prompt_logprobs(live, tokenizer) if is_first else None,
+        num_cached_tokens=live.num_cached_tokens,
     )
 
 

@@ -60,3 +60,5 @@ class Standing:
     kv_capacity_tokens: tuple[int, ...]  # [num_r_workers]; 0 of those that did not serve
     kv_load_limit: int  # W_lim
     totals: PoolTotals  # a copy
+    num_prefix_queried: int = 0  # prompt tokens of all sequences that have started
+    num_prefix_found: int = 0  # of them those that did not go through the model

@@ -32,6 +32,7 @@ _TopK = Annotated[int, _told(minimum=-1, maximum=2**31 - 1, description="0 or -1
 _Logprobs = Annotated[int, _told(minimum=0, maximum=MAX_LOGPROBS)]
 _Seed = Annotated[int, _told(minimum=-(2**63), maximum=2**64 - 1)]
 _Priority = Annotated[int, _told(minimum=-MAX_PRIORITY, maximum=MAX_PRIORITY, description="lower goes first")]
+_Salt = Annotated[str, _told(minLength=1, description="who has another one finds no KV of this prompt")]
 _Temperature = Annotated[float, _told(minimum=0, maximum=100)]
 _TopP = Annotated[float, _told(exclusiveMinimum=0, maximum=1)]
 _Fraction = Annotated[float, _told(minimum=0, maximum=1)]
@@ -70,6 +71,7 @@ class _Body(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     stream_options: StreamOptions | None = None
     # Of vLLM
     priority: _Priority = 0
+    cache_salt: _Salt | None = None
     top_k: _TopK | None = None
     min_p: _Fraction | None = None
     repetition_penalty: _Repetition | None = None
@@ -91,7 +93,6 @@ class _Body(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     prompt_cache_key: str | None = None
     prompt_cache_retention: str | None = None
     prompt_cache_options: dict[str, Any] | None = None
-    cache_salt: str | None = None
     cache_prompt: bool | None = None
 
 

@@ -72,10 +72,12 @@ class ChunkWriter:
         self._prompt_tokens, self._with_usage, self._with_usage_so_far = prompt_tokens, with_usage, with_usage_so_far
         self._told: dict[int, _Told] = {}  # by choice, those that have begun
         self._num_tokens = 0
+        self._cached_tokens: dict[str, int] = {}  # by request: each prompt's, once something of it is told
 
     def chunks(self, index: int, delta: Delta) -> Iterator[dict[str, Any]]:
         """index: of the choice.  None at all if there is nothing to show yet."""
         self._num_tokens += len(delta.token_ids)
+        self._cached_tokens[delta.request_id] = delta.num_cached_tokens
         if self._is_chat and index not in self._told:
             yield self._chat(index, {"role": "assistant", "content": ""})
         if self._echoes and index not in self._told:
@@ -106,8 +108,8 @@ class ChunkWriter:
         """The last chunk of an answer with usage."""
         return {**self._head, "choices": [], "usage": self._usage_so_far()}
 
-    def _usage_so_far(self) -> dict[str, int]:
-        return usage(self._prompt_tokens, self._num_tokens)
+    def _usage_so_far(self) -> dict[str, Any]:
+        return usage(self._prompt_tokens, self._num_tokens, sum(self._cached_tokens.values()))
 
     def _logprobs(self, index: int, delta: Delta) -> dict[str, Any] | None:
         if self._num_logprobs is None or delta.logprobs is None:

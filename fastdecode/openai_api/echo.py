@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from fastdecode.text.prompts import Prompt
@@ -28,7 +28,8 @@ def make_echo(
 
     Raises RequestError like `Tokenizer.encode`.
     """
-    given = prompt if isinstance(prompt, str) else None
+    shown = prompt.get("prompt") if isinstance(prompt, Mapping) else prompt
+    given = shown if isinstance(shown, str) else None
     # With a beginning of sequence that the tokenizer has put there, or with special tokens that stand in the text.
     for are_skipped in (skip_special_tokens, not skip_special_tokens):
         said = tokenizer.output_text((), None, skip_special_tokens=are_skipped)

@@ -123,7 +123,7 @@ def _read_completion(raw: object, defaults: SamplingParams) -> ReadRequest:
         logprobs=body.logprobs,
         prompt_logprobs=_most(body.prompt_logprobs, body.logprobs if body.echo else None),
     )
-    return _request(body, _prompts(body.prompt), params, is_chat=False)
+    return _request(body, _salted(_prompts(body.prompt), body.cache_salt), params, is_chat=False)
 
 
 def _read_chat(raw: object, defaults: SamplingParams, chat_template: str | None, trust: bool) -> ReadRequest:
@@ -144,7 +144,7 @@ def _read_chat(raw: object, defaults: SamplingParams, chat_template: str | None,
         logprobs=logprobs,
         prompt_logprobs=body.prompt_logprobs,
     )
-    return _request(body, [conversation], params, is_chat=True)
+    return _request(body, [replace(conversation, cache_salt=body.cache_salt)], params, is_chat=True)
 
 
 def read_conversation(
@@ -210,6 +210,14 @@ def _prompts(given: str | list[Any]) -> list[Prompt]:
     if not given or len(kinds) > 1:
         raise _wrong("prompt", "a text, a list of token ids, or a list of texts or of such lists; with something in it")
     return [given] if kinds == {int} else list(given)
+
+
+def _salted(prompts: list[Prompt], salt: str | None) -> list[Prompt]:
+    if salt is None:
+        return prompts
+    return [
+        {"prompt" if isinstance(prompt, str) else "prompt_token_ids": prompt, "cache_salt": salt} for prompt in prompts
+    ]
 
 
 def _params(

@@ -45,16 +45,22 @@ def completion_body(
         "created": created,
         "model": model,
         "choices": [{"index": index, **choice} for index, choice in enumerate(choices)],  # prompt * n + sample
-        "usage": usage(prompt_tokens, sum(len(completion.token_ids) for completion in completions)),
+        "usage": usage(
+            prompt_tokens,
+            sum(len(completion.token_ids) for completion in completions),
+            sum(output.num_cached_tokens for output in outputs),
+        ),
         **(beside if is_chat else {}),
     }
 
 
-def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
+def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> dict[str, Any]:
+    """cached_tokens: of the prompts'."""
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,
         "total_tokens": prompt_tokens + completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": cached_tokens},
     }
 
 

@@ -3,7 +3,7 @@
 CORS, if a flag names origins: a browser's question before the request bears no key
   └─► Guard ─► /v1/completions  /v1/chat/completions  /v1/models
                /tokenize  /detokenize  /apply-template
-               /health  /ping  /version  and whatever other routers are given
+               /health  /ping  /version  /reset_prefix_cache  and whatever other routers are given
 """
 
 from __future__ import annotations
@@ -77,6 +77,12 @@ def _process_router(life: Life) -> APIRouter:
     @router.get("/version")
     async def version() -> Response:
         return JSONBody({"version": __version__})
+
+    @router.post("/reset_prefix_cache", include_in_schema=False)
+    async def reset_prefix_cache() -> Response:
+        """vLLM's, which answers without a body, too."""
+        await life.service.reset_prefix_cache()
+        return Response()
 
     return router
 

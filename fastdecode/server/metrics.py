@@ -170,6 +170,11 @@ class Metrics:
         families.counter("vllm:num_preemptions", "Sequences thrown out to be computed again.", self._num_preemptions)
         families.counter("vllm:prompt_tokens", "Prompt tokens computed, again included.", self._prompt_tokens)
         families.counter("vllm:generation_tokens", "New tokens.", self._new_tokens)
+        for name, text, value in (
+            ("queries", "Prompt tokens of sequences that have started.", standing.num_prefix_queried),
+            ("hits", "Of them those whose KV was found.", standing.num_prefix_found),
+        ):
+            families.counter(f"vllm:prefix_cache_{name}", text, value)
         families.counter("fastdecode:steps", "Steps.", self._num_steps)
         families.counter("fastdecode:step_seconds", "Time of steps.", self._step_s)
         families.counter("fastdecode:s_idle_seconds", "In steps, waiting for R-workers alone.", self._wait_s)

@@ -5,6 +5,7 @@
     submit ─► inbox ──────────────►  between two steps: add and abort what came
     Stream ◄── call_soon_threadsafe  after each step: what it brought, all at once
     abort  ─► inbox ──────────────►  nothing to do: a heartbeat to every R-worker
+    reset  ─► inbox ──────────────►  between two steps, too: no KV of what has ended is found any more
 
 Nothing but the inbox, the event loop's queue and the engine's `Standing`, which is never changed, is shared.  Prompts
 are tokenised in threads beside both.
@@ -18,7 +19,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Literal, TypeVar
 
@@ -58,6 +59,21 @@ class _Submission:
     deltas_wanted: bool
 
 
+@dataclass(frozen=True, eq=False)
+class _Reset:
+    """Of the prefix cache; who asked for it waits."""
+
+    done: Future[None] = field(default_factory=Future)
+
+    def settle(self, error: BaseException | None = None) -> None:
+        if not self.done.set_running_or_notify_cancel():
+            return  # nobody waits any more
+        if error:
+            self.done.set_exception(error)
+        else:
+            self.done.set_result(None)
+
+
 class Service:
     def __init__(
         self,
@@ -75,7 +91,7 @@ class Service:
         self.opened = opened
         self._engine, self._max_queue = opened.engine, max_queue
         self._on_death, self._on_finished = on_death, on_finished
-        self._inbox: queue.SimpleQueue[_Submission | Stream | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[_Submission | Stream | _Reset | None] = queue.SimpleQueue()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._tokenizers = ThreadPoolExecutor(_TOKENIZER_THREADS, "tokenizer")
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -180,6 +196,15 @@ class Service:
             raise RequestError("invalid_request", "this needs the tokenizer that skip_tokenizer_init left out")
         return await asyncio.get_running_loop().run_in_executor(self._tokenizers, action, tokenizer)
 
+    async def reset_prefix_cache(self) -> None:
+        """See `Engine.reset_prefix_cache`; after the step at hand.  Raises RWorkerError (the engine), RequestError."""
+        self._check_open()
+        reset = _Reset()
+        self._inbox.put(reset)
+        if self._death:  # since the last look, and perhaps since the inbox was read for the last time
+            raise self._death
+        await asyncio.wrap_future(reset.done)
+
     async def drain(self, timeout_s: float) -> bool:
         """Takes nothing new and lets the rest end.  Whether all did; what did not is aborted."""
         self._is_draining = True
@@ -240,6 +265,8 @@ class Service:
                 self._add(item)
             elif isinstance(item, Stream):
                 self._abort(item)
+            elif isinstance(item, _Reset):
+                self._reset(item)
 
     def _add(self, item: _Submission) -> None:
         request_id = item.stream.request_id = self._engine.next_request_id()
@@ -256,6 +283,7 @@ class Service:
                 prompt=item.prompt.text,
                 priority=item.priority,
                 on_delta=on_delta if item.deltas_wanted else None,
+                cache_salt=item.prompt.cache_salt,
             )
         except RequestError as error:
             self._over(item.stream, error)
@@ -267,6 +295,14 @@ class Service:
             self._engine.abort([stream.request_id])
             self.num_cut_short["abort"] += stream.num_samples
             self._over(stream, RequestError("cancelled", "the client has gone"))
+
+    def _reset(self, reset: _Reset) -> None:
+        try:
+            self._engine.reset_prefix_cache()
+        except BaseException as error:
+            reset.settle(error)
+            raise
+        reset.settle()
 
     def _finish(self, output: RequestOutput) -> None:
         live = self._live.pop(output.request_id, None)
@@ -294,6 +330,8 @@ class Service:
                 break
             if isinstance(item, _Submission):
                 self._over(item.stream, error)
+            elif isinstance(item, _Reset):
+                item.settle(error)
         self._tell()
 
     def _over(self, stream: Stream, event: RequestOutput | FastDecodeError) -> None:

@@ -12,7 +12,7 @@ from fastdecode.errors import ConfigError, RequestError
 from fastdecode.text.chat_template import foreign_code
 from fastdecode.text.tokenizer import Tokenizer
 
-_PROMPT_KEYS = ("prompt", "prompt_token_ids", "cache_salt")  # the last one changes no answer
+_PROMPT_KEYS = ("prompt", "prompt_token_ids", "cache_salt")
 _FORMS = 'a prompt is a string, a list of token ids or {"prompt_token_ids": [...]}'
 
 Prompt = str | Sequence[int] | Mapping[str, Any] | Conversation
@@ -22,6 +22,7 @@ Prompt = str | Sequence[int] | Mapping[str, Any] | Conversation
 class ReadPrompt:
     text: str | None  # as it was given, or as the chat template wrote it; None: it was given as token ids
     token_ids: list[int]
+    cache_salt: str | None = None  # see `Request`
 
 
 def pair(
@@ -52,12 +53,13 @@ def read_prompt(prompt: Prompt, tokenizer: Tokenizer | None, max_model_len: int 
 
     Raises RequestError, whatever foreign code raises; whether the ids are in the vocabulary is not looked at here.
     """
+    salt = _read_salt(prompt)
     if isinstance(prompt, Mapping):
         prompt, text = _read_mapping(prompt)
         if text is not None:
-            return ReadPrompt(text, _token_ids(prompt))
+            return ReadPrompt(text, _token_ids(prompt), salt)
     if not isinstance(prompt, str | Conversation):
-        return ReadPrompt(None, _token_ids(prompt))
+        return ReadPrompt(None, _token_ids(prompt), salt)
     if tokenizer is None:
         raise RequestError("invalid_request", "a text prompt needs the tokenizer that skip_tokenizer_init left out")
     text = prompt if isinstance(prompt, str) else tokenizer.render_chat(prompt)
@@ -69,7 +71,18 @@ def read_prompt(prompt: Prompt, tokenizer: Tokenizer | None, max_model_len: int 
             f"the prompt has {told}: shorten it",
             numbers={"n_prompt_tokens": least, "n_ctx": max_model_len},
         )
-    return ReadPrompt(text, tokenizer.encode(text, add_special_tokens=isinstance(prompt, str)))
+    return ReadPrompt(text, tokenizer.encode(text, add_special_tokens=isinstance(prompt, str)), salt)
+
+
+def _read_salt(prompt: Prompt) -> str | None:
+    if isinstance(prompt, Mapping):
+        salt = prompt.get("cache_salt")
+    else:
+        salt = prompt.cache_salt if isinstance(prompt, Conversation) else None
+    if salt is not None and (not isinstance(salt, str) or not salt):
+        told = f"cache_salt: a string that is not empty, got {salt!r}; leave it out to share with all who have none"
+        raise RequestError("invalid_request", told, "cache_salt")
+    return salt
 
 
 def _read_mapping(given: Mapping[str, Any]) -> tuple[Any, str | None]:
