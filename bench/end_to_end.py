@@ -100,6 +100,7 @@ def main() -> None:
                 with LLM(
                     directory, transport=transport, num_r_workers=workers, micro_batches=micro_batches,
                     kv_cache_dtype=args.kv_cache_dtype, skip_tokenizer_init=True, max_num_batched_tokens=1 << 20,
+                    enable_prefix_caching=False,  # the same prompts twice
                 ) as llm:  # fmt: skip
                     for length in (args.output_len, 1):
                         name = f"{transport}, {workers} R-workers, {micro_batches} micro-batches"

@@ -42,7 +42,7 @@ def main() -> None:
         model, log = calibration.perf_model, Path(directory) / "steps.jsonl"
         print(f"{'sequences':>10}{'KV tokens':>11}{'measured ms':>13}{'told ms':>10}{'told/measured':>15}")
         for batch in args.batches:
-            with LLM(**options, step_log=log, skip_tokenizer_init=True) as llm:
+            with LLM(**options, step_log=log, skip_tokenizer_init=True, enable_prefix_caching=False) as llm:
                 params = SamplingParams(temperature=0, max_tokens=args.output_len, ignore_eos=True)
                 llm.generate([[1 + i] * args.input_len for i in range(batch)], params, use_tqdm=False)
             steps = [record for record in read_step_log(log) if record.num_decodes == batch]

@@ -135,6 +135,7 @@ def run_cpu(
         max_num_seqs=4096,
         max_num_batched_tokens=8192,
         skip_tokenizer_init=True,
+        enable_prefix_caching=False,  # many prompts are equal
         step_log=log,
         **options,
     ) as llm:

@@ -167,7 +167,8 @@ def overload(args: argparse.Namespace) -> dict[str, Any]:
                 "alone_s": statistics.median(alone), "after_s": statistics.median(after),
             }  # fmt: skip
 
-    limits = ("--max-num-seqs", str(_SEATS), "--max-queue", str(_QUEUE))
+    # What is asked alone afterwards was asked before.
+    limits = ("--max-num-seqs", str(_SEATS), "--max-queue", str(_QUEUE), "--no-enable-prefix-caching")
     with serving("--num-r-workers", "2", *limits, "--linear-kernel", args.linear_kernel) as server:
         record = asyncio.run(run(server))
     return {

@@ -141,6 +141,7 @@ def engine_steps(directory: str, prompts: list[list[int]], new_tokens: int) -> l
             max_model_len=len(prompts[0]) + new_tokens,
             max_num_seqs=len(prompts),
             start_policy="at-once",
+            enable_prefix_caching=False,
             step_log=log.name,
         ) as llm:
             params = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True)

@@ -100,7 +100,9 @@ def main() -> None:
         template = folder / "chats.jinja"
         template.write_text(_CHATS)
         print(f"{'client':30}" + "".join(f"{title:>12}" for title in _FIGURES.values()), flush=True)
-        with serving("--num-r-workers", "2", "--chat-template", str(template)) as server:
+        # Every client sends the same prompts, in every round.
+        flags = ("--num-r-workers", "2", "--chat-template", str(template), "--no-enable-prefix-caching")
+        with serving(*flags) as server:
             for _ in range(args.rounds):
                 commands = {f"vllm --backend {b}": vllms(args, b, server.url, folder) for b in _ENDPOINTS}
                 for endpoint in dict.fromkeys(_ENDPOINTS.values()):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import json
 import re
@@ -16,6 +17,8 @@ from serving import live_server
 from test_prefix_caching import tokens
 
 from fastdecode import LLM, SamplingParams
+from fastdecode.commands import bench, generate, run_batch, serve
+from fastdecode.commands.engine_flags import engine_options
 from fastdecode.errors import ConfigError
 from fastdecode.observe.step_log import read_step_log
 
@@ -123,6 +126,25 @@ def test_whether_it_is_on(options: dict[str, Any], is_found: bool, demo_model: P
     with an_llm(demo_model, **options) as llm:
         _, again = (quiet(llm, PROMPT, GREEDY)[0] for _ in range(2))
     assert again.num_cached_tokens == (len(PROMPT) - 1 if is_found else 0)
+
+
+def test_benchmarks_compute_every_round_anew() -> None:
+    """Unless they are asked to find what was there; whoever serves finds it where that changes no token."""
+
+    def says(command: Any, *words: str) -> object:
+        parser = argparse.ArgumentParser()
+        command.add_arguments(parser)
+        return engine_options(parser.parse_args(words))["enable_prefix_caching"]
+
+    for what in ("throughput", "latency"):
+        assert says(bench, what, "m") is False and says(bench, what, "m", "--enable-prefix-caching") is True
+    for command, words in (
+        (generate, ["m", "--prompt", "x"]),
+        (serve, ["m"]),
+        (run_batch, ["--model", "m", "-i", "i", "-o", "o"]),
+    ):
+        assert says(command, *words) is None and says(command, *words, "--no-enable-prefix-caching") is False
+        assert says(command, *words, "--enable-prefix-caching") is True
 
 
 def test_a_reset_forgets_what_has_ended(llm: LLM) -> None:

@@ -41,6 +41,23 @@ def test_precedence(tmp_path: Path) -> None:
     assert parse(tmp_path, "", "m", "--prompt", "x").model == "m"
 
 
+def test_a_flag_that_can_be_said_both_ways(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    name, words = "enable-prefix-caching", ["m", "--prompt", "x"]
+    for said, value in (("true", True), ("false", False), ("null", None)):
+        text = f"{name}: {said}\n"
+        assert parse(tmp_path, text, *words).enable_prefix_caching is value
+        assert parse(tmp_path, text, *words, f"--{name}").enable_prefix_caching is True
+        assert parse(tmp_path, text, *words, f"--no-{name}").enable_prefix_caching is False
+        with pytest.raises(SystemExit):
+            parse(tmp_path, text, *words, "--print-config")
+        printed = yaml.safe_load(capsys.readouterr().out)
+        assert printed[name] is value and f"no-{name}" not in printed
+    with pytest.raises(ConfigError, match=f"there is no flag 'no-{name}'; did you mean '{name}'"):
+        parse(tmp_path, f"no-{name}: true", *words)
+    with pytest.raises(ConfigError, match=f"{name} takes true or false, not 1"):
+        parse(tmp_path, f"{name}: 1", *words)
+
+
 def test_flags_that_take_several(tmp_path: Path) -> None:
     text = (
         "input-file: i\noutput-file: o\nmodel: m\nserved-model-name: [a, b]\nr-worker-address: [shm:///a, shm:///b]\n"

@@ -3,6 +3,7 @@
     kv-cache-memory: 8GiB                           # long flag names, without the dashes in front
     r-worker-address: [shm:///tmp/w0, shm:///tmp/w1]
     ignore-eos: true                                # a flag without a value
+    enable-prefix-caching: false                    # one that can be said both ways: the other one
 
 What the command line does not give is put before it in the flags' own words, so that there is one parser, one set of
 checks, one help.
@@ -81,7 +82,8 @@ def _keys(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
     """What a file may say: long flag names, and the names of what has no flag."""
     keys = {action.dest: action for action in parser._actions if not action.option_strings}
     for action in parser._actions:
-        keys |= {option[2:]: action for option in action.option_strings if option.startswith("--")}
+        options = action.option_strings[:1] if _says_no_too(action) else action.option_strings
+        keys |= {option[2:]: action for option in options if option.startswith("--")}
     return {key: action for key, action in keys.items() if key not in _OWN}
 
 
@@ -116,7 +118,10 @@ def _words(said: Mapping[str, Any], parser: argparse.ArgumentParser, given: Mapp
     first, rest = [], []
     for key, value in said.items():
         action = keys[key]
-        if value is None or value is False or action.dest in given or action.dest in ruled_out:
+        if value is None or action.dest in given or action.dest in ruled_out:
+            continue
+        if value is False:
+            rest += [f"--no-{key}"] if _says_no_too(action) else []
             continue
         values = [str(one) for one in value] if isinstance(value, list) else [str(value)]
         if not action.option_strings:
@@ -141,6 +146,11 @@ def _kind(action: argparse.Action) -> str:
     if action.nargs == 0:
         return "true or false"
     return "a value or a list of them" if _takes_many(action) else "one value (in quotes, if YAML takes it for another)"
+
+
+def _says_no_too(action: argparse.Action) -> bool:
+    """The second one of its flags is the first one's opposite."""
+    return isinstance(action, argparse.BooleanOptionalAction)
 
 
 def _takes_many(action: argparse.Action) -> bool:

@@ -86,6 +86,7 @@ async def _send(session: aiohttp.ClientSession, url: str, call: Call, outcome: O
             last = now
     outcome.output_tokens = int(usage.get("completion_tokens", num_chunks))
     outcome.prompt_tokens = int(usage.get("prompt_tokens", outcome.prompt_tokens))
+    outcome.cached_tokens = int((usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0)
     if outcome.first_s is None:
         outcome.error = "the answer had no token"
 

@@ -47,6 +47,7 @@ class Outcome:
     whole_s: float = 0.0  # to the last chunk
     output_tokens: int = 0
     error: str | None = None
+    cached_tokens: int = 0  # of the prompt, if the server tells
 
     @property
     def per_token_s(self) -> float | None:
@@ -123,6 +124,7 @@ def serving_record(
         "failed": len(outcomes) - len(good),
         "total_input_tokens": prompt_tokens,
         "total_output_tokens": new_tokens,
+        "total_cached_tokens": sum(o.cached_tokens for o in good),
         "request_throughput": len(good) / seconds,
         "request_goodput": sum(_keeps(o, goodput) for o in good) / seconds if goodput else None,
         "output_throughput": new_tokens / seconds,
@@ -149,6 +151,7 @@ def format_serving(record: Mapping[str, Any]) -> str:
     rows += [
         ("Benchmark duration (s):", record["duration"]),
         ("Total input tokens:", record["total_input_tokens"]),
+        *([("Cached input tokens:", cached)] if (cached := record["total_cached_tokens"]) else []),
         ("Total generated tokens:", record["total_output_tokens"]),
         ("Request throughput (req/s):", record["request_throughput"]),
     ]

@@ -53,6 +53,15 @@ def run(args: argparse.Namespace) -> int:
         return 2
 
 
+def _add_engine_flags(parser: argparse.ArgumentParser) -> None:
+    add_engine_flags(parser)
+    parser.set_defaults(enable_prefix_caching=False)
+    parser.description = (
+        "Prompts are the same in every round, and computed anew in each: the prefix cache is off, unless "
+        "--enable-prefix-caching asks for it."
+    )
+
+
 def add_throughput_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="Hugging Face model directory (config.json, *.safetensors)")
     add_dataset_flags(parser, num_prompts=64)
@@ -68,7 +77,7 @@ def add_throughput_arguments(parser: argparse.ArgumentParser) -> None:
         "--llamacpp-weights", nargs="+", choices=WEIGHT_TYPES, default=["f32", "f16"], help="one run each"
     )
     parser.add_argument("--output-json", metavar="FILE", help="appends a JSON line per engine")
-    add_engine_flags(parser)
+    _add_engine_flags(parser)
 
 
 def run_throughput(args: argparse.Namespace) -> int:
@@ -104,7 +113,7 @@ def add_latency_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-iters", type=positive, default=10, help="batches, after one that warms up")
     parser.add_argument("--seed", type=int, default=0, help="of the prompts")
     parser.add_argument("--output-json", metavar="FILE", help="appends a JSON line")
-    add_engine_flags(parser)
+    _add_engine_flags(parser)
 
 
 def run_latency(args: argparse.Namespace) -> int:

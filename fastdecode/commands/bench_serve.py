@@ -31,6 +31,11 @@ _KEY_VARIABLE = "OPENAI_API_KEY"
 
 
 def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Prompts are the same for the same --seed, and the first one's is the warm-ups', too: a server with a prefix "
+        "cache finds what it had before. Start it with --no-enable-prefix-caching to measure what it computes; what it "
+        "says of cached tokens is told."
+    )
     server = parser.add_argument_group("server")
     server.add_argument(
         "--base-url", default="http://127.0.0.1:8000",

@@ -42,8 +42,14 @@ def add_engine_flags(
     chosen = tuple(name for name in (known if names is None else names) if name not in without)
     for name in chosen:
         field = known[name]
+        flag = "--" + name.replace("_", "-").removesuffix("-s")
+        if str(field.type).startswith("bool"):
+            engine.add_argument(
+                flag, dest=name, action=argparse.BooleanOptionalAction, default=field.default, help=option_help(name)
+            )
+            continue
         engine.add_argument(
-            "--" + name.replace("_", "-").removesuffix("-s"),
+            flag,
             dest=name,
             type=_type(name, str(field.type)),
             choices=_CHOICES.get(name),
