@@ -71,6 +71,7 @@ def _describe(config: PretrainedConfig, device: str) -> tuple[ModelFacts, int]:
         dtype="float16",
         device=device,
         linear_kernel="none",
+        positions_by_length=positions.is_by_length,
     )
     return facts, (num_parameters - sum(p.numel() for p in ends)) // layers
 

@@ -31,6 +31,7 @@ class Reach:
     longest: int | None  # tokens; None: no bound
     reason: str
     restart_tokens: int | None = None  # a sequence that grows to so many tokens is computed anew from its first one
+    is_by_length: bool = False  # what positions are depends on how long a sequence is
 
 
 def reach(config: PretrainedConfig) -> Reach:
@@ -48,14 +49,14 @@ def reach(config: PretrainedConfig) -> Reach:
     is_mixed = len(scaled) < len(layers)
     is_bound = any(kind not in scaled and kind != "sliding_attention" for kind in layers)
     longest, by = min((_scaled_length(text, declared, rope, is_mixed), kind) for kind, rope in scaled.items())
-    rope = scaled[by]
+    rope, is_by_length = scaled[by], any(one["rope_type"] in _BY_LENGTH for one in scaled.values())
     how = f"{rope['rope_type']} rope scaling" + (f" by {rope['factor']:g}" if rope.get("factor") else "")
     if is_bound and longest > declared:
-        return Reach(declared, f"{said}, and not all of its layers have the {how}")
+        return Reach(declared, f"{said}, and not all of its layers have the {how}", is_by_length=is_by_length)
     original: Any = rope.get("original_max_position_embeddings")  # LongRoPE has one
     over = f" over {original}" if original and original != declared else ""
     is_anew = rope["rope_type"] == "longrope" and text.model_type in _ALL_ANEW and original < longest
-    return Reach(longest, f"{said}, and {how}{over} gives no more", original + 1 if is_anew else None)
+    return Reach(longest, f"{said}, and {how}{over} gives no more", original + 1 if is_anew else None, is_by_length)
 
 
 def make_rope_per_sequence(model: torch.nn.Module) -> None:

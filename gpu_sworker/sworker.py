@@ -82,6 +82,7 @@ class ModelFacts:
     dtype: str
     device: str
     linear_kernel: str  # that of `linear.py` in use
+    positions_by_length: bool = False  # KV of a prompt's first tokens is another one in a longer prompt
 
 
 @dataclass(frozen=True)
@@ -141,6 +142,7 @@ class SWorker:
             dtype=str(self.dtype).removeprefix("torch."),
             device=str(self.device),
             linear_kernel=linear_kernel,
+            positions_by_length=positions.is_by_length,
         )
         budget = prompt_kv_bytes
         if budget is None:

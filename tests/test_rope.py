@@ -194,6 +194,25 @@ def test_tokens_beyond_the_original_length(name: str, tmp_path: Path) -> None:
         LLM(directory, skip_tokenizer_init=True, max_model_len=STRETCHED + 1)
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_prompts_that_begin_alike(name: str, tmp_path: Path) -> None:
+    """One after the other, shorter and longer ones: KV of one is begun with where positions are the same."""
+    family, rope = FAMILIES[name]
+    changes = {"original_max_position_embeddings": ORIGINAL, "sliding_window": None} if name == "phi3" else {}
+    declared = STRETCHED if name == "phi3" else DECLARED.get(name, ORIGINAL)
+    directory = make_model(family, tmp_path, max_position_embeddings=declared, rope_parameters=rope, **changes)
+    whole = np.random.default_rng(1).integers(3, VOCAB, max(PROMPT_LENGTHS)).tolist()
+    prompts = [whole[:length] for length in PROMPT_LENGTHS]
+    expected = generate_reference(directory, prompts, NEW_TOKENS, stop_at_eos=False)
+    params = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True, n=2)
+    with LLM(directory, skip_tokenizer_init=True, block_tokens=16) as llm:
+        outputs = [quiet(llm, prompt, params)[0] for prompt in prompts]
+    assert [one.token_ids for output in outputs for one in output.outputs] == [e for e in expected for _ in range(2)]
+    assert any(output.num_cached_tokens for output in outputs) == (
+        name not in ("dynamic", "longrope", "phi3", "gemma3")
+    )
+
+
 def test_decoding_sequences_of_many_lengths() -> None:
     """Each newest token's row is that of a sequence that was computed up to it, kept or new, in any order."""
     model = _rotary("llama", rope_parameters=ROPES["dynamic"])

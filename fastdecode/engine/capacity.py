@@ -120,6 +120,10 @@ def make_scheduler(
 def _sharing(config: EngineConfig, facts: ModelFacts) -> str:
     """See `fastdecode.scheduling.prefixes`."""
     is_exact = config.kv_cache_dtype in ("auto", facts.dtype)
+    if facts.positions_by_length:  # KV of one prompt is not that of a longer one
+        if config.enable_prefix_caching:
+            logger.warning("prefix caching is off: this model's positions depend on how long a prompt is")
+        return "samples" if is_exact else "nothing"
     if config.enable_prefix_caching or (config.enable_prefix_caching is None and is_exact):
         return "prompts"
     return "samples" if is_exact else "nothing"

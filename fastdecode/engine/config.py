@@ -36,7 +36,7 @@ class EngineConfig:
     enable_prefix_caching: whether sequences begin with KV of others whose tokens begin alike, running or ended, as far
         as an R-worker has room for those. None: where that changes no token: not with a kv_cache_dtype of its own,
         because a prompt's own tokens see K and V as they are, and not as they are stored. n samples of a prompt share
-        it in any case then.
+        it in any case then. Never with a model whose positions depend on how long a prompt is (dynamic NTK, LongRoPE).
     prompt_kv_memory: bytes on the S-worker's device, like ``"2GiB"``, for K and V of prompts on their way in, as far
         as they take more than one step; those that find no room attend on their R-workers. None: an eighth of what is
         free there.
