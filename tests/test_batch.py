@@ -137,6 +137,25 @@ def test_every_kind_of_line(chatty_model: Path, tmp_path: Path) -> None:
     assert found["ids"]["response"]["body"]["usage"]["completion_tokens"] == 4
 
 
+def test_lines_that_begin_alike(chatty_model: Path, tmp_path: Path) -> None:
+    """Compute that once, but for those with another salt; each line tells."""
+    said, chat = "def read(path):\n" * 9, "/v1/chat/completions"
+    messages = [{"role": "user", "content": said}]
+    source = write(tmp_path / "in.jsonl", [
+        request("none", said), request("a", said, cache_salt="a"), request("again", said),
+        request("chat", messages, chat, cache_salt="b"), request("its", messages, chat, cache_salt="b"),
+        request("empty", said, cache_salt=""),
+    ])  # fmt: skip
+    with LLM(chatty_model, kv_cache_memory="64MiB", max_num_seqs=1) as llm:
+        run(llm, source, tmp_path / "out.jsonl")
+    found = {name: record["response"]["body"] for name, record in results(tmp_path / "out.jsonl").items()}
+    assert found["empty"]["error"]["param"] == "cache_salt" and "not empty" in found.pop("empty")["error"]["message"]
+    usages = {name: body["usage"] for name, body in found.items()}
+    cached = {name: usage["prompt_tokens_details"]["cached_tokens"] for name, usage in usages.items()}
+    length, of_chat = usages["none"]["prompt_tokens"], usages["chat"]["prompt_tokens"]
+    assert cached == {"none": 0, "a": 0, "again": length - 1, "chat": 0, "its": of_chat - 1}
+
+
 def test_all_good_is_zero(chatty_model: Path, tmp_path: Path) -> None:
     source = write(tmp_path / "in.jsonl", [request("a", "x", max_tokens=2)])
     assert cli(chatty_model, source, tmp_path / "out.jsonl").returncode == 0

@@ -326,11 +326,28 @@ def test_names_are_the_same_in_every_format(llama: Case) -> None:
     asyncio.run(run())
 
 
+def test_what_was_found_of_prompts(llama: Case) -> None:
+    """In tokens; what it is computed again for is no question."""
+
+    async def run() -> None:
+        async with serving(llama.directory, num_r_workers=1) as (service, client):
+            for _ in range(3):
+                await (await service.submit(llama.prompts[-1], GREEDY)).output()
+            after = await scrape(client)
+            num = len(llama.prompts[-1])
+            assert after["vllm:prefix_cache_queries_total", ""] == 3 * num
+            assert after["vllm:prefix_cache_hits_total", ""] == 2 * (num - 1)
+            assert after["vllm:prompt_tokens_total", ""] == num + 2
+
+    asyncio.run(run())
+
+
 # What the dashboards that come with vLLM ask for.
 _OF_VLLM = """
     e2e_request_latency_seconds_bucket e2e_request_latency_seconds_count e2e_request_latency_seconds_sum
     generation_tokens_total inter_token_latency_seconds_bucket inter_token_latency_seconds_count
-    inter_token_latency_seconds_sum kv_cache_usage_perc num_requests_running num_requests_waiting prompt_tokens_total
+    inter_token_latency_seconds_sum kv_cache_usage_perc num_requests_running num_requests_waiting
+    prefix_cache_hits_total prefix_cache_queries_total prompt_tokens_total
     request_decode_time_seconds_sum request_generation_tokens_bucket request_max_num_generation_tokens_sum
     request_prefill_time_seconds_sum request_prompt_tokens_bucket request_queue_time_seconds_sum
     request_success_total request_time_per_output_token_seconds_bucket request_time_per_output_token_seconds_count
