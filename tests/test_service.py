@@ -98,6 +98,43 @@ def test_streamed_text_is_the_text(stop: list[str] | None, demo_model: Path) -> 
     asyncio.run(run())
 
 
+def test_a_reset_is_answered(llama: Case) -> None:
+    """Beside what runs; by an error where there is no engine to do it, any more or because of it."""
+    prompt = llama.prompts[-1]
+
+    async def run() -> None:
+        async with serving(llama.directory, skip_tokenizer_init=True, num_r_workers=1) as service:
+
+            async def found() -> int:
+                return (await (await service.submit(prompt, GREEDY)).output()).num_cached_tokens
+
+            assert [await found(), await found()] == [0, len(prompt) - 1]
+            running = await service.submit([5, 6], LONG)
+            await asyncio.wait_for(service.reset_prefix_cache(), 20)
+            assert await found() == 0
+            assert len((await running.output()).outputs[0].token_ids) == 400
+            await idle(service)
+            await service.drain(10)
+            with pytest.raises(RequestError) as refused:
+                await service.reset_prefix_cache()
+            assert refused.value.code == "draining"
+
+        async with serving(llama.directory, skip_tokenizer_init=True) as service:
+
+            def fails() -> None:
+                raise MemoryError
+
+            service._engine.reset_prefix_cache = fails  # type: ignore[method-assign]
+            with pytest.raises(RWorkerError, match="the engine failed: MemoryError"):
+                await asyncio.wait_for(service.reset_prefix_cache(), 20)
+            while service.health().state != "dead":
+                await asyncio.sleep(0.01)
+            with pytest.raises(RWorkerError, match="MemoryError"):
+                await service.reset_prefix_cache()
+
+    asyncio.run(run())
+
+
 def test_whoever_leaves_frees_its_kv(llama: Case) -> None:
     async def run() -> None:
         async with serving(llama.directory, skip_tokenizer_init=True, max_num_seqs=4) as service:

@@ -65,7 +65,7 @@ class _Reset:
 
     done: Future[None] = field(default_factory=Future)
 
-    def settle(self, error: BaseException | None = None) -> None:
+    def settle(self, error: FastDecodeError | None = None) -> None:
         if not self.done.set_running_or_notify_cancel():
             return  # nobody waits any more
         if error:
@@ -248,7 +248,7 @@ class Service:
             self._end_all(RequestError("cancelled", "the server is shutting down"))
         except BaseException as error:
             logger.exception("the engine has ended")
-            self._death = error if isinstance(error, RWorkerError) else RWorkerError(f"the engine failed: {error!r}")
+            self._death = _as_death(error)
             self._end_all(self._death)
             self._on_death(error)
 
@@ -300,7 +300,7 @@ class Service:
         try:
             self._engine.reset_prefix_cache()
         except BaseException as error:
-            reset.settle(error)
+            reset.settle(_as_death(error))
             raise
         reset.settle()
 
@@ -351,6 +351,10 @@ class Service:
         for stream, event in events:
             self._num_inside -= 0 if isinstance(event, Delta) else stream.num_samples
             stream.put(event)
+
+
+def _as_death(error: BaseException) -> RWorkerError:
+    return error if isinstance(error, RWorkerError) else RWorkerError(f"the engine failed: {error!r}")
 
 
 def _placed(error: RequestError, place: str | None, num_prompts: int) -> RequestError:
