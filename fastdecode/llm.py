@@ -34,11 +34,11 @@ class LLM:
     """A model with its KV cache on R-workers.  Close it, or use it as a context manager."""
 
     def __init__(self, model: str | Path, **options: Any) -> None:
-        """`options`: see `fastdecode.engine.config.EngineConfig`.
+        """`options`: see `fastdecode.engine.config.EngineConfig`; here `order` is ``prefix`` unless it is given.
 
         Raises ConfigError (options), ModelError (the model directory), RWorkerError (a worker).
         """
-        self.config = config = EngineConfig.from_options({"model": model, **options})
+        self.config = config = EngineConfig.from_options({"model": model, "order": "prefix", **options})
         self._last_run: Callable[[], _Run | None] = lambda: None  # if somebody still has it
         self._opened = opened = open_engine(config)
         self._engine, self._tokenizer, self._default_params = opened.engine, opened.tokenizer, opened.default_params

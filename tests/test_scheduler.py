@@ -689,6 +689,23 @@ class CountedId(int):
         return int(self) < int(other)
 
 
+def test_those_that_begin_alike_meet() -> None:
+    """Behind the first of them, those that are alike for longer nearer to each other; nobody is passed by more than a
+    window, and those that begin like nobody start as they came.
+    """
+    a, b, c = ((token,) * 40 for token in (5, 6, 7))
+    beginnings = [a, b, a + b, c, a, b, a + b, (8,) * 90, b, c]
+    queue = WaitingQueue("prefix", 8, lambda sequence: 0.0)
+    for index, first in enumerate(beginnings):
+        queue.add(a_sequence(index, prompt=90, first=first))
+    queue.add(a_sequence(10, prompt=90, first=a, salt="another"))
+    started = []
+    while sequence := queue.first():
+        started.append(sequence.seq_id)
+        assert queue.remove(sequence)
+    assert started == [0, 4, 2, 6, 1, 5, 3, 7, 8, 9, 10]
+
+
 def test_thousands_put_back_are_sorted_once() -> None:
     """A lost R-worker's sequences wait again before all others, as they came, whatever order they are put back in."""
     queue, num = WaitingQueue("fcfs", 1, lambda sequence: 0.0), 3000

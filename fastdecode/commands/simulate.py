@@ -73,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--length-quantile", type=float, default=SchedulerConfig.length_quantile, help="not to outlive the KV reserved"
     )
     policy.add_argument("--order", choices=ORDERS, default=SchedulerConfig.order, help="who starts first")
-    policy.add_argument("--order-window", type=int, default=SchedulerConfig.order_window, help="that sjf and ljf sort")
+    policy.add_argument("--order-window", type=int, default=SchedulerConfig.order_window, help="that all but fcfs sort")
     policy.add_argument(
         "--prefill-first", action="store_true", help="whole prompts in steps of their own, instead of SplitFuse"
     )

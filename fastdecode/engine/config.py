@@ -70,8 +70,10 @@ class EngineConfig:
     length_predictor: what is taken for the length of outputs that may end by themselves: ``learned`` from those that
         have ended, by prompt length, or ``max-tokens``.
     length_quantile: the share of outputs that are not to outlive the KV reserved for them.
-    order: who starts first of those that wait: ``fcfs``, ``sjf`` or ``ljf`` (first come, shortest, longest job).
-    order_window: how many of them sjf and ljf sort at a time.
+    order: who starts first of those that wait: ``fcfs``, ``sjf`` or ``ljf`` (first come, shortest, longest job), or
+        ``prefix``: first come, and behind it those that begin like it. `LLM` takes ``prefix`` unless it is told
+        otherwise.
+    order_window: how many of them are looked at so at a time; all of them start before others do.
     max_num_waiting: sequences that the engine queues; None: any number.
     step_log: a file to write a JSON line to for every step: its time, its tokens, the KV of every R-worker.
     trace: a file to write a timeline to when the engine closes, for ui.perfetto.dev or chrome://tracing: what S- and

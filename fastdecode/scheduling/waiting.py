@@ -6,19 +6,21 @@
 
 Under `fcfs` the window is one sequence.  Under `sjf` and `ljf` (shortest, longest job first; TetriInfer's prefill
 scheduler) the next `window` of them are sorted, and all of them start before the window is filled again: so nobody is
-passed by more than the window.
+passed by more than the window.  Under `prefix` those of a window whose prompts begin alike come behind the first of
+them, so that they meet while what they share is there; where none do, it is `fcfs`.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from functools import partial
 from itertools import chain, islice
 
 from fastdecode.scheduling.request import Sequence
 
-ORDERS = ("fcfs", "sjf", "ljf")
+ORDERS = ("fcfs", "sjf", "ljf", "prefix")
+_PIECE = 16  # tokens by which prompts are compared
 
 
 class WaitingQueue:
@@ -100,7 +102,9 @@ class _Class:
             return next(iter(self._preempted.values()))
         if not self._next:
             window = list(islice(self._arrived.values(), self._window))
-            if self._order != "fcfs":
+            if self._order == "prefix":
+                window = _together(window)
+            elif self._order != "fcfs":
                 window.sort(key=self._job_length, reverse=self._order == "ljf")
             for sequence in window:
                 self._next[sequence.seq_id] = self._arrived.pop(sequence.seq_id)
@@ -108,3 +112,18 @@ class _Class:
 
     def remove(self, sequence: Sequence) -> bool:
         return any(place.pop(sequence.seq_id, None) for place in (self._arrived, self._next, self._preempted))
+
+
+def _together(sequences: list[Sequence]) -> list[Sequence]:
+    """Those that begin alike behind the first of them, the longer alike the nearer; else as they came."""
+    ranks: dict[Hashable, int] = {}  # of each beginning, when it came first
+
+    def key(sequence: Sequence) -> list[int]:
+        beginning: Hashable = sequence.request.cache_salt
+        tokens, chain = sequence.request.prompt_token_ids, []
+        for at in range(0, len(tokens), _PIECE):
+            beginning = ranks.setdefault((beginning, tokens[at : at + _PIECE]), len(ranks))
+            chain.append(beginning)
+        return chain
+
+    return sorted(sequences, key=key)
