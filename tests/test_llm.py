@@ -77,7 +77,7 @@ def test_the_first_step_does_not_wait_for_the_last_prompt(demo_model: Path, monk
         num_read[0] += 1
         return read_prompt(*arguments)
 
-    with LLM(demo_model, max_num_seqs=4) as llm:
+    with LLM(demo_model, max_num_seqs=4, order="fcfs") as llm:
         step = llm._engine.step
 
         def watched() -> list[RequestOutput]:
@@ -88,7 +88,7 @@ def test_the_first_step_does_not_wait_for_the_last_prompt(demo_model: Path, monk
         monkeypatch.setattr(llm._engine, "step", watched)
         few = quiet(llm, prompts, params)
     assert num_read == [60] and leads[0] <= 16 and sorted(set(leads))[1] - leads[0] <= 8
-    with LLM(demo_model, max_num_seqs=4) as llm, monkeypatch.context() as patch:
+    with LLM(demo_model, max_num_seqs=4, order="fcfs") as llm, monkeypatch.context() as patch:
         patch.setattr(Engine, "wants_more", True)
         all_at_once = quiet(llm, prompts, params)
     assert [output.request_id for output in few] == [str(index) for index in range(60)]
