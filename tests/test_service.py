@@ -380,3 +380,21 @@ def test_the_only_r_worker_comes_back(llama: Case) -> None:
             assert service.num_cut_short["abort"] == 1
 
     asyncio.run(run())
+
+
+def test_what_was_kept_outlives_the_only_request_that_is_aborted(llama: Case) -> None:
+    """Its step goes on to its end, and nothing else of it is left; the next request begins with what others left."""
+
+    async def run() -> None:
+        async with serving(llama.directory, skip_tokenizer_init=True, block_tokens=16) as service:
+            prompt = max(llama.prompts, key=len)
+            await (await service.submit(prompt, GREEDY)).output()
+            left = await service.submit(prompt[::-1], LONG, stream=True)
+            async for _ in deltas_of([left]):
+                break
+            left.abort()
+            await idle(service)
+            again = await (await service.submit(prompt, GREEDY)).output()
+            assert again.num_cached_tokens == len(prompt) - 1
+
+    asyncio.run(run())

@@ -188,6 +188,8 @@ class Engine:
         """Whatever there is: also what somebody who was interrupted could not abort."""
         with self._whole():
             self._let_go(self._requests.forget(self._requests.request_ids))
+            if self._pipeline.under_way:
+                self._forget_all()
 
     def step(self) -> list[RequestOutput]:
         """A step of one lane: a token for each of its running sequences; returns the requests that are finished now.
@@ -284,7 +286,8 @@ class Engine:
     def _let_go(self, gone: list[Sequence]) -> None:
         """After requests ended before their sequences were finished."""
         self._release(gone)
-        if not self._requests and self._pipeline.under_way:  # nobody is there whom the steps under way were for
+        # Nobody is there whom the steps under way were for; but what ended sequences have left is worth their end.
+        if not self._requests and self._pipeline.under_way and not self._scheduler.keeps_something:
             self._forget_all()
 
     def _release(self, sequences: list[Sequence]) -> None:

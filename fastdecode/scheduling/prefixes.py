@@ -109,6 +109,10 @@ class Prefixes:
             self._note_cuts(sequence.r_worker, {sequence.seq_id: num_kept})
         return change, num_kept > 0
 
+    @property
+    def keeps_something(self) -> bool:
+        return any(tree.kept for tree in self._trees.values())
+
     def kept(self, worker: int) -> set[int]:
         """Ended sequences that are there still; of some of them all is given up, and nobody told."""
         tree = self._trees.get(worker)

@@ -303,6 +303,11 @@ class Scheduler:
         """Sequences that have ended, and whose KV the R-worker has still, for others to begin with."""
         return self._prefixes.kept(worker)
 
+    @property
+    def keeps_something(self) -> bool:
+        """Of sequences that have ended, on any R-worker."""
+        return self._prefixes.keeps_something
+
     def forget_prefixes(self) -> None:
         """KV of sequences that have ended is not begun with any more; R-workers are told by the next step."""
         self._prefixes.forget_all()
