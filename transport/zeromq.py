@@ -43,7 +43,7 @@ from transport.paths import check_not_taken, check_path
 HEARTBEAT_INTERVAL_MS = 300
 # A heartbeat waits behind the frame that is being sent, so a frame has to cross within this time; and libzmq's thread
 # for the processor, which took up to 1.5 s where two R-workers compiled their kernels on two busy cores.
-HEARTBEAT_TIMEOUT_MS = 5000
+HEARTBEAT_TIMEOUT_MS = 4000
 HANDSHAKE_TIMEOUT_MS = 10_000  # for whoever connects to a port, and holds a file descriptor of it meanwhile
 # An R-worker with another key says nothing and hangs up, and one that wants a key may be quicker with that than with
 # its greeting.  One that is just ending hangs up, too, but not so often.
