@@ -3,7 +3,12 @@
 Recovery computes with other numbers of rows, which round differently: a token that two others tie with, or that a draw
 lies beside, may change for that reason alone (`near_ties.py`, which tells that from a fault); such are counted.
 
-    python bench/chaos.py [--seeds 10] [--json FILE]
+    python bench/chaos.py [--seeds 10] [--kv-cache-memory 256MiB] [--json FILE]
+
+Two thirds of the prompts begin with one of four texts, some are the same to their end, and every fifth request wants
+two samples: what an R-worker takes with it others began with, or wait for.  With little memory (4MiB) and
+`--kv-policy greedy` sequences are preempted besides, and what ended ones leave behind is given up again and again; then
+it is seen at the end that one prompt can have all blocks of every R-worker: that none is lost.
 
 The workers are processes behind tcp://.  At random moments one is killed with SIGKILL (and started again by whoever
 looks after it), one stopped with SIGSTOP (and let go on), and one has a link that drops, delays, doubles, damages or
@@ -45,29 +50,33 @@ import numpy as np
 from bench.end_to_end import make_model
 from bench.near_ties import assert_same_tokens
 from cpu_attention import LISTENING, cpu_name
-from fastdecode import LLM, SamplingParams
+from fastdecode import LLM, RequestOutput, SamplingParams
+from fastdecode.observe.step_log import StepRecord
+from fastdecode.scheduling.kv_credits import KV_POLICIES
 from transport.bad_link import HARMS, BadLink
 
 KILLED, STOPPED, BEHIND_BAD_LINK = range(3)
 _RESTART_S, _STOP_S = 0.5, 3.0
 _WINDOW_S = 0.5
+_WHOLE_PROMPT = 4000  # tokens that one of the model's can have, with the one that is generated
 _EXPLAINS_S = 5.0  # a loss later than that after a blow is not its doing
 
 
 class Worker:
     """An R-worker process that somebody looks after: it is started again at its address."""
 
-    def __init__(self) -> None:
+    def __init__(self, kv_cache_memory: str) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
+        self._kv_cache_memory = kv_cache_memory
         self.address = f"tcp://127.0.0.1:{self.port}"
         self.start()
 
     def start(self) -> None:
-        command = [sys.executable, "-m", "cpu_attention", "--bind", self.address, "--kv-cache-memory", "256MiB"]
+        command = [sys.executable, "-m", "cpu_attention", "--bind", self.address]
         self.process = subprocess.Popen(
-            [*command, "--threads", "1", "--log-level", "error"],
+            [*command, "--kv-cache-memory", self._kv_cache_memory, "--threads", "1", "--log-level", "error"],
             cwd=Path(__file__).parents[1],
             stdout=subprocess.PIPE,
             text=True,
@@ -94,10 +103,16 @@ class Run:
 
     prompts: list[list[int]] = field(default_factory=list)
     params: list[SamplingParams] = field(default_factory=list)
-    tokens: list[list[int]] = field(default_factory=list)
+    outputs: list[RequestOutput] = field(default_factory=list)
     steps: list[tuple[float, int]] = field(default_factory=list)  # (when it was done, tokens)
     blows: list[Blow] = field(default_factory=list)
     unprovoked: list[str] = field(default_factory=list)  # losses that no blow explains
+    num_preempted: int = 0
+    share_found: float = 0.0  # of the prompts' tokens, those that did not go through the model
+
+    def note(self, record: StepRecord) -> None:
+        self.steps.append((time.monotonic(), record.num_decodes))
+        self.num_preempted += record.num_preempted
 
     def rate(self, begin: float, end: float) -> float:
         """Tokens per second."""
@@ -179,17 +194,33 @@ class Chaos(threading.Thread):
             self._link.strike(harm, self._random.randrange(8))
 
 
+def requests(args: argparse.Namespace) -> tuple[list[list[int]], list[SamplingParams]]:
+    """The same ones always."""
+    generator = np.random.default_rng(0)
+
+    def text(length: int) -> list[int]:
+        return generator.integers(3, args.vocab, length).tolist()
+
+    beginnings, prompts = [text(length) for length in (40, 64, 100, 150)], []
+    for index, length in enumerate(generator.integers(4, 100, args.requests).tolist()):
+        if index % 10 == 9:
+            prompts.append(prompts[-int(generator.integers(1, 9))])
+        else:
+            prompts.append((beginnings[index % 4] if index % 3 else []) + text(length))
+    params = [
+        SamplingParams(
+            temperature=0.8 if index % 4 == 0 else 0, max_tokens=int(length), ignore_eos=True, seed=index,
+            n=1 + (index % 5 == 0),
+        )
+        for index, length in enumerate(generator.integers(args.output_len // 2, args.output_len, args.requests))
+    ]  # fmt: skip
+    return prompts, params
+
+
 def serve(args: argparse.Namespace, model: str, seed: int | None) -> Run:
     """The requests once; without a seed nothing happens to anybody."""
-    generator = np.random.default_rng(0)
-    prompts = [
-        generator.integers(3, args.vocab, length).tolist() for length in generator.integers(4, 100, args.requests)
-    ]
-    params = [
-        SamplingParams(temperature=0.8 if index % 4 == 0 else 0, max_tokens=int(length), ignore_eos=True, seed=index)
-        for index, length in enumerate(generator.integers(args.output_len // 2, args.output_len, args.requests))
-    ]
-    run, workers = Run(prompts, params), [Worker() for _ in range(3)]
+    prompts, params = requests(args)
+    run, workers = Run(prompts, params), [Worker(args.kv_cache_memory) for _ in range(3)]
     link = BadLink("127.0.0.1", workers[BEHIND_BAD_LINK].port, seed or 0)
     listener = _Listener(run)
     logging.getLogger("fastdecode").addHandler(listener)
@@ -197,10 +228,10 @@ def serve(args: argparse.Namespace, model: str, seed: int | None) -> Run:
         addresses = [workers[KILLED].address, workers[STOPPED].address, link.address]
         with LLM(
             model, r_worker_addresses=addresses, skip_tokenizer_init=True, max_num_seqs=args.sequences,
-            start_policy="eager", max_num_batched_tokens=512,
+            start_policy="eager", max_num_batched_tokens=512, kv_policy=args.kv_policy, block_tokens=16,
         ) as llm:  # fmt: skip
             llm.generate(prompts[:4], SamplingParams(max_tokens=8, ignore_eos=True), use_tqdm=False)
-            llm._engine._records.on_step = lambda record: run.steps.append((time.monotonic(), record.num_decodes))
+            llm._engine._records.on_step = run.note
             chaos = Chaos(run, llm, workers, link, seed or 0, args.blows if seed is not None else 0)
             chaos.start()
             outputs = llm.generate(prompts, params, use_tqdm=False)
@@ -208,14 +239,35 @@ def serve(args: argparse.Namespace, model: str, seed: int | None) -> Run:
             chaos.join(10)
             if chaos.error:
                 raise chaos.error
+            counts = llm._engine._scheduler.prefix_counts
+            run.share_found = counts.num_found / counts.num_queried
+            assert_nothing_left(llm)
     finally:
         logging.getLogger("fastdecode").removeHandler(listener)
         link.close()
         for worker in workers:
             worker.close()
     assert not any(output.error for output in outputs), [output.error for output in outputs if output.error]
-    run.tokens = [output.outputs[0].token_ids for output in outputs]
+    run.outputs = outputs
     return run
+
+
+def assert_nothing_left(llm: LLM) -> None:
+    """R-workers hold what the scheduler knows that they keep; and when they are told to give that up, all blocks are
+    there: where one prompt can have them all, it gets them."""
+    engine = llm._engine
+    engine._rpool.settle()
+    for worker in engine._rpool.alive:
+        held = {seq_id for at, seq_id in engine._rpool.held if at == worker}
+        assert held == engine._scheduler.kept(worker), (held, engine._scheduler.kept(worker))
+    engine._scheduler.check_integrity()
+    most = min(engine.kv_capacity_tokens[worker] for worker in engine._rpool.alive)
+    if most <= _WHOLE_PROMPT:
+        engine._scheduler.forget_prefixes()
+        prompts = [[3 + worker] * most for worker in engine._rpool.alive]
+        outputs = llm.generate(prompts, SamplingParams(max_tokens=1, temperature=0), use_tqdm=False)
+        assert not any(output.error for output in outputs), [output.error for output in outputs]
+        engine._scheduler.check_integrity()
 
 
 def figures(run: Run, usual_rate: float) -> list[dict[str, Any]]:
@@ -247,6 +299,8 @@ def main() -> None:
     sizes = {"requests": 200, "sequences": 32, "output-len": 300, "seeds": 10, "first-seed": 0, "blows": 6}
     for name, default in (shape | sizes).items():
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--kv-cache-memory", default="256MiB", help="of each R-worker")
+    parser.add_argument("--kv-policy", default="reserve-dynamic", choices=KV_POLICIES)
     parser.add_argument("--json", metavar="FILE", help="also write the figures there")
     args = parser.parse_args()
     records: list[dict[str, Any]] = []
@@ -259,14 +313,16 @@ def main() -> None:
         for seed in range(args.first_seed, args.first_seed + args.seeds):
             run = serve(args, model, seed)
             try:
-                ties = assert_same_tokens(Path(model), run.prompts, run.params, run.tokens, plain.tokens)
+                ties = assert_same_tokens(Path(model), run.prompts, run.params, run.outputs, plain.outputs)
             except AssertionError as error:
                 raise SystemExit(f"seed {seed}: other tokens than in the undisturbed run: {error}") from error
             records += figures(run, usual)
             unprovoked += run.unprovoked
             harms = ", ".join(blow.harm for blow in run.blows)
             took_s = run.steps[-1][0] - run.steps[0][0]
-            print(f"seed {seed}: {took_s:.1f} s, tokens equal but for {len(ties)} near-ties; {harms}", flush=True)
+            seen = f"{run.share_found:.0%} of the prompts found, {run.num_preempted} preempted"
+            equal = f"tokens equal but for {len(ties)} near-ties"
+            print(f"seed {seed}: {took_s:.1f} s, {equal}; {seen}; {harms}", flush=True)
     print(f"\nfastdecode {fastdecode.__version__}, {cpu_name()}, {len(records)} blows; median (largest), seconds")
     print(f"{'harm':10} {'blows':>5} {'lost':>5} {'noticed':>14} {'stood still':>14} {'at 2/3':>14} {'back':>14}")
     for harm in ("SIGKILL", "SIGSTOP", *HARMS):

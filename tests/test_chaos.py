@@ -62,14 +62,18 @@ def test_a_bad_link(harm: str, llama: Case, ports: list[int], monkeypatch: pytes
         link.close()
 
 
-def test_chaos(llama: Case) -> None:
-    """One killed, one stopped, one behind a bad link, in turn.
+@pytest.mark.parametrize(
+    "memory, kv_policy", [("256MiB", "reserve-dynamic"), ("600KiB", "greedy")], ids=["roomy", "preempting"]
+)
+def test_chaos(memory: str, kv_policy: str, llama: Case) -> None:
+    """One killed, one stopped, one behind a bad link, in turn, while prompts begin with KV of one another.
 
     Sequence 0 is sampled, and its draw of token 114 lies 2e-7 beside a border: processors, kernels and numbers
     of rows differ in which token that is.
     """
     args = argparse.Namespace(vocab=VOCAB, requests=60, sequences=16, output_len=300, blows=4)
+    args.kv_cache_memory, args.kv_policy = memory, kv_policy
     plain = serve_in_chaos(args, str(llama.directory), None)
     run = serve_in_chaos(args, str(llama.directory), 1)
-    assert_same_tokens(llama.directory, run.prompts, run.params, run.tokens, plain.tokens)
+    assert_same_tokens(llama.directory, run.prompts, run.params, run.outputs, plain.outputs)
     assert len(run.blows) > 1 and all(blow.noticed for blow in run.blows[:-1] if blow.worker == KILLED)
