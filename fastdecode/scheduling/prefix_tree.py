@@ -136,6 +136,7 @@ class PrefixTree:
         self._leaves: OrderedDict[Block, None] = OrderedDict()  # that can be given up, the next one first
         self._begun: list[tuple[int, Block, int]] = []  # sequence, the last block it begins with, how many tokens
         self._pinned: list[Block] = []  # kept ones that they are to copy from
+        self._written: list[tuple[Block, int]] = []  # of these, that a sequence is about to write after that
         self.num_kept = 0  # blocks that ended sequences alone hold, but for those
 
     def find(self, seq_id: int, scope: str | None, tokens: Tokens, most_tokens: int, priority: int) -> Found:
@@ -175,7 +176,10 @@ class PrefixTree:
             member.num_own = member.num_tokens
             member.blocks[-1].is_end = False
             if member.tail:  # that is about to be written
-                self._drop_holder(member.tail, seq_id)
+                if member.tail in self._pinned:
+                    self._written.append((member.tail, seq_id))
+                else:
+                    self._drop_holder(member.tail, seq_id)
                 member.tail = None
         member.priority, member.end = priority, end
         self._grow(member, tokens)
@@ -284,16 +288,20 @@ class PrefixTree:
             else:  # another one has as much
                 cut[seq_id] = 0
                 self._forget(seq_id)
+        begun, self._begun = self._begun, []
+        children = {seq_id for seq_id, _, _ in begun}
+        forks = [
+            Fork(seq_id, next(parent for parent in block.held_by if parent not in children), num_tokens)
+            for seq_id, block, num_tokens in begun
+        ]
         pinned, self._pinned = self._pinned, []
         for block in pinned:
             self.num_kept += not block.users
             self._see(block)
-        begun, self._begun = self._begun, []
-        children = {seq_id for seq_id, _, _ in begun}
-        return cut, [
-            Fork(seq_id, next(parent for parent in block.held_by if parent not in children), num_tokens)
-            for seq_id, block, num_tokens in begun
-        ]
+        written, self._written = self._written, []
+        for block, seq_id in written:
+            self._drop_holder(block, seq_id)
+        return cut, forks
 
     def forget(self, seq_ids: abc.Iterable[int]) -> list[int]:
         """Ended sequences of these do not stay any longer; they are returned."""
@@ -310,7 +318,7 @@ class PrefixTree:
 
     def check_integrity(self) -> None:
         """Asserts that blocks know their sequences, and the other way round."""
-        assert not self._pinned and not self._begun
+        assert not self._pinned and not self._begun and not self._written
         blocks: list[Block] = []
         to_see: list[Block] = [*self._roots.values()]
         assert all(root.children for root in to_see)
