@@ -58,7 +58,6 @@ from transport.bad_link import HARMS, BadLink
 KILLED, STOPPED, BEHIND_BAD_LINK = range(3)
 _RESTART_S, _STOP_S = 0.5, 3.0
 _WINDOW_S = 0.5
-_WHOLE_PROMPT = 4000  # tokens that one of the model's can have, with the one that is generated
 _EXPLAINS_S = 5.0  # a loss later than that after a blow is not its doing
 
 
@@ -256,13 +255,13 @@ def assert_nothing_left(llm: LLM) -> None:
     """R-workers hold what the scheduler knows that they keep; and when they are told to give that up, all blocks are
     there: where one prompt can have them all, it gets them."""
     engine = llm._engine
-    engine._rpool.settle()
+    engine.heartbeat(_WINDOW_S)  # who has been stopped just now counts as lost
     for worker in engine._rpool.alive:
         held = {seq_id for at, seq_id in engine._rpool.held if at == worker}
         assert held == engine._scheduler.kept(worker), (held, engine._scheduler.kept(worker))
     engine._scheduler.check_integrity()
     most = min(engine.kv_capacity_tokens[worker] for worker in engine._rpool.alive)
-    if most <= _WHOLE_PROMPT:
+    if most < llm.max_model_len:
         engine._scheduler.forget_prefixes()
         prompts = [[3 + worker] * most for worker in engine._rpool.alive]
         outputs = llm.generate(prompts, SamplingParams(max_tokens=1, temperature=0), use_tqdm=False)
