@@ -119,8 +119,9 @@ class _Member:
 
     @property
     def num_tokens(self) -> int:
-        """Of path and tail."""
-        return sum(len(block.key) for block in self.blocks) // _TOKEN.itemsize
+        """Of path and tail: those of the path are full."""
+        num_bytes = len(self.path) * len(self.path[0].key) if self.path else 0
+        return (num_bytes + (len(self.tail.key) if self.tail else 0)) // _TOKEN.itemsize
 
     @property
     def blocks(self) -> list[Block]:
