@@ -78,11 +78,16 @@ class TreeMachine(RuleBasedStateMachine):
         self.is_open = False
         self.num_shared, self.unpaid = 0, Counter[int]()
         self.next_id = 0
+        self.answers: dict[Any, tuple[int, Found]] = {}  # by question
 
     # What may be found
 
     def _look(self, seq_id: int, scope: str | None, tokens: tuple[int, ...], most: int, priority: int) -> Found:
         found = self.tree.find(seq_id, scope, Tokens.of(tokens, self.size), most, priority)
+        for question, (num_changes, answer) in self.answers.items():
+            if num_changes == self.tree.num_changes:
+                assert self.tree.find(*question) == answer, "it has changed, and nobody was told"
+        self.answers[seq_id, scope, Tokens.of(tokens, self.size), most, priority] = self.tree.num_changes, found
         if own := self.kept.get(seq_id):
             assert found.num_tokens == len(own.tokens) and own.tokens == tokens[: len(own.tokens)]
             return found

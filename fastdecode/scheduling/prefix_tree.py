@@ -139,6 +139,7 @@ class PrefixTree:
         self._pinned: list[Block] = []  # kept ones that they are to copy from
         self._written: list[tuple[Block, int]] = []  # of these, that a sequence is about to write after that
         self.num_kept = 0  # blocks that ended sequences alone hold, but for those
+        self.num_changes = 0  # as long as it stays, `find` gives the same answers
 
     def find(self, seq_id: int, scope: str | None, tokens: Tokens, most_tokens: int, priority: int) -> Found:
         """How many of its first tokens, up to so many, are there, or promised by somebody who does not rank after it;
@@ -170,6 +171,7 @@ class PrefixTree:
 
     def join(self, seq_id: int, scope: str | None, tokens: Tokens, found: Found, priority: int, end: int) -> Change:
         """It runs from now on.  end: when it is expected to end."""
+        self.num_changes += 1
         member = self._kept.pop(seq_id, None)
         if member is None:
             member = _Member(scope, list(found.blocks), source=found.source, num_copied=found.num_copied)
@@ -219,6 +221,7 @@ class PrefixTree:
         is_spare: takes a block for what is copied and may else have been given up, if there is one; until `make_room`.
         """
         member = self._running[seq_id]
+        self.num_changes += 1
         assert not member.has_begun
         member.has_begun = True
         if member.num_own:
@@ -242,6 +245,7 @@ class PrefixTree:
         member = self._running[seq_id]
         self._hold(seq_id, member, min(num_tokens // self._block_tokens, len(member.path)))
         if member.tail and num_tokens >= member.num_tokens:
+            self.num_changes += 1
             member.tail.held_by[seq_id] = None
 
     def leave(self, seq_id: int, kept: Tokens | None) -> tuple[Change, int]:
@@ -250,6 +254,7 @@ class PrefixTree:
         What changes for others, and how many tokens of it do stay; 0 if others have all of them.
         """
         member = self._running.pop(seq_id)
+        self.num_changes += 1
         if member.tail:
             self._stop_using(member.tail, seq_id, stays=False)
             member.tail = None
@@ -273,6 +278,7 @@ class PrefixTree:
         somebody who stays, for of several who hold a block one does.
         """
         cut: dict[int, int] = {}
+        self.num_changes += num_blocks > 0 or bool(self._written)
         for _ in range(num_blocks):
             block = next(iter(self._leaves))
             (seq_id,) = block.held_by
@@ -307,6 +313,7 @@ class PrefixTree:
     def forget(self, seq_ids: abc.Iterable[int]) -> list[int]:
         """Ended sequences of these do not stay any longer; they are returned."""
         gone = [seq_id for seq_id in seq_ids if seq_id in self._kept]
+        self.num_changes += bool(gone)
         for seq_id in gone:
             self._kept[seq_id].blocks[-1].is_end = False
             self._forget(seq_id)
@@ -404,6 +411,7 @@ class PrefixTree:
     def _hold(self, seq_id: int, member: _Member, num_blocks: int) -> None:
         """It has KV of so many blocks of its path now."""
         for block in member.path[member.num_held : num_blocks]:
+            self.num_changes += 1
             block.held_by[seq_id] = None
         member.num_held = max(member.num_held, num_blocks)
 

@@ -42,6 +42,8 @@ class Prefixes:
         self._running: dict[int, PrefixTree] = {}  # sequence -> where it is
         self._cut: dict[int, dict[int, int]] = {}  # R-worker -> ended sequence -> tokens of it that stay, untold as yet
         self._asked: tuple[Sequence, int, Tokens] | None = None  # whose tokens were looked at last, and how many
+        # By R-worker what was found last: the tree and its state, the question, the answer.
+        self._found: dict[int, tuple[PrefixTree, int, tuple[int, Tokens, int], Found]] = {}
         self._counts = counts
 
     def find(self, sequence: Sequence) -> dict[int, Found]:
@@ -51,8 +53,7 @@ class Prefixes:
         tokens, most = self._tokens(sequence), sequence.num_tokens - 1
         if sequence.num_scored < sequence.num_to_score:
             most = min(most, sequence.num_scored)  # the logits of the rest are wanted
-        asked = sequence.seq_id, self._scope(sequence), tokens, most, sequence.request.priority
-        found = {worker: tree.find(*asked) for worker, tree in self._trees.items()}
+        found = {worker: self._find(sequence, tokens, most, worker, tree) for worker, tree in self._trees.items()}
         return {worker: one for worker, one in found.items() if one.num_tokens}
 
     def start(self, sequence: Sequence, worker: int, found: Found | None, end: int) -> Change:
@@ -151,6 +152,7 @@ class Prefixes:
     def lose(self, worker: int) -> None:
         """It is gone, and what ended there with it; whoever ran there has left already."""
         self._trees.pop(worker, None)
+        self._found.pop(worker, None)
         self._cut.pop(worker, None)
 
     def check_integrity(self, running: abc.Iterable[Sequence]) -> None:
@@ -173,6 +175,17 @@ class Prefixes:
         tokens = Tokens.of(sequence.token_ids, self._block_tokens)
         self._asked = sequence, sequence.num_tokens, tokens
         return tokens
+
+    def _find(self, sequence: Sequence, tokens: Tokens, most: int, worker: int, tree: PrefixTree) -> Found:
+        """While who waits at the front is the same, it is looked for where something has changed alone."""
+        last = self._found.get(worker)
+        if last and last[0] is tree and last[1] == tree.num_changes:
+            seq_id, of, up_to = last[2]
+            if seq_id == sequence.seq_id and of is tokens and up_to == most:
+                return last[3]
+        found = tree.find(sequence.seq_id, self._scope(sequence), tokens, most, sequence.request.priority)
+        self._found[worker] = tree, tree.num_changes, (sequence.seq_id, tokens, most), found
+        return found
 
     def _note_cuts(self, worker: int, cut: abc.Mapping[int, int]) -> None:
         if cut:
