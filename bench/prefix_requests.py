@@ -35,7 +35,7 @@ import psutil
 
 from bench.end_to_end import make_model
 from bench.near_ties import assert_same_tokens
-from cpu_attention import KVStore, cpu_name
+from cpu_attention import KVStore, RWorker, cpu_name
 from fastdecode import LLM, SamplingParams
 from fastdecode.observe.step_log import StepRecord
 from fastdecode.scheduling.config import SchedulerConfig
@@ -254,19 +254,20 @@ def run_scheduler(num_requests: int, *, num_workers: int = 3, num_lanes: int = 2
 
 def run_engine(num_requests: int, model: Path, *, num_workers: int = 2, seed: int = 1) -> dict[str, Any]:
     """Likewise.  Tokens of one request in 100 are compared with those of an LLM where nobody shares anything."""
-    stores: list[KVStore] = []
-    make, options = KVStore.__init__, {"skip_tokenizer_init": True, "block_tokens": 16, "max_num_seqs": 64}
+    workers: list[RWorker] = []
+    options: dict[str, Any] = {"skip_tokenizer_init": True, "block_tokens": 16, "max_num_seqs": 64}
 
-    def noted(self: KVStore, *arguments: Any) -> None:
-        make(self, *arguments)
-        stores.append(self)
+    class Noted(RWorker):
+        def __init__(self, **options: Any) -> None:
+            super().__init__(**options)
+            workers.append(self)
 
     counts = {"aborted": 0, "preempted": 0}
     compared: dict[str, tuple[list[int], SamplingParams, list[int]]] = {}
     prompts = Prompts(seed, 1000, 100)
     draw = prompts.generator
     with (
-        mock.patch.object(KVStore, "__init__", noted),
+        mock.patch("fastdecode.holders.launch.RWorker", Noted),
         LLM(
             model, num_r_workers=num_workers, micro_batches=2, kv_cache_memory=_KV_BYTES * num_workers,
             kv_policy="greedy", start_policy="eager", **options,
@@ -274,6 +275,8 @@ def run_engine(num_requests: int, model: Path, *, num_workers: int = 2, seed: in
     ):  # fmt: skip
         engine, progress = llm._engine, Progress("engine", num_requests)
         scheduler = engine._scheduler
+        stores = [worker._session.store for worker in workers if worker._session]
+        assert len(stores) == num_workers
         live: dict[str, tuple[list[int], SamplingParams]] = {}
         num_added = 0
 
@@ -295,9 +298,9 @@ def run_engine(num_requests: int, model: Path, *, num_workers: int = 2, seed: in
                     compared[output.request_id] = prompt, params, output.outputs[0].token_ids
 
         engine._records.on_step = note
-        while num_added < num_requests or live:
+        while num_added < num_requests or engine.has_work:
             is_due = progress.is_due(num_added)
-            if is_due and not live:
+            if is_due and not engine.has_work:
                 progress.check(check_integrity)
                 continue
             while not is_due and num_added < num_requests and len(live) < 100:
@@ -307,7 +310,7 @@ def run_engine(num_requests: int, model: Path, *, num_workers: int = 2, seed: in
                 live[name := engine.next_request_id()] = prompt, params
                 engine.add_request(name, prompt, params)
                 num_added += 1
-            if draw.random() < 0.02:
+            if draw.random() < 0.02 and live:
                 victim = list(live)[int(draw.integers(len(live)))]
                 counts["aborted"] += 1
                 del live[victim]
