@@ -6,6 +6,10 @@ own cache refuses the import where it finds no place, fails where it cannot writ
 compile different signatures at the same time give a number to both: the next one loads a kernel of other types.
 Here each kernel is a file of its own, named by all that it depends on, written whole or not at all.
 
+LLVM asks for what was kept, and hands over what it has emitted, by calling Python from C, where an exception is lost.
+It comes from there after seconds without Python, so that a signal meanwhile would be handled just there: lost, with
+the kernel that was emitted; or with the one that was kept, whose addresses were then 0.  So signals wait there.
+
 What is kept is numba's own form of a compiled function, a pickle, and machine code in any case: it is read only from
 files of this user, of root, or of whoever owns this code.  They may lie in any of these places, and a new one goes to
 the first that takes it:
@@ -23,15 +27,19 @@ import functools
 import hashlib
 import logging
 import os
+import signal
 import stat
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any, NamedTuple
 
 import llvmlite
 import numba
+from llvmlite.binding import ExecutionEngine
 from numba.core import compiler, config
 from numba.core.caching import NullCache
 from numba.core.serialize import dumps, loads
@@ -41,6 +49,10 @@ logger = logging.getLogger(__name__)
 SUFFIX = ".kernel"
 MAX_FILES = 512  # in a place; the oldest go first.  Each has some tens of KiB
 _DIGEST_BYTES = hashlib.sha256().digest_size
+_CALLED_BY_LLVM = (
+    ExecutionEngine._raw_object_cache_notify.__code__,
+    ExecutionEngine._raw_object_cache_getbuffer.__code__,
+)
 
 
 def compiled(function: Callable[..., Any]) -> Any:
@@ -48,6 +60,14 @@ def compiled(function: Callable[..., Any]) -> Any:
     dispatcher = numba.njit(nogil=True)(function)
     if not config.DISABLE_JIT:
         dispatcher._cache = DiskCache(function)  # what `enable_caching` does with numba's own
+        compile_or_load = dispatcher.compile
+
+        @functools.wraps(compile_or_load)
+        def compile_whole(sig: Any) -> Any:
+            with _signals_after_llvm():
+                return compile_or_load(sig)
+
+        dispatcher.compile = compile_whole
     return dispatcher
 
 
@@ -93,8 +113,8 @@ class DiskCache(NullCache):
             if data.lifted or data.library.has_dynamic_globals:  # holds addresses of this process
                 return
             name, payload = self._file_name(sig, data.codegen), dumps(data._reduce())
-        except Exception as error:
-            _tell_once(f"compiled kernels cannot be kept: {error!r}")
+        except Exception:  # nothing that another directory would mend
+            logger.warning("a compiled kernel cannot be kept; each start compiles it again", exc_info=True)
             return
         _write(name, _digest(name, payload) + payload)
 
@@ -104,6 +124,40 @@ class DiskCache(NullCache):
         versions = (sys.version, numba.__version__, llvmlite.__version__, config.BOUNDSCHECK, repr(config.OPT))
         key = (versions, _sources(), code.co_firstlineno, code.co_code, dumps(cells), repr(sig), codegen.magic_tuple())
         return f"{self._function.__name__}-{hashlib.sha256(dumps(key)).hexdigest()[:32]}{SUFFIX}"
+
+
+@contextlib.contextmanager
+def _signals_after_llvm() -> Iterator[None]:
+    """A signal that comes while LLVM calls Python is handled at the end, when the kernel is kept; others at once."""
+    if threading.current_thread() is not threading.main_thread():  # no other one handles signals
+        yield
+        return
+    usual = {number: signal.getsignal(number) for number in signal.valid_signals()}
+    waiting: list[int] = []
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if _is_called_by_llvm(frame):
+            waiting.append(number)
+        else:
+            usual[number](number, frame)  # type: ignore[index, operator, misc]
+
+    try:
+        for number, handler in usual.items():
+            if callable(handler):  # in Python
+                signal.signal(number, handle)
+        yield
+    finally:
+        for number, handler in usual.items():
+            if signal.getsignal(number) is handle:  # what was handled may have set another one
+                signal.signal(number, handler)
+        for waiting_number in waiting:
+            signal.raise_signal(waiting_number)
+
+
+def _is_called_by_llvm(frame: FrameType | None) -> bool:
+    while frame is not None and frame.f_code not in _CALLED_BY_LLVM:
+        frame = frame.f_back
+    return frame is not None
 
 
 @functools.cache

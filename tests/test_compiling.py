@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -137,6 +138,66 @@ def test_a_place_does_not_grow_for_ever(tmp_path: Path, monkeypatch: pytest.Monk
     assert total_of()(NUMBERS) == 10
     names = {path.name for path in tmp_path.iterdir()}
     assert {f"old0{SUFFIX}", f"old1{SUFFIX}", "other"} < names and len(names) == 4
+
+
+STOPPED = """
+import signal, sys
+from llvmlite.binding import ExecutionEngine
+from cpu_attention.compiling import compiled
+class Stopped(BaseException):
+    pass
+def stop(number, frame):
+    raise Stopped
+def find(engine, pointer, find=ExecutionEngine._find_module_ptr):
+    module = find(engine, pointer)
+    if module.name == "twice" and sys._getframe(1).f_code.co_name == "_raw_object_cache_" + sys.argv[1]:
+        print("signal")
+        signal.raise_signal(signal.SIGTERM)
+    return module
+signal.signal(signal.SIGTERM, stop)
+ExecutionEngine._find_module_ptr = find
+@compiled
+def twice(number):
+    return 2 * number
+try:
+    twice(4)
+except Stopped:
+    print("stopped")
+assert signal.getsignal(signal.SIGTERM) is stop
+assert twice(4) == 8
+print("loaded" if twice.stats.cache_hits else "compiled")
+"""
+
+
+def test_a_signal_while_llvm_calls_python_loses_neither_the_kernel_nor_itself(tmp_path: Path) -> None:
+    """Python drops what is raised there: the kernel was not kept; or it was called at address 0."""
+
+    def run(when: str) -> list[str]:
+        out = subprocess.run(
+            [sys.executable, "-c", STOPPED, when], env=os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}, cwd=ROOT,
+            capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+        assert out.returncode == 0 and not out.stderr, out.stderr[-2000:]
+        return out.stdout.split()
+
+    assert run("notify") == ["signal", "stopped", "compiled"]
+    assert run("getbuffer") == ["signal", "stopped", "loaded"]
+    assert run("never") == ["loaded"]
+
+
+def test_other_signals_stop_a_compilation_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def signal_instead(*_: Any) -> None:
+        signal.raise_signal(signal.SIGINT)
+        raise AssertionError("went on")
+
+    use(monkeypatch, tmp_path)
+    before = signal.getsignal(signal.SIGINT)
+    with monkeypatch.context() as patched:
+        patched.setattr(compiling.DiskCache, "load_overload", signal_instead)
+        with pytest.raises(KeyboardInterrupt):
+            total_of()(NUMBERS)
+    assert signal.getsignal(signal.SIGINT) is before and not list(tmp_path.iterdir())
+    assert total_of()(NUMBERS) == 10
 
 
 def test_where_kernels_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
