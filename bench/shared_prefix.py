@@ -24,7 +24,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -173,10 +173,11 @@ def main() -> None:
 
 def measure(group: int, name: str, workload: Workload, engines: list[Ours | Peer], repeats: int) -> dict[str, Any]:
     measured: defaultdict[str, list[Measured]] = defaultdict(list)
-    for repeat in range(repeats + 1):  # the first one warms up
+    few = replace(workload, num_prompts=4)  # to warm up
+    for repeat in range(repeats + 1):
         for engine in engines:
             began = time.perf_counter()
-            one = engine.run(workload, 1000 * repeat + 100 * workload.new)
+            one = engine.run(workload if repeat else few, 1000 * repeat + 100 * workload.new)
             print(
                 f"G={group}, {name}, round {repeat}, {engine.name}: {time.perf_counter() - began:.1f} s",
                 file=sys.stderr,
