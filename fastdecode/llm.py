@@ -34,11 +34,11 @@ class LLM:
     """A model with its KV cache on R-workers.  Close it, or use it as a context manager."""
 
     def __init__(self, model: str | Path, **options: Any) -> None:
-        """`options`: see `fastdecode.engine.config.EngineConfig`; here `order` is ``prefix`` unless it is given.
+        """`options`: see `fastdecode.engine.config.EngineConfig`.
 
         Raises ConfigError (options), ModelError (the model directory), RWorkerError (a worker).
         """
-        self.config = config = EngineConfig.from_options({"model": model, "order": "prefix", **options})
+        self.config = config = _with_order(EngineConfig.from_options({"model": model, **options}))
         self._last_run: Callable[[], _Run | None] = lambda: None  # if somebody still has it
         self._opened = opened = open_engine(config)
         self._engine, self._tokenizer, self._default_params = opened.engine, opened.tokenizer, opened.default_params
@@ -230,6 +230,11 @@ class LLM:
             self._engine.abort([request_id])
             error = RequestError("timeout", f"not finished within {timeout_s:g} s")
             yield oldest.place, refused_output(request_id, None, [], error, oldest.num_samples)
+
+
+def _with_order(config: EngineConfig) -> EngineConfig:
+    """Prompts are there together, so those that begin alike may meet."""
+    return config if config.order else replace(config, order="prefix")
 
 
 _Run = Generator[tuple[int, RequestOutput], None, None]

@@ -105,7 +105,7 @@ def make_scheduler(
             start_interval=config.start_interval,
             max_kv_load=max_kv_load(config, facts, len(capacity_blocks)),
             length_quantile=config.length_quantile,
-            order=config.order,
+            order=config.order or "fcfs",
             order_window=config.order_window,
             restart_tokens=facts.restart_tokens,
             sharing=_sharing(config, facts),

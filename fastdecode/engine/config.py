@@ -71,8 +71,8 @@ class EngineConfig:
         have ended, by prompt length, or ``max-tokens``.
     length_quantile: the share of outputs that are not to outlive the KV reserved for them.
     order: who starts first of those that wait: ``fcfs``, ``sjf`` or ``ljf`` (first come, shortest, longest job), or
-        ``prefix``: first come, and behind it those that begin like it. `LLM` takes ``prefix`` unless it is told
-        otherwise.
+        ``prefix``: first come, and behind it those that begin like it. None: ``prefix`` for prompts that are there
+        together, in `LLM` and batch files; ``fcfs`` for a server.
     order_window: how many of them are looked at so at a time; all of them start before others do.
     max_num_waiting: sequences that the engine queues; None: any number.
     step_log: a file to write a JSON line to for every step: its time, its tokens, the KV of every R-worker.
@@ -110,7 +110,7 @@ class EngineConfig:
     calibration: str | None = None
     length_predictor: str = "learned"
     length_quantile: float = 0.95
-    order: str = "fcfs"
+    order: str | None = None
     order_window: int = 64
     max_num_waiting: int | None = None
     step_log: str | None = None
@@ -148,7 +148,8 @@ class EngineConfig:
         _one_of("kv_policy", self.kv_policy, KV_POLICIES)
         _one_of("start_policy", self.start_policy, START_POLICIES)
         _one_of("length_predictor", self.length_predictor, LENGTH_PREDICTORS)
-        _one_of("order", self.order, ORDERS)
+        if self.order is not None:
+            _one_of("order", self.order, ORDERS)
         for name, low, high in (
             ("num_r_workers", 1, 4096),
             ("max_num_seqs", 1, 1 << 20),
