@@ -3,11 +3,14 @@ nothing that is there is missed, and what is kept is what lies on the R-worker b
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -406,3 +409,86 @@ def test_one_that_goes_on_in_the_step_in_which_another_copies_its_tail() -> None
     assert tree.make_room(0) == ({}, [Fork(2, 1, 24)])
     tree.check_integrity()
     assert tree.num_kept == 0
+
+
+class Same(bytes):
+    """Keys whose hashes are all the same: a table that went by them alone would take one for the other."""
+
+    def __hash__(self) -> int:
+        return 1
+
+    def __eq__(self, other: object) -> bool:
+        return bytes.__eq__(self, other)
+
+
+def alone(tree: PrefixTree, seq_id: int, scope: str | None, tokens: Tokens, num_tokens: int) -> int:
+    """It comes, is computed and stays; how many of its tokens were found."""
+    found = tree.find(seq_id, scope, tokens, num_tokens - 1, 0)
+    tree.join(seq_id, scope, tokens, found, 0, 9)
+    count, _ = tree.begin(seq_id, lambda: True)
+    tree.make_room(0)
+    tree.note(seq_id, num_tokens)
+    tree.leave(seq_id, tokens)
+    tree.check_integrity()
+    return count
+
+
+def test_keys_whose_hashes_are_the_same() -> None:
+    generator, size = np.random.default_rng(0), 16
+    tree, everybody = PrefixTree(size), list[tuple[int, ...]]()
+    for seq_id in range(60):
+        tokens = tuple(generator.integers(0, 2, 40).tolist())
+        if seq_id % 3 == 2:
+            tokens = everybody[int(generator.integers(seq_id))][: int(generator.integers(16, 40))] + tokens
+        plain = Tokens.of(tokens, size)
+        found = alone(tree, seq_id, None, Tokens(tuple(map(Same, plain.blocks)), Same(plain.rest)), len(tokens))
+        common = max((num_common(tokens[:-1], other) for other in everybody), default=0)
+        assert common // size * size <= found <= common or (found == 0 and common < size + 16)
+        everybody.append(tokens)
+
+
+@pytest.mark.parametrize("first", [0, -1, 2**31 - 1])
+def test_keys_that_agree_in_their_first_token_alone(first: int) -> None:
+    """As prompts do that all begin with the same mark; whatever number that is."""
+    size, tree = 16, PrefixTree(16)
+    texts = [(first, *range(100 * i, 100 * i + 39)) for i in range(20)]
+    assert [alone(tree, i, None, Tokens.of(one, size), 40) for i, one in enumerate(texts)] == [0] * 20
+    # Of each all but the last token is there, and nothing of any other.
+    for i, one in enumerate(texts):
+        assert alone(tree, 100 + i, None, Tokens.of((*one, 7, 7), size), 42) == 40
+    swapped = [(*one[:16], *other[16:]) for one, other in itertools.pairwise(texts)]
+    assert [alone(tree, 200 + i, None, Tokens.of(one, size), 40) for i, one in enumerate(swapped)] == [16] * 19
+
+
+def test_tokens_whose_bytes_are_shifted_are_others() -> None:
+    """A chain is cut where tokens are, and blocks at their own place are compared."""
+    size, tree = 16, PrefixTree(16)
+    tokens = tuple(1 << (8 * (i % 3)) for i in range(48))
+    assert alone(tree, 0, None, Tokens.of(tokens, size), 48) == 0
+    for shift in (1, 2):
+        moved = tokens[shift:] + tokens[:shift]
+        assert alone(tree, shift, None, Tokens.of(moved, size), 48) == 0
+
+
+def test_salts_never_meet() -> None:
+    """The same prompt under each: found under its own, and nowhere else, running, waited for or kept."""
+    tree, tokens = PrefixTree(16), Tokens.of(range(40), 16)
+    salts = [None, "", "a", "b", "None", "\0"]
+    for i, salt in enumerate(salts):
+        assert not tree.find(-1, salt, tokens, 39, 9).num_tokens
+        tree.join(i, salt, tokens, Found(), 0, 9)
+    for i, salt in enumerate(salts):
+        found = tree.find(-1, salt, tokens, 39, 9)
+        assert found.num_tokens == 39 and not tree.is_to_wait(i)
+        assert all(list(block.users) == [i] for block in found.blocks)
+        assert tree.begin(i, lambda: True) == (0, False) and tree.make_room(0) == ({}, [])
+        tree.note(i, 40)
+    assert [tree.leave(i, tokens)[1] for i in range(len(salts))] == [40] * len(salts)
+    for i, salt in enumerate(salts):
+        seq_id = 10 + i
+        tree.join(seq_id, salt, tokens, tree.find(seq_id, salt, tokens, 39, 0), 0, 9)
+        assert tree.begin(seq_id, lambda: True) == (39, False)
+        assert tree.make_room(0)[1] == [Fork(seq_id, i, 39)]
+        tree.forget([i])
+        tree.check_integrity()
+    assert not tree.find(-1, "c", tokens, 39, 9).num_tokens
