@@ -2,8 +2,9 @@
 
     python bench/interrupts.py [--rounds 200] [--transports inproc shm ipc tcp] [--out bench/results/interrupts.json]
 
-A round is a generate of 30 prompts, which one, two or three signals interrupt, 0 to 200 ms apart, the first one 0 to
-300 ms after it began; then another generate, whose tokens have to be those that they were at the beginning.
+A round is a generate of 30 prompts that begin alike, some with two samples, which one, two or three signals interrupt,
+0 to 200 ms apart, the first one 0 to 300 ms after it began; then another generate, whose tokens have to be those that
+they were at the beginning, and the scheduler and the engine have to agree about what is left on the R-workers.
 """
 
 from __future__ import annotations
@@ -25,9 +26,11 @@ from typing import Any
 from fastdecode import LLM, SamplingParams
 
 ROOT = Path(__file__).parents[1]
-PROMPT = "def fib(n):"
+BEGINNING = '"""Numbers of Fibonacci, and others that are sums of those before them."""\n\n\n' * 3
+PROMPT = BEGINNING + "def fib(n):"
+PROMPTS = [PROMPT if i % 3 else f"{BEGINNING}def fib{i}(n):" for i in range(30)]
 SHORT = SamplingParams(temperature=0, max_tokens=8)
-LONG = SamplingParams(temperature=0, max_tokens=800, ignore_eos=True)
+LONG = [SamplingParams(temperature=0, max_tokens=800, ignore_eos=True, n=1 + (i % 5 == 0)) for i in range(30)]
 
 
 def interrupt(pauses_s: list[float]) -> None:
@@ -76,7 +79,7 @@ def run(transport: str, rounds: int, draw: random.Random) -> dict[str, Any]:
             thread = threading.Thread(target=interrupt, args=(pauses_s,))
             thread.start()
             try:
-                counts["interrupted"] += target.run(lambda: llm.generate([PROMPT] * 30, LONG, use_tqdm=False))
+                counts["interrupted"] += target.run(lambda: llm.generate(PROMPTS, LONG, use_tqdm=False))
             except Exception as error:
                 errors[f"{type(error).__name__}: {error}"] += 1
             thread.join()
@@ -85,8 +88,13 @@ def run(transport: str, rounds: int, draw: random.Random) -> dict[str, Any]:
                 counts["wrong_outputs"] += sum(output.outputs[0].token_ids != base for output in again)
             except Exception as error:
                 errors[f"{type(error).__name__}: {error}"] += 1
+            engine = llm._engine
+            for worker in engine._rpool.alive:
+                held = {seq_id for at, seq_id in engine._rpool.held if at == worker}
+                counts["wrong_books"] += held != engine._scheduler.kept(worker)
+            engine._scheduler.check_integrity()
         counts["workers_lost"] = llm._engine.totals.num_lost
-    names = ("signals", "interrupted", "wrong_outputs", "workers_lost")
+    names = ("signals", "interrupted", "wrong_outputs", "wrong_books", "workers_lost")
     told = {"transport": transport, "rounds": rounds, **{name: counts[name] for name in names}}
     return {**told, "errors": dict(errors), "seconds": round(time.monotonic() - began, 1)}
 
@@ -104,7 +112,9 @@ def main() -> int:
         print(results[-1], flush=True)
     if args.out:
         args.out.write_text(json.dumps({"seed": args.seed, "results": results}, indent=1) + "\n")
-    return int(any(each["errors"] or each["wrong_outputs"] or each["workers_lost"] for each in results))
+    return int(
+        any(each["errors"] or each["wrong_outputs"] or each["wrong_books"] or each["workers_lost"] for each in results)
+    )
 
 
 if __name__ == "__main__":
