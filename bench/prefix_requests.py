@@ -7,8 +7,9 @@
 
 Beginnings are drawn from 1,000 by Zipf's law, and are of all lengths, some of several blocks more than others; what
 comes after is anybody's own.  Some requests are aborted; memory is short, so some are preempted, and what ended ones
-leave behind is given up again and again.  At intervals the books of both sides are compared: what a store holds beside
-what runs is what the scheduler counts as kept.  At the end, when that is forgotten, no block is held.
+leave behind is given up again and again; R-workers of the scheduler's are lost and come back.  At intervals the books
+of both sides are compared: what a store holds beside what runs is what the scheduler counts as kept.  At the end, when
+that is forgotten, no block is held.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -41,7 +43,7 @@ from fastdecode.observe.step_log import StepRecord
 from fastdecode.scheduling.config import SchedulerConfig
 from fastdecode.scheduling.plan import Step
 from fastdecode.scheduling.request import Request, Sequence
-from fastdecode.scheduling.scheduler import Scheduler
+from fastdecode.scheduling.scheduler import Loss, Scheduler
 
 SHAPE = SimpleNamespace(hidden=64, mlp=96, layers=2, q_heads=4, kv_heads=2, vocab=1000)
 _VOCAB = SHAPE.vocab
@@ -90,7 +92,8 @@ class Mirror:
         layout: Any = SimpleNamespace(
             block_bytes=1, block_tokens=block_tokens, layers=(), heads=(), num_blocks=lambda n: -(-n // block_tokens)
         )
-        self.stores = [KVStore(layout, blocks) for blocks in capacity_blocks]
+        self._make = [partial(KVStore, layout, blocks) for blocks in capacity_blocks]
+        self.stores = [make() for make in self._make]
         self._tokens: dict[tuple[int, int], tuple[int, ...]] = {}  # whose K and V are there
 
     def begin(self, step: Step) -> None:
@@ -115,6 +118,17 @@ class Mirror:
             assert len(self._tokens[where]) == segment.start, "positions follow one another"
             self._tokens[where] += segment.token_ids
             self.stores[segment.r_worker].extend({segment.seq_id: segment.num_tokens})
+
+    def lose(self, worker: int, loss: Loss) -> None:
+        """The R-worker is empty, as when it is back; on the others is undone what did not happen."""
+        self.stores[worker] = self._make[worker]()
+        self._tokens = {where: tokens for where, tokens in self._tokens.items() if where[0] != worker}
+        for other, seq_ids in loss.released.items():
+            self.release({other: [seq_id for seq_id in {*seq_ids} if (other, seq_id) in self._tokens]})
+        for other, kept in loss.kept.items():
+            for seq_id, num_tokens in kept.items() if other != worker else ():
+                self.stores[other].truncate(seq_id, num_tokens)
+                self._tokens[other, seq_id] = self._tokens[other, seq_id][:num_tokens]
 
     def check(self, sequence: Sequence, worker: int) -> None:
         """It has the K and V of its own tokens, whoever computed them."""
@@ -192,7 +206,7 @@ class Progress:
 
 
 def run_scheduler(num_requests: int, *, num_workers: int = 3, num_lanes: int = 2, seed: int = 0) -> dict[str, Any]:
-    """Every request to its end; figures.  Raises AssertionError."""
+    """Every request to its end; figures.  Raises AssertionError.  One of several R-workers is lost now and then."""
     block_tokens, capacity = 16, (160,) * num_workers
     scheduler = Scheduler(
         SchedulerConfig(
@@ -204,8 +218,8 @@ def run_scheduler(num_requests: int, *, num_workers: int = 3, num_lanes: int = 2
     progress, draw = Progress("scheduler", num_requests), prompts.generator
     live: dict[int, Sequence] = {}
     under_way: list[Step] = []
-    counts = {"steps": 0, "aborted": 0, "preempted": 0, "shared_beginnings": 0}
-    num_added = 0
+    counts = {"steps": 0, "aborted": 0, "preempted": 0, "shared_beginnings": 0, "lost_workers": 0}
+    num_added, lost = 0, None  # which R-worker is
 
     def remove(sequences: Iterable[Sequence]) -> None:
         for sequence in sequences:
@@ -231,6 +245,15 @@ def run_scheduler(num_requests: int, *, num_workers: int = 3, num_lanes: int = 2
         if draw.random() < 0.02 and live:
             counts["aborted"] += 1
             remove([live[list(live)[int(draw.integers(len(live)))]]])
+        if lost is not None and draw.random() < 0.1:
+            scheduler.gain(lost, capacity[lost])
+            lost = None
+        elif lost is None and num_workers > 1 and draw.random() < 0.01:
+            lost = int(draw.integers(num_workers))
+            loss = scheduler.lose(lost)
+            mirror.lose(lost, loss)
+            under_way = [step for step in under_way if step.lane not in loss.broken]
+            counts["lost_workers"] += 1
         is_due = progress.is_due(num_added)
         for lane in range(num_lanes):
             if not is_due and all(step.lane != lane for step in under_way):

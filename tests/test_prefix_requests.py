@@ -14,7 +14,7 @@ from bench.prefix_requests import SHAPE, run_engine, run_scheduler
 def test_steps(num_workers: int, num_lanes: int) -> None:
     told = run_scheduler(400, num_workers=num_workers, num_lanes=num_lanes, seed=num_lanes)
     assert told["checks"] == 20 and told["share_found"] > 0.1
-    assert told["preempted"] > 10 and told["aborted"] > 3
+    assert told["preempted"] > 10 and told["aborted"] > 3 and bool(told["lost_workers"]) == (num_workers > 1)
 
 
 def test_engine(tmp_path: Path) -> None:
