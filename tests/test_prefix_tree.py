@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from cpu_attention.kvstore import KVStore
-from fastdecode.scheduling.prefix_tree import Fork, Found, PrefixTree, Tokens
+from fastdecode.scheduling.chains import Tokens
+from fastdecode.scheduling.prefix_tree import Fork, Found, PrefixTree
 
 MOST = 400  # tokens that a sequence may come to hold
 LEAST = 16  # tokens that are worth a fork

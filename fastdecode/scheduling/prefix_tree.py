@@ -22,57 +22,11 @@ from __future__ import annotations
 
 from collections import Counter, OrderedDict, abc
 from dataclasses import dataclass, field
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
-import numpy as np
+from fastdecode.scheduling.chains import TOKEN_BYTES, Block, Root, Tokens, num_common
 
 _LEAST_TOKENS = 16  # that are worth a fork
-
-
-class Block:
-    """KV of some tokens after those of its parents; with fewer tokens than a block holds it is the end of a chain."""
-
-    __slots__ = ("by_first", "children", "held_by", "is_end", "key", "parent", "payer", "users")
-
-    def __init__(self, parent: Block | None, key: bytes) -> None:
-        self.parent, self.key = parent, key
-        self.children: dict[bytes, Block] = {}
-        # In the order they came; dictionaries, for sets have none.
-        self.by_first: dict[bytes, dict[Block, None]] = {}  # the children again, by their first token
-        self.users: dict[int, None] = {}
-        self.held_by: dict[int, None] = {}
-        self.payer: int | None = None  # of the users, the one whose demand it is part of
-        self.is_end = False  # of an ended sequence that is kept; of one, or there might be more of them than blocks
-
-
-_TOKEN = np.dtype(np.int32)
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """Of a sequence, as chains of blocks are compared: by their bytes."""
-
-    blocks: tuple[bytes, ...]  # full ones
-    rest: bytes  # what comes after them; may be nothing
-
-    @classmethod
-    def of(cls, token_ids: abc.Sequence[int], block_tokens: int) -> Self:
-        chain, size = np.array(token_ids, _TOKEN).tobytes(), block_tokens * _TOKEN.itemsize
-        num_full = len(token_ids) // block_tokens * size
-        return cls(tuple(chain[at : at + size] for at in range(0, num_full, size)), chain[num_full:])
-
-    def block(self, index: int) -> bytes:
-        return self.blocks[index] if index < len(self.blocks) else self.rest
-
-
-class _Root(Block):
-    """Of all chains that may share."""
-
-    __slots__ = ("scope",)
-
-    def __init__(self, scope: str | None) -> None:
-        super().__init__(None, b"")
-        self.scope = scope
 
 
 @dataclass(frozen=True)
@@ -121,7 +75,7 @@ class _Member:
     def num_tokens(self) -> int:
         """Of path and tail: those of the path are full."""
         num_bytes = len(self.path) * len(self.path[0].key) if self.path else 0
-        return (num_bytes + (len(self.tail.key) if self.tail else 0)) // _TOKEN.itemsize
+        return (num_bytes + (len(self.tail.key) if self.tail else 0)) // TOKEN_BYTES
 
     @property
     def blocks(self) -> list[Block]:
@@ -131,7 +85,7 @@ class _Member:
 class PrefixTree:
     def __init__(self, block_tokens: int) -> None:
         self._block_tokens = block_tokens
-        self._roots: dict[str | None, _Root] = {}  # by scope: whoever has another one shares nothing
+        self._roots: dict[str | None, Root] = {}  # by scope: whoever has another one shares nothing
         self._running: dict[int, _Member] = {}
         self._kept: dict[int, _Member] = {}
         self._leaves: OrderedDict[Block, None] = OrderedDict()  # that can be given up, the next one first
@@ -158,9 +112,9 @@ class PrefixTree:
             path.append(child)
             block = child
         begin = len(path) * self._block_tokens
-        rest = tokens.block(len(path))[: (most_tokens - begin) * _TOKEN.itemsize]
-        source = next(reversed(block.by_first.get(rest[: _TOKEN.itemsize], {})), None)
-        copied = _num_common(source.key, rest) if source and self._is_due(source, priority) else 0
+        rest = tokens.block(len(path))[: (most_tokens - begin) * TOKEN_BYTES]
+        source = next(reversed(block.by_first.get(rest[:TOKEN_BYTES], {})), None)
+        copied = num_common(source.key, rest) if source and self._is_due(source, priority) else 0
         if begin + copied < _LEAST_TOKENS:
             return Found()
         return self._found(path, source if copied else None, copied, begin + copied)
@@ -320,6 +274,10 @@ class PrefixTree:
         return gone
 
     @property
+    def keeps_something(self) -> bool:
+        return bool(self._kept)
+
+    @property
     def kept(self) -> list[int]:
         """Sequences that have ended and stay."""
         return list(self._kept)
@@ -357,7 +315,7 @@ class PrefixTree:
             assert ends.count(block) == block.is_end, "no two kept ones end alike"
             assert sorted(block.users) == sorted(users[block]) and sorted(block.held_by) == sorted(holders[block])
             assert block.users or block.held_by, "a block that nobody has is gone"
-            is_full = len(block.key) == self._block_tokens * _TOKEN.itemsize
+            is_full = len(block.key) == self._block_tokens * TOKEN_BYTES
             assert is_full or not block.children
             assert block.payer in block.users if block.users and is_full else block.payer is None
             is_leaf = not block.users and not block.children
@@ -375,7 +333,7 @@ class PrefixTree:
         if member.path:
             block = member.path[-1]
         else:
-            block = self._roots.setdefault(member.scope, _Root(member.scope))
+            block = self._roots.setdefault(member.scope, Root(member.scope))
         for key in tokens.blocks[len(member.path) :]:
             if key in block.children:
                 member.is_whole = False
@@ -448,7 +406,7 @@ class PrefixTree:
 
     def _add(self, parent: Block, key: bytes) -> Block:
         child = parent.children[key] = Block(parent, key)
-        parent.by_first.setdefault(key[: _TOKEN.itemsize], {})[child] = None
+        parent.by_first.setdefault(key[:TOKEN_BYTES], {})[child] = None
         self._leaves.pop(parent, None)
         return child
 
@@ -458,7 +416,7 @@ class PrefixTree:
         assert parent is not None and not block.children
         block.users, block.held_by = {}, {}
         del parent.children[block.key]
-        alike = parent.by_first[first := block.key[: _TOKEN.itemsize]]
+        alike = parent.by_first[first := block.key[:TOKEN_BYTES]]
         del alike[block]
         if not alike:
             del parent.by_first[first]
@@ -467,7 +425,7 @@ class PrefixTree:
 
     def _see(self, block: Block, *, is_oldest: bool = False) -> None:
         """Whether it can be given up now.  is_oldest: as the next one."""
-        if isinstance(block, _Root):
+        if isinstance(block, Root):
             if not block.children:
                 del self._roots[block.scope]
         elif block.held_by and not block.users and not block.children and block not in self._pinned:
@@ -476,10 +434,3 @@ class PrefixTree:
                 self._leaves.move_to_end(block, last=not is_oldest)
         else:
             self._leaves.pop(block, None)
-
-
-def _num_common(a: bytes, b: bytes) -> int:
-    """How many tokens both begin with."""
-    most = min(len(a), len(b)) // _TOKEN.itemsize
-    differ = np.frombuffer(a, _TOKEN, most) != np.frombuffer(b, _TOKEN, most)
-    return int(differ.argmax()) if differ.any() else most

@@ -19,8 +19,9 @@ from __future__ import annotations
 from collections import abc
 from dataclasses import dataclass
 
+from fastdecode.scheduling.chains import Tokens
 from fastdecode.scheduling.plan import Forking
-from fastdecode.scheduling.prefix_tree import Change, Found, PrefixTree, Tokens
+from fastdecode.scheduling.prefix_tree import Change, Found, PrefixTree
 from fastdecode.scheduling.request import Sequence
 
 SHARING = ("prompts", "samples", "nothing")
@@ -112,7 +113,7 @@ class Prefixes:
 
     @property
     def keeps_something(self) -> bool:
-        return any(tree.kept for tree in self._trees.values())
+        return any(tree.keeps_something for tree in self._trees.values())
 
     def kept(self, worker: int) -> set[int]:
         """Ended sequences that are there still; of some of them all is given up, and nobody told."""

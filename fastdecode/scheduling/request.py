@@ -113,7 +113,7 @@ class Sequence:
         self.num_prefilled, self.is_remote, self.is_known = num_tokens, num_tokens > 0, True
 
     def preempt(self) -> None:
-        """Back to waiting; its KV is gone."""
+        """Back to waiting.  Its KV is gone, or stays as that of one that has ended does."""
         assert self.r_worker is not None and not self.finish_reason
         self.r_worker, self.num_prefilled, self.is_known = None, 0, False
         self.num_preemptions += 1
