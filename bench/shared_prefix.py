@@ -169,7 +169,8 @@ def main() -> None:
                     engine.close()
     if args.json:
         machine = {"processor": cpu_name(), "cores": len(available_cores())}
-        record = {"fastdecode": __version__, "machine": machine, "arguments": vars(args), "results": rows}
+        asked = {name: value for name, value in vars(args).items() if name not in ("vllm_python", "json")}
+        record = {"fastdecode": __version__, "machine": machine, "arguments": asked, "results": rows}
         Path(args.json).write_text(json.dumps(record, indent=2) + "\n")
 
 
