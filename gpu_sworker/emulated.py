@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import math
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -21,6 +21,7 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from gpu_sworker.errors import UnsupportedModel, foreign_errors
+from gpu_sworker.merging import merge_parts
 from gpu_sworker.model import read_config
 from gpu_sworker.prefill import PromptChunk
 from gpu_sworker.probe import AttentionSpec
@@ -128,6 +129,9 @@ class EmulatedSWorker:
 
     def gather(self, call: AttentionCall) -> HostGathering:
         return self._staging.gather(tuple(call.q.shape), call.q.dtype)
+
+    def merge(self, layer: int, parts: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> torch.Tensor:
+        return merge_parts(self._staging, self.facts.layers[layer], parts)
 
     def sample(self, logits: torch.Tensor, rows: SamplingRows) -> Sampled:
         token_ids = np.full(len(logits), _TOKEN_ID)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import lru_cache, reduce
 
 import torch
 
@@ -44,8 +44,33 @@ def merge(states: Sequence[PartialState]) -> PartialState:
     return PartialState(o.to(states[0].o.dtype), total)
 
 
+def merge_rows(parts: Sequence[tuple[torch.Tensor, PartialState]]) -> PartialState:
+    """Of rows that each part has some of: which ones, and their state there.  Every row is in some part."""
+    num_rows = 1 + max(int(rows[-1]) for rows, _ in parts)
+    if all(len(rows) == num_rows for rows, _ in parts):
+        return merge([state for _, state in parts])
+    first = parts[0][1]
+    o = first.o.new_zeros((num_rows, *first.o.shape[1:]))
+    lse = first.lse.new_full((num_rows, first.lse.shape[1]), -torch.inf)
+    for rows, state in parts:
+        merged = merge([PartialState(o[rows], lse[rows]), state])
+        o[rows], lse[rows] = merged.o, merged.lse
+    return PartialState(o, lse)
+
+
 def with_sinks(state: PartialState, sinks: torch.Tensor) -> PartialState:
     """sinks: [num_q_heads], logits that take weight but have no value."""
     total = torch.logaddexp(state.lse, sinks.to(state.lse))
     o = state.o * torch.exp(state.lse - total).unsqueeze(2)
     return PartialState(o.to(state.o.dtype), total)
+
+
+def finished(state: PartialState, sinks: tuple[float, ...] | None) -> torch.Tensor:
+    """o of a state that nothing more is merged with.  sinks: [num_q_heads]"""
+    return state.o if sinks is None else with_sinks(state, _on_device(sinks, state.o.device)).o
+
+
+@lru_cache(maxsize=1024)
+def _on_device(sinks: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    """Copied once, not with every chunk and layer."""
+    return torch.tensor(sinks, device=device)

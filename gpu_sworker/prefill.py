@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +22,7 @@ import torch.nn.functional as F
 from gpu_sworker.device_attention import attend_tokens
 from gpu_sworker.device_kv import DeviceKV, DeviceRows
 from gpu_sworker.errors import DeviceKVMisused
-from gpu_sworker.partial_state import PartialState, with_sinks
+from gpu_sworker.partial_state import finished
 from gpu_sworker.probe import AttentionSpec
 
 
@@ -91,7 +90,7 @@ class PromptKV:
             del self._rows[chunk.seq_id][chunk.start]
             if chunk.end == chunk.prompt_tokens:
                 self.forget([chunk.seq_id])
-        return _finished(state, spec)
+        return finished(state, spec.sinks)
 
     def forget(self, seq_ids: Iterable[int]) -> None:
         """Drops prompts that will not be finished; others than those kept are ignored."""
@@ -130,7 +129,7 @@ def prompt_attention(
     """Causal attention of the last tokens of a prompt, or of all of them.  # like q"""
     is_windowed = spec.window is not None and spec.window < len(k)
     if len(q) < len(k) or is_windowed or spec.softcap is not None or spec.sinks is not None:
-        return _finished(attend_tokens(q, k, v, spec), spec)
+        return finished(attend_tokens(q, k, v, spec), spec.sinks)
     out = F.scaled_dot_product_attention(
         q.transpose(0, 1)[None],
         k.transpose(0, 1)[None],
@@ -140,13 +139,3 @@ def prompt_attention(
         enable_gqa=spec.num_q_heads != spec.num_kv_heads,
     )
     return out[0].transpose(0, 1)
-
-
-def _finished(state: PartialState, spec: AttentionSpec) -> torch.Tensor:
-    return state.o if spec.sinks is None else with_sinks(state, _on_device(spec.sinks, state.o.device)).o
-
-
-@lru_cache(maxsize=1024)
-def _on_device(sinks: tuple[float, ...], device: torch.device) -> torch.Tensor:
-    """Copied once, not with every chunk and layer."""
-    return torch.tensor(sinks, device=device)

@@ -41,6 +41,9 @@ class Staging(Protocol):
 
     def to_host(self, tensors: Sequence[torch.Tensor]) -> Transfer: ...
 
+    def to_device(self, array: np.ndarray) -> torch.Tensor:
+        """A copy of a small array, in float32."""
+
     def gather(self, shape: tuple[int, ...], dtype: torch.dtype) -> Gathering: ...
 
 
@@ -50,10 +53,10 @@ class Gathering(Protocol):
     def put(self, rows: slice, o: np.ndarray) -> None:
         """Of R-workers, as it arrives.  Its memory is held for as long as the model may read it, or not at all."""
 
-    def finish(self, others: Iterable[tuple[slice, torch.Tensor]]) -> torch.Tensor:
+    def finish(self, others: Iterable[tuple[slice | np.ndarray, torch.Tensor]]) -> torch.Tensor:
         """o of all rows, for reading.  # [T, num_q_heads, head_dim]
 
-        others: rows that were made on the device, which come after all that was put.
+        others: rows that were made on the device; what was put has room for them.
         """
 
 
@@ -84,6 +87,11 @@ class HostStaging:
     def to_host(self, tensors: Sequence[torch.Tensor]) -> Arrived:
         return Arrived([_array(tensor.detach().contiguous()) for tensor in tensors])
 
+    def to_device(self, array: np.ndarray) -> torch.Tensor:
+        tensor = torch.empty(array.shape, dtype=torch.float32)
+        _copy(array, tensor)
+        return tensor
+
     def gather(self, shape: tuple[int, ...], dtype: torch.dtype) -> HostGathering:
         return HostGathering(shape, dtype)
 
@@ -94,16 +102,17 @@ class HostGathering:
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         self._shape, self._dtype = shape, dtype
         self._all: torch.Tensor | None = None
-        self._end = 0  # rows that are there: the first ones
+        self._end = 0  # of the rows that are there
 
     def put(self, rows: slice, o: np.ndarray) -> None:
+        assert rows.start >= self._end, "rows come in order"
         # A tensor of memory that is not to be written would be one that torch lets everybody write to.
         if o.flags.writeable:
             self._put(rows, _tensor(o))
         else:
             _copy(o, self._place(rows))
 
-    def finish(self, others: Iterable[tuple[slice, torch.Tensor]]) -> torch.Tensor:
+    def finish(self, others: Iterable[tuple[slice | np.ndarray, torch.Tensor]]) -> torch.Tensor:
         for rows, o in others:
             self._put(rows, o)
         if self._all is None or self._end < self._shape[0]:
@@ -111,17 +120,18 @@ class HostGathering:
         assert self._all is not None
         return self._all
 
-    def _put(self, rows: slice, o: torch.Tensor) -> None:
+    def _put(self, rows: slice | np.ndarray, o: torch.Tensor) -> None:
         if len(o) == self._shape[0] and o.dtype == self._dtype and o.is_contiguous():
             self._all, self._end = o, len(o)
-        else:
+        elif isinstance(rows, slice):
             self._place(rows).copy_(o)
+        else:
+            self._place(slice(int(rows[0]), int(rows[-1]) + 1))[torch.from_numpy(rows - rows[0])] = o.to(self._dtype)
 
     def _place(self, rows: slice) -> torch.Tensor:
-        assert rows.start == self._end, "rows come in order, so that those which nobody puts are the last ones"
         if self._all is None:
             self._all = torch.empty(self._shape, dtype=self._dtype)
-        self._end = rows.stop
+        self._end = max(self._end, rows.stop)
         return self._all[rows]
 
 
@@ -151,6 +161,11 @@ class CudaStaging:
             copied.record(self._out)
         return _CudaTransfer(pinned, self._began, computed, copied)
 
+    def to_device(self, array: np.ndarray) -> torch.Tensor:
+        pinned = torch.empty(array.shape, dtype=torch.float32, pin_memory=True)
+        _copy(array, pinned)
+        return pinned.to(self._device, non_blocking=True)
+
     def gather(self, shape: tuple[int, ...], dtype: torch.dtype) -> CudaGathering:
         return CudaGathering(shape, dtype, self._device, self._in)
 
@@ -164,7 +179,7 @@ class CudaGathering:
         self._device, self._in = device, incoming
         with torch.cuda.stream(incoming):
             self._all = torch.empty(shape, dtype=dtype, device=device)
-        self._end = 0  # rows that are there, or on their way: the first ones
+        self._end = 0  # of the rows that are there, or on their way
 
     def put(self, rows: slice, o: np.ndarray) -> None:
         with torch.cuda.stream(self._in):
@@ -173,13 +188,17 @@ class CudaGathering:
             self._all[rows].copy_(pinned, non_blocking=True)
         self._end = rows.stop
 
-    def finish(self, others: Iterable[tuple[slice, torch.Tensor]]) -> torch.Tensor:
+    def finish(self, others: Iterable[tuple[slice | np.ndarray, torch.Tensor]]) -> torch.Tensor:
         compute = torch.cuda.current_stream(self._device)
         compute.wait_stream(self._in)
         self._all.record_stream(compute)
         for rows, o in others:
-            self._all[rows].copy_(o)
-            self._end = rows.stop
+            if isinstance(rows, slice):
+                self._all[rows].copy_(o)
+                self._end = max(self._end, rows.stop)
+            else:
+                self._all[torch.from_numpy(rows).to(self._device)] = o.to(self._all.dtype)
+                self._end = max(self._end, int(rows[-1]) + 1)
         self._all[self._end :].zero_()
         return self._all
 

@@ -7,7 +7,7 @@ within a budget.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from gpu_sworker.device_kv import DeviceKV, token_bytes
 from gpu_sworker.errors import UnsupportedModel, foreign_errors
 from gpu_sworker.linear import pack_linears, padded_rows
 from gpu_sworker.memory import free_bytes
+from gpu_sworker.merging import merge_parts
 from gpu_sworker.model import choose_device, choose_dtype, eos_token_ids, load, read_config
 from gpu_sworker.prefill import PromptChunk, PromptKV
 from gpu_sworker.probe import (
@@ -209,6 +210,13 @@ class SWorker:
         """Where o of the call just staged is put together."""
         num_tokens, *others = call.q.shape
         return self._staging.gather((num_tokens + call.num_padding, *others), self.dtype)
+
+    def merge(self, layer: int, parts: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> torch.Tensor:
+        """o of rows whose keys lie in parts, from which of the rows a part has, their o there, and its lse.
+
+        # [num_rows, num_q_heads, head_dim]
+        """
+        return merge_parts(self._staging, self.facts.layers[layer], parts).to(self.dtype)
 
     def sample(self, logits: torch.Tensor, rows: SamplingRows) -> Sampled:
         """The next token of each row.  logits: [num_samples, vocab]"""

@@ -64,7 +64,7 @@ def test_missing_tokenizer(llama: Case) -> None:
             {"kv_cache_memory": "100KiB", "max_model_len": 500},
             "too small for one sequence of max_model_len = 500 tokens: 499 tokens of KV x 768 bytes, "
             "in blocks of 64 = 384.0 KiB"
-            ".*largest R-worker holds 128 tokens.*raise kv_cache_memory or lower max_model_len",
+            ".*R-workers hold 128 tokens.*in all; raise kv_cache_memory or lower max_model_len",
         ),
     ],
 )

@@ -206,7 +206,11 @@ def test_what_fits_nowhere_any_more_says_so(llama: Case, monkeypatch: pytest.Mon
         if len(prompt) + 31 <= 64:
             assert not output.error and output.outputs[0].token_ids == expected
         else:
-            assert output.error and output.error.code == "worker_lost" and "no other has room" in output.error.message
+            assert (
+                output.error
+                and output.error.code == "worker_lost"
+                and "the others have no room" in output.error.message
+            )
 
 
 def test_interrupted_while_recovering(llama: Case, r_workers: list[RWorker], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -145,7 +145,7 @@ def test_a_barrier_tells_who_did_not_answer_a_step_that_goes_on(rpool: RPool, ch
 def test_prompts_that_attend_on_r_workers_come_before_those_that_do_not(rpool: RPool, channels: list[Any]) -> None:
     prompts = [Segment(i, 2 - i, 0, (1, 2), 9, is_remote=i != 1) for i in range(3)]
     ticket = rpool.begin(Step.of([*prompts, Segment(9, 1, 4, (9,), 0)]))
-    assert ticket.num_queries == 5 and [(s.worker, s.rows, s.is_queried) for s in ticket.shares] == [
-        (1, slice(0, 1), True), (0, slice(1, 3), True), (2, slice(3, 5), True), (1, slice(5, 7), False)
+    assert ticket.num_queries == 5 and [(s.worker, s.tokens, s.num_queries) for s in ticket.shares] == [
+        (1, slice(0, 1), 1), (0, slice(1, 3), 2), (2, slice(3, 5), 2), (1, slice(5, 7), 0)
     ]  # fmt: skip
     assert [m.num_queries.tolist() for channel in channels for m in channel.sent] == [[2], [1], [0], [2]]

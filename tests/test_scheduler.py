@@ -17,6 +17,7 @@ from fastdecode.errors import RequestError
 from fastdecode.scheduling.config import SchedulerConfig
 from fastdecode.scheduling.kv_credits import KV_POLICIES
 from fastdecode.scheduling.load_control import START_POLICIES
+from fastdecode.scheduling.parts import reached
 from fastdecode.scheduling.plan import Forking, Segment, Step
 from fastdecode.scheduling.predictor import Learned, MaxTokens, NoisyOracle, Oracle, Predictor
 from fastdecode.scheduling.prefixes import SHARING
@@ -161,7 +162,7 @@ class World:
                 self._release(worker, seq_id)
         for worker, cut in step.cut.items():
             for seq_id, num_tokens in cut.items():
-                assert self.sequences[seq_id].r_worker != worker or seq_id in step.seq_ids, "it runs"
+                assert not self.sequences[seq_id].is_on(worker) or seq_id in step.seq_ids, "it runs"
                 if num_tokens:
                     self.stores[worker].truncate(seq_id, num_tokens)
                     self.stored[worker, seq_id] = self.stored[worker, seq_id][:num_tokens]
@@ -174,7 +175,7 @@ class World:
             self._fork(forking)
         admitted = {seq_id: self.sequences[seq_id].num_preemptions for seq_id in step.seq_ids}
         for segment in segments:
-            self._store(segment)
+            self._store(segment, step)
             if segment.is_prompt:
                 first = self.is_remote.setdefault((segment.seq_id, admitted[segment.seq_id]), segment.is_remote)
                 assert first == segment.is_remote, "a prompt attends in one place"
@@ -214,13 +215,17 @@ class World:
             assert len(self.steps) < 20_000, "it does not come to an end"
         assert not self.scheduler.has_work and not self.running
 
-    def _store(self, segment: Segment) -> None:
+    def _store(self, segment: Segment, step: Step) -> None:
         sequence, where = self.sequences[segment.seq_id], (segment.r_worker, segment.seq_id)
-        assert segment.r_worker == sequence.r_worker
-        assert len(self.stored[where]) == segment.start, "positions follow one another, on one R-worker"
+        parts = step.parts.get(segment.seq_id, reached(sequence.parts, segment.end))
+        assert (segment.seq_id in step.parts) == segment.is_in_parts
+        assert parts[-1] == (segment.r_worker, segment.part_start)
+        assert len(parts) == 1 or segment.is_in_parts or not segment.is_remote, "it attends to all parts"
+        assert len(self.stored[where]) == segment.start - segment.part_start, "positions follow one another"
         assert segment.token_ids == sequence.token_ids[segment.start : segment.end]
         self.stored[where] += segment.token_ids
-        assert self.stored[where] == sequence.token_ids[: segment.end]
+        there = tuple(token for part in parts for token in self.stored[part.r_worker, segment.seq_id])
+        assert there == sequence.token_ids[: segment.end]
         self.stores[segment.r_worker].extend({segment.seq_id: segment.num_tokens})  # raises if there is no block
 
     def _release(self, worker: int, seq_id: int) -> None:
@@ -230,7 +235,11 @@ class World:
     @property
     def running(self) -> dict[int, tuple[int, ...]]:
         """Tokens whose KV R-workers have, but for sequences that have ended."""
-        return {i: tokens for (worker, i), tokens in self.stored.items() if self.sequences[i].r_worker == worker}
+        found: dict[int, tuple[int, ...]] = {}
+        for (worker, i), tokens in self.stored.items():
+            if self.sequences[i].is_on(worker):
+                found[i] = found.get(i, ()) + tokens
+        return found
 
     @property
     def num_preempted(self) -> int:
@@ -276,7 +285,8 @@ PREDICTORS = {
     max_num_seqs=st.integers(1, 9),
     budget=st.integers(1, 60),
     lanes=st.integers(1, 4),
-    capacity=st.lists(st.integers(13, 40), min_size=1, max_size=3).map(tuple),
+    capacity=st.lists(st.integers(4, 40), min_size=1, max_size=3).map(tuple).filter(lambda blocks: sum(blocks) >= 13),
+    min_part=st.sampled_from([None, 1, 7, 20]),
     predictor=st.sampled_from(sorted(PREDICTORS)),
     kv_policy=st.sampled_from(KV_POLICIES),
     start_policy=st.sampled_from(START_POLICIES),
@@ -299,6 +309,7 @@ def test_whatever_comes(
     budget: int,
     lanes: int,
     capacity: tuple[int, ...],
+    min_part: int | None,
     predictor: str,
     kv_policy: str,
     start_policy: str,
@@ -330,6 +341,7 @@ def test_whatever_comes(
         length_quantile=quantile,
         order=order,
         order_window=window,
+        min_part_tokens=min_part,
         split_fuse=split_fuse,
         restart_tokens=restart,
         max_scored_rows=scored_rows,
@@ -550,9 +562,9 @@ def test_end_of_sequence_frees_at_once() -> None:
 
 def test_what_never_fits_is_refused_with_the_arithmetic() -> None:
     scheduler = create_scheduler(capacity_blocks=(3, 5))
-    scheduler.add(a_sequence(0, prompt=16, output=5))  # 20 tokens of KV = 5 blocks
-    with pytest.raises(RequestError, match="21 tokens of KV = 6 blocks of 4; the largest R-worker has 5") as info:
-        scheduler.add(a_sequence(1, prompt=16, output=6))
+    scheduler.add(a_sequence(0, prompt=16, output=17))  # 32 tokens of KV = 8 blocks
+    with pytest.raises(RequestError, match="33 tokens of KV = 9 blocks of 4; the R-workers have 8 in all") as info:
+        scheduler.add(a_sequence(1, prompt=16, output=18))
     assert info.value.code == "kv_budget_exceeded"
 
 

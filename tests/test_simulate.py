@@ -218,7 +218,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["--max-tokens", "-3"], "--max-tokens must be 1 or more"),
         (["--output-tokens", "normal:nan:1:200"], "lengths"),
         (["--arrivals", "poisson:1e-320"], "arrivals"),
-        (["--kv-tokens", "64"], "no request fits"),
+        (["--kv-tokens", "16"], "no request fits"),
         (["--calibration", "nothing.json"], "no calibration"),
         (["--accuracy", "2"], "shares"),
     ],

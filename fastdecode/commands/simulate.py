@@ -148,7 +148,7 @@ def _simulate(args: argparse.Namespace, start_policy: str, cost: Cost) -> Simula
         )
     print(f"{start_policy}: simulated in {time.monotonic() - began:.1f} s", file=sys.stderr)
     if all(one.refused for one in simulation.served):
-        raise ConfigError("no request fits: prompt + output is more than an R-worker holds; raise --kv-tokens")
+        raise ConfigError("no request fits: prompt + output is more than the R-workers hold; raise --kv-tokens")
     return simulation
 
 

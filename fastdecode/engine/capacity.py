@@ -62,29 +62,27 @@ def prompt_kv_bytes(config: EngineConfig) -> int | None:
 
 
 def max_model_len(config: EngineConfig, facts: ModelFacts, layout: KVLayout, welcomes: Sequence[Welcome]) -> int:
-    """The longest sequence that the model knows positions for and that one R-worker can hold.
+    """The longest sequence that the model knows positions for and that the R-workers can hold, in parts if need be.
 
     Its last token is sampled and never stored, so it may be one longer than the KV.  Raises ConfigError.
     """
-    largest = max(welcome.num_blocks * welcome.block_tokens for welcome in welcomes)
+    total = sum(welcome.num_blocks * welcome.block_tokens for welcome in welcomes)
     asked, known = config.max_model_len, facts.max_positions
     if asked is not None and known is not None and asked > known:
         raise ConfigError(
             f"max_model_len is {asked}, but the model has positions for {known} tokens only: {facts.positions_reason}"
         )
-    if asked is not None and asked > largest + 1:
+    if asked is not None and asked > total + 1:
         needed = layout.num_blocks(asked - 1) * layout.block_bytes
         raise ConfigError(
             f"the KV budget is too small for one sequence of max_model_len = {asked} tokens: {asked - 1} tokens of KV "
             f"x {layout.token_bytes} bytes, in blocks of {layout.block_tokens} = {format_bytes(needed)} ({needed} "
-            f"bytes), but the largest R-worker holds {largest} tokens ({largest * layout.token_bytes} bytes); raise "
+            f"bytes), but the R-workers hold {total} tokens ({total * layout.token_bytes} bytes) in all; raise "
             "kv_cache_memory or lower max_model_len"
         )
-    limit = min(filter(None, (asked, known, largest + 1)))
+    limit = min(filter(None, (asked, known, total + 1)))
     if asked is None and known is not None and limit < known:
-        logger.warning(
-            "max_model_len is %d: the KV budget of one R-worker ends there, the model goes to %d", limit, known
-        )
+        logger.warning("max_model_len is %d: the R-workers' KV budget ends there, the model goes to %d", limit, known)
     return limit
 
 
@@ -107,6 +105,7 @@ def make_scheduler(
             length_quantile=config.length_quantile,
             order=config.order or "fcfs",
             order_window=config.order_window,
+            min_part_tokens=config.min_part_tokens,
             restart_tokens=facts.restart_tokens,
             sharing=_sharing(config, facts),
             prompt_kv_blocks=prompt_kv.num_blocks,
@@ -162,9 +161,10 @@ def describe_places(
                 "%s was started with less KV than kv_cache_memory = %s: it gives %s",
                 name, format_bytes(asked_bytes), format_bytes(num_bytes),
             )  # fmt: skip
+        whole = welcome.num_blocks // blocks_each
         lines.append(
             f"{name} on {welcome.host}, process {welcome.pid}: {format_bytes(num_bytes)} of {layout.dtype} KV = "
-            f"{welcome.num_blocks * welcome.block_tokens} tokens = {welcome.num_blocks // blocks_each} sequences of "
+            f"{welcome.num_blocks * welcome.block_tokens} tokens = {f'{whole} sequences' if whole else 'a part'} of "
             f"{max_model_len} tokens, {welcome.num_threads} threads"
         )
     return lines

@@ -74,6 +74,9 @@ class EngineConfig:
         ``prefix``: first come, and behind it those that begin like it. None: ``prefix`` for prompts that are there
         together, in `LLM` and batch files; ``fcfs`` for a server.
     order_window: how many of them are looked at so at a time; all of them start before others do.
+    min_part_tokens: a sequence whose KV comes to twice as much is divided among R-workers, by ranges of its tokens of
+        at least so many, if one that had it whole would have more to read than the others. One that fits on no
+        R-worker is divided in any case.
     max_num_waiting: sequences that the engine queues; None: any number.
     step_log: a file to write a JSON line to for every step: its time, its tokens, the KV of every R-worker.
     trace: a file to write a timeline to when the engine closes, for ui.perfetto.dev or chrome://tracing: what S- and
@@ -112,6 +115,7 @@ class EngineConfig:
     length_quantile: float = 0.95
     order: str | None = None
     order_window: int = 64
+    min_part_tokens: int = 8192
     max_num_waiting: int | None = None
     step_log: str | None = None
     trace: str | None = None
@@ -157,6 +161,7 @@ class EngineConfig:
             ("block_tokens", LANES, 4096),
             ("start_interval", 1, 1 << 20),
             ("order_window", 1, 1 << 20),
+            ("min_part_tokens", 1, 1 << 31),
             ("seed", -(2**63), 2**64 - 1),
         ):
             _in_range(name, getattr(self, name), low, high)

@@ -168,14 +168,20 @@ class Pipeline:
         """o of all rows, each R-worker's put into its place as it comes.  # [T, num_q_heads, head_dim]"""
         assert flight.call and flight.of_prompts is not None
         gathering, where = self._sworker.gather(flight.call), (flight.lane, flight.call.layer)
+        parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
 
         def put(rows: slice, o: np.ndarray) -> None:
             with self._timeline.span("stage", *where):
                 gathering.put(rows, o)
 
-        self._rpool.collect(flight.ticket, put)
+        self._rpool.collect(flight.ticket, put, lambda *part: parts.append(part))
+        made: list[tuple[slice | np.ndarray, torch.Tensor]] = []
+        if parts:
+            with self._timeline.span("merge", *where):
+                made.append((flight.ticket.rows_in_parts, self._sworker.merge(flight.call.layer, parts)))
+        made += [(prompt.rows, o) for prompt, o in zip(flight.prompts, flight.of_prompts, strict=True)]
         with self._timeline.span("stage", *where):
-            return gathering.finish((p.rows, o) for p, o in zip(flight.prompts, flight.of_prompts, strict=True))
+            return gathering.finish(made)
 
     def _await(self, computing: _Flight, attending: _Flight | None) -> None:
         """Until the device is done with the one, or the R-workers are with the other."""

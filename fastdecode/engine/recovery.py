@@ -137,7 +137,7 @@ class Recovery:
 
 
 def _no_room(sequence: Sequence, loss: RWorkerError) -> Failure:
-    why = f"{loss}; no other has room for {sequence.max_kv_tokens} tokens of KV"
+    why = f"{loss}; the others have no room for {sequence.max_kv_tokens} tokens of KV"
     return Failure(sequence, RequestError("worker_lost", why))
 
 

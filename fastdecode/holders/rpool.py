@@ -4,7 +4,8 @@
 
 Steps of several lanes may be between submit and collect; they are collected in the order they were submitted, because
 an R-worker answers in the order it was asked.  Rows of prompts are written behind: nothing comes back for them but a
-word at the end of the last layer.  Who they are, and who is lost or comes back, is in `connections`.
+word at the end of the last layer.  Of a sequence that lies in parts each R-worker answers with a partial state.  Who
+they are, and who is lost or comes back, is in `connections`.
 """
 
 from __future__ import annotations
@@ -14,9 +15,11 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
+from typing import Self
 
 import numpy as np
 
+from fastdecode.holders import split_rows
 from fastdecode.holders.connections import Connections
 from fastdecode.holders.rejoin import RWorkerHandle
 from fastdecode.observe.timeline import S_WORKER, NoTimeline, Timeline
@@ -24,22 +27,25 @@ from fastdecode.scheduling.plan import Admission, Forking, Step
 from transport import Admit, Attend, Attended, Fork, Message, Ping, Pong, Release, Rewind, Rows
 
 _NO_TIMELINE = NoTimeline()
-_KINDS = 3  # of rows that one R-worker has of a step: decodes, prompts that attend there, prompts that do not
+# Of rows that one R-worker has of a step: decodes, prompts that attend there, prompts that do not, and of both of the
+# former those of sequences that lie in parts.
+_DECODES, _REMOTE, _WRITTEN, _IN_PARTS = _KINDS = range(4)
 
 
 @dataclass(frozen=True, eq=False)
 class _Share:
-    """Rows of a step that go to one R-worker, and attend there (decodes, some prompts) or do not (other prompts)."""
+    """Rows of a step that go to one R-worker: are stored there, attend there, or both."""
 
     worker: int
     micro_batch: int  # as the R-worker knows them
-    rows: slice
-    is_queried: bool
+    tokens: split_rows.Rows  # of k and v
+    queries: split_rows.Rows  # of q and o
+    num_queries: int
+    in_parts: np.ndarray | None = None  # [num_queries] which of the rows in parts these are; None: none of them
 
-    @property
-    def queries(self) -> slice:
-        """Rows of q and o."""
-        return self.rows if self.is_queried else slice(0, 0)
+    @classmethod
+    def of(cls, worker: int, micro_batch: int, rows: slice, *, is_queried: bool) -> Self:
+        return cls(worker, micro_batch, rows, *((rows, rows.stop - rows.start) if is_queried else (slice(0, 0), 0)))
 
 
 @dataclass(eq=False)
@@ -50,6 +56,7 @@ class Ticket:
     lane: int
     shares: tuple[_Share, ...]
     num_queries: int  # rows that attend on R-workers: the first ones
+    rows_in_parts: split_rows.Rows  # of them, those whose o is to be merged
     layer: int = -1  # the one submitted last
     submitted_ns: int = 0  # when
     due: deque[_Share] = field(default_factory=deque)  # that are to answer it, in order
@@ -109,30 +116,57 @@ class RPool(Connections):
         shares: list[_Share] = []
         decodes = step.decodes
         for worker in self._alive:
-            begin, end = np.searchsorted(decodes.r_workers, (worker, worker + 1)).tolist()
+            begin, end = np.searchsorted(decodes.r_workers[: decodes.num_whole], (worker, worker + 1)).tolist()
             if begin == end:
                 continue
             rows, ones = slice(begin, end), np.ones(end - begin, np.int32)
-            share = _Share(worker, _KINDS * step.lane, rows, is_queried=True)
+            share = _Share.of(worker, _micro_batch(step, _DECODES), rows, is_queried=True)
             self._tell_rows(step, share, decodes.seq_ids[rows], decodes.positions[rows], ones)
             shares.append(share)
+        in_parts = split_rows.split_rows(step) if step.parts else []
+        rows_in_parts = split_rows.rows_of(in_parts)
+        shares += self._begin_parts(step, in_parts, rows_in_parts)
         row = len(decodes)
-        for kind, prompts in enumerate((step.remote_prompts, step.local_prompts), 1):
-            for worker, own in groupby(prompts, key=lambda segment: segment.r_worker):
-                columns = np.array([(s.seq_id, s.start, s.num_tokens) for s in own], np.int64).T.copy()
+        for kind, prompts in ((_REMOTE, step.remote_prompts), (_WRITTEN, step.local_prompts)):
+            for (worker, are_in_parts), own in groupby(prompts, key=lambda s: (s.r_worker, s.is_in_parts)):
+                columns = np.array([(s.seq_id, s.start - s.part_start, s.num_tokens) for s in own], np.int64).T.copy()
                 rows = slice(row, row + int(columns[2].sum()))
-                share = _Share(worker, _KINDS * step.lane + kind, rows, is_queried=kind == 1)
+                row = rows.stop
+                if are_in_parts:
+                    continue
+                share = _Share.of(worker, _micro_batch(step, kind), rows, is_queried=kind == _REMOTE)
                 self._tell_rows(step, share, columns[0], columns[1], columns[2].astype(np.int32))
                 shares.append(share)
-                row = rows.stop
         assert row == step.num_tokens, "every row has its R-worker"
-        ticket = self._tickets[step.lane] = Ticket(step.number, step.lane, tuple(shares), step.num_queries)
+        ticket = Ticket(step.number, step.lane, tuple(shares), step.num_queries, rows_in_parts)
+        self._tickets[step.lane] = ticket
         return ticket
+
+    def _begin_parts(
+        self, step: Step, in_parts: Sequence[split_rows.SplitRows], all_rows: split_rows.Rows
+    ) -> list[_Share]:
+        """Tells R-workers what they have of sequences in parts."""
+        shares = []
+        for worker in sorted({part.r_worker for part in in_parts}):
+            own = [part for part in in_parts if part.r_worker == worker]
+            tokens, queries = split_rows.rows_of([part for part in own if part.is_last]), split_rows.rows_of(own)
+            places = split_rows.places_among(queries, all_rows)
+            share = _Share(worker, _micro_batch(step, _IN_PARTS), tokens, queries, len(places), places)
+            columns = [(p.seq_id, p.num_stored, p.num_new, len(p.rows), p.query_start) for p in own]
+            seq_ids, *others = np.array(columns, np.int64).T
+            starts, num_tokens, num_queries, query_starts = (column.astype(np.int32) for column in others)
+            rows = Rows(
+                step.number, share.micro_batch, seq_ids.copy(), starts, num_tokens, num_queries, query_starts,
+                is_partial=True,
+            )  # fmt: skip
+            self._send(worker, rows)
+            shares.append(share)
+        return shares
 
     def _tell_rows(
         self, step: Step, share: _Share, seq_ids: np.ndarray, starts: np.ndarray, num_tokens: np.ndarray
     ) -> None:
-        num_queries = num_tokens if share.is_queried else np.zeros_like(num_tokens)
+        num_queries = num_tokens if share.num_queries else np.zeros_like(num_tokens)
         rows = Rows(step.number, share.micro_batch, seq_ids, starts.astype(np.int32), num_tokens, num_queries)
         self._send(share.worker, rows)
 
@@ -152,12 +186,12 @@ class RPool(Connections):
                 micro_batch=share.micro_batch,
                 layer=ticket.layer,
                 q=q[share.queries],
-                k=k[share.rows],
-                v=v[share.rows],
+                k=k[share.tokens],
+                v=v[share.tokens],
             )
             self._send(share.worker, message)
             self.totals.workers[share.worker].bytes_sent += message.q.nbytes + 2 * message.k.nbytes
-            if share.is_queried or ticket.layer == self._last_layer:
+            if share.num_queries or ticket.layer == self._last_layer:
                 ticket.due.append(share)
 
     def is_answered(self, ticket: Ticket) -> bool:
@@ -167,11 +201,18 @@ class RPool(Connections):
         """
         return all(share in ticket.early or self._workers[share.worker].channel.is_readable() for share in ticket.due)
 
-    def collect(self, ticket: Ticket, put: Callable[[slice, np.ndarray], None]) -> None:
+    def collect(
+        self,
+        ticket: Ticket,
+        put: Callable[[slice, np.ndarray], None],
+        put_part: Callable[[np.ndarray, np.ndarray, np.ndarray], None] | None = None,
+    ) -> None:
         """Waits for the layer submitted last.
 
-        put: is given rows and their o [rows, num_q_heads, head_dim] as they come, in order; together they are
-        `num_queries`.  o lies where it arrived, which is used again once nobody holds the array any more.
+        put: is given rows and their o [rows, num_q_heads, head_dim] as they come, in order.  put_part: which of the
+        rows in parts, their o over the keys that one R-worker has, without sinks, and its lse [rows, num_q_heads].
+        All together are `num_queries`.  o lies where it arrived, which is used again once nobody holds the array any
+        more.
         """
         while ticket.due:
             share = ticket.due[0]
@@ -181,8 +222,12 @@ class RPool(Connections):
                 raise self._failed(share.worker, "answered something else than it was asked")
             ticket.due.popleft()
             self._account(ticket, share, reply, waited_ns)
-            if share.is_queried:
-                put(share.rows, reply.o)
+            if share.in_parts is not None:
+                assert put_part and reply.lse is not None, "it was asked for"
+                put_part(share.in_parts, reply.o, reply.lse)
+            elif share.num_queries:
+                assert isinstance(share.queries, slice)
+                put(share.queries, reply.o)
         if ticket.layer == self._last_layer:
             self.void(ticket)
 
@@ -247,5 +292,10 @@ class RPool(Connections):
 
 
 def _answers(reply: Attended, ticket: Ticket, share: _Share) -> bool:
-    asked = (ticket.step, share.micro_batch, ticket.layer, share.queries.stop - share.queries.start)
-    return (reply.step, reply.micro_batch, reply.layer, len(reply.o)) == asked
+    asked = (ticket.step, share.micro_batch, ticket.layer, share.num_queries, share.in_parts is not None)
+    return (reply.step, reply.micro_batch, reply.layer, len(reply.o), reply.lse is not None) == asked
+
+
+def _micro_batch(step: Step, kind: int) -> int:
+    """A number for one R-worker's rows of that kind."""
+    return len(_KINDS) * step.lane + kind

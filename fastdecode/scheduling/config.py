@@ -22,6 +22,7 @@ class SchedulerConfig:
     length_quantile: float = 0.95
     order: str = "fcfs"
     order_window: int = 64
+    min_part_tokens: int | None = 8192  # of a sequence that is divided though it fits on one R-worker; None: none is
     restart_tokens: int | None = None  # a sequence that grows to so many is computed anew; see ModelFacts
     max_scored_rows: int = 1 << 30  # logits that score tokens of prompts, in a step; they are all there at a time
     prompt_kv_blocks: int = 1 << 40  # on the S-worker, for prompts that come in chunks

@@ -11,6 +11,8 @@
 KV comes in blocks.  Steps ahead are looked at in tokens, with one block less a token for each sequence beside them:
 whatever part of its last block a sequence fills, it holds no more than that.  What fits by reserve-static, which counts
 blocks, fits by reserve-dynamic, too.
+
+A sequence in parts takes on each of their R-workers what it will have there at its end, from its start on.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fastdecode.scheduling.load import Demand, Projection, Shared
+from fastdecode.scheduling.parts import Part, divide, lengths
 from fastdecode.scheduling.request import Sequence
 
 _LOOK_AHEAD = 32  # steps
@@ -36,9 +39,10 @@ class _Account:
     """Of one R-worker."""
 
     capacity: int  # blocks
-    projection: Projection
+    projection: Projection  # of those that lie there whole
     num_sequences: int = 0
     reserved: int = 0  # blocks, at the predicted ends
+    in_parts: int = 0  # of them, those of sequences in parts
     held: int = 0  # blocks, in the step at hand, each once
     tokens: int = 0  # that the blocks held are for
     shared: int = 0  # by how much blocks of all sequences, each counted by itself, are more than those held
@@ -51,7 +55,7 @@ class KVCredits:
         self._policy, self._block_tokens = policy, block_tokens
         self._accounts = [_Account(capacity, Projection()) for capacity in capacity_blocks]
         self._lost_last = 0  # blocks
-        self._demands: dict[int, tuple[int, Demand]] = {}  # seq_id -> R-worker, what it will hold there
+        self._demands: dict[int, tuple[tuple[Part, ...], Demand]] = {}  # seq_id -> where, and what it will hold
 
     @property
     def capacity_tokens(self) -> list[int]:
@@ -59,9 +63,9 @@ class KVCredits:
         return [account.capacity * self._block_tokens for account in self._accounts]
 
     @property
-    def largest(self) -> int:
-        """Blocks of the largest R-worker; if there is none, of the one lost last, which may come back."""
-        return max(account.capacity for account in self._accounts) or self._lost_last
+    def total(self) -> int:
+        """Blocks of all R-workers; if there is none, of the one lost last, which may come back."""
+        return sum(account.capacity for account in self._accounts) or self._lost_last
 
     @property
     def tokens(self) -> tuple[int, ...]:
@@ -119,14 +123,15 @@ class KVCredits:
         account.held += is_spare
         return is_spare
 
-    def give_back(self, worker: int, num_tokens: int, num_shared_blocks: int) -> None:
+    def give_back(self, parts: tuple[Part, ...], num_tokens: int, num_shared_blocks: int) -> None:
         """A sequence of so many tokens leaves in the step at hand; others go on holding what they share with it."""
-        self._accounts[worker].held -= self.blocks(num_tokens) - num_shared_blocks
-        self._accounts[worker].tokens -= num_tokens - num_shared_blocks * self._block_tokens
+        self._hold(parts, -1, num_tokens, num_shared_blocks)
 
     def fitting(self, demand: Demand, max_kv_tokens: int, shared: abc.Mapping[int, Shared] = _NONE) -> list[int]:
         """The R-workers where it fits.  shared: what of it they have, where that is something."""
         now, last, most = self.blocks(demand.first), self.blocks(demand.last), self.blocks(max_kv_tokens)
+        if not self.fits_one(max_kv_tokens):
+            most = last  # it could end on none of them; if it outlives its prediction, it is to start again in parts
         with_slack = self.with_slack(demand)
 
         def fits(account: _Account, shared: Shared) -> bool:
@@ -140,7 +145,7 @@ class KVCredits:
                 return True
             if self._policy == "reserve-dynamic":
                 own = with_slack.sharing(self.tokens_of(shared.num_blocks), shared.until)
-                return max(map(account.projection.peak, own)) <= account.capacity * self._block_tokens
+                return max(map(account.projection.peak, own)) <= self.tokens_of(account.capacity - account.in_parts)
             return False
 
         return [
@@ -166,48 +171,91 @@ class KVCredits:
             now = account.tokens - spared
             if until_mean is None:
                 return now + _LOOK_AHEAD * account.num_sequences
-            return now + account.projection.mean(until_mean.start, until_mean.end) - spared
+            coming = account.projection.mean(until_mean.start, until_mean.end) + self.tokens_of(account.in_parts)
+            return now + coming - spared
 
         workers = list(workers)
         return min(workers, key=load) if len(workers) > 1 else next(iter(workers), None)
 
-    def start(self, seq_id: int, worker: int, demand: Demand, num_tokens: int, num_shared_blocks: int = 0) -> None:
+    def fits_one(self, num_tokens: int) -> bool:
+        """Whether any R-worker could hold so many alone."""
+        return self.blocks(num_tokens) <= max(account.capacity for account in self._accounts)
+
+    def parts(self, num_tokens: int, least_tokens: int) -> tuple[Part, ...] | None:
+        """Where a sequence of so many tokens, at its end, would lie in parts, so that the most that an R-worker has to
+        read comes to as little as it can; None: there is no room.  least_tokens: of a part.
+        """
+        accounts = {worker: account for worker, account in enumerate(self._accounts) if account.capacity}
+        taken = {w: a.held if self._policy == "greedy" else max(a.held, a.reserved) for w, a in accounts.items()}
+        room = {worker: account.capacity - taken[worker] for worker, account in accounts.items()}
+        loads = {worker: self.blocks(account.tokens) for worker, account in accounts.items()}
+        sizes = divide(self.blocks(num_tokens), loads, room, self.blocks(least_tokens))
+        if sizes is None:
+            return None
+        parts, first_token = [], 0
+        for worker, num_blocks in sizes.items():
+            parts.append(Part(worker, first_token))
+            first_token += self.tokens_of(num_blocks)
+        return tuple(parts)
+
+    def start(
+        self, seq_id: int, parts: tuple[Part, ...], demand: Demand, num_tokens: int, num_shared_blocks: int = 0
+    ) -> None:
         """In the step at hand.  demand: but for blocks that are part of another's; num_tokens: with them."""
-        account = self._accounts[worker]
-        account.shared += num_shared_blocks
-        account.held += self.blocks(num_tokens) - num_shared_blocks
-        account.tokens += num_tokens - num_shared_blocks * self._block_tokens
-        self._reserve(seq_id, worker, demand)
+        self._accounts[parts[0].r_worker].shared += num_shared_blocks
+        self._hold(parts, 1, num_tokens, num_shared_blocks)
+        self._reserve(seq_id, parts, demand)
 
     def change(self, seq_id: int, demand: Demand) -> None:
         """It will hold something else than was thought."""
-        worker = self._cancel(seq_id)
-        self._reserve(seq_id, worker, demand)
+        parts = self._cancel(seq_id)
+        self._reserve(seq_id, parts, demand)
 
     def end(self, seq_id: int, num_shared_blocks: int = 0) -> None:
-        worker = self._cancel(seq_id)
-        self._accounts[worker].shared -= num_shared_blocks
+        parts = self._cancel(seq_id)
+        self._accounts[parts[0].r_worker].shared -= num_shared_blocks
 
     def check_integrity(self, running: abc.Iterable[Sequence]) -> None:
         """Asserts that exactly the running sequences have credit, where they are."""
-        assert {s.seq_id: s.r_worker for s in running} == {i: worker for i, (worker, _) in self._demands.items()}
+        assert {s.seq_id: s.parts for s in running} == {i: parts for i, (parts, _) in self._demands.items()}
         for worker, account in enumerate(self._accounts):
-            own = [demand for place, demand in self._demands.values() if place == worker]
-            assert account.num_sequences == len(account.projection) == len(own)
-            assert account.reserved == sum(self.blocks(demand.last) for demand in own)
+            whole = [demand for parts, demand in self._demands.values() if parts == (Part(worker, 0),)]
+            in_parts = [
+                self.blocks(num_tokens)
+                for parts, demand in self._demands.values()
+                for place, num_tokens in lengths(parts, demand.last)
+                if place == worker and len(parts) > 1
+            ]
+            assert len(account.projection) == len(whole) and account.num_sequences == len(whole) + len(in_parts)
+            assert account.in_parts == sum(in_parts)
+            assert account.reserved == sum(self.blocks(demand.last) for demand in whole) + sum(in_parts)
 
-    def _reserve(self, seq_id: int, worker: int, demand: Demand) -> None:
-        account = self._accounts[worker]
-        self._demands[seq_id] = worker, demand
-        account.projection.add(self.with_slack(demand))
-        account.reserved += self.blocks(demand.last)
-        account.num_sequences += 1
+    def _hold(self, parts: tuple[Part, ...], sign: int, num_tokens: int, num_shared_blocks: int) -> None:
+        """In the step at hand, more or less; what is shared is in the first part."""
+        for worker, num_own in lengths(parts, num_tokens):
+            account = self._accounts[worker]
+            account.held += sign * (self.blocks(num_own) - num_shared_blocks)
+            account.tokens += sign * (num_own - self.tokens_of(num_shared_blocks))
+            num_shared_blocks = 0
 
-    def _cancel(self, seq_id: int) -> int:
+    def _reserve(self, seq_id: int, parts: tuple[Part, ...], demand: Demand) -> None:
+        self._demands[seq_id] = parts, demand
+        if len(parts) == 1:
+            self._accounts[parts[0].r_worker].projection.add(self.with_slack(demand))
+        self._take(parts, demand, 1)
+
+    def _cancel(self, seq_id: int) -> tuple[Part, ...]:
         """Where it was."""
-        worker, demand = self._demands.pop(seq_id)
-        account = self._accounts[worker]
-        account.projection.remove(self.with_slack(demand))
-        account.reserved -= self.blocks(demand.last)
-        account.num_sequences -= 1
-        return worker
+        parts, demand = self._demands.pop(seq_id)
+        if len(parts) == 1:
+            self._accounts[parts[0].r_worker].projection.remove(self.with_slack(demand))
+        self._take(parts, demand, -1)
+        return parts
+
+    def _take(self, parts: tuple[Part, ...], demand: Demand, sign: int) -> None:
+        """Up to the predicted end, more or less."""
+        for worker, num_tokens in lengths(parts, demand.last):
+            account, num_blocks = self._accounts[worker], sign * self.blocks(num_tokens)
+            account.reserved += num_blocks
+            account.in_parts += num_blocks if len(parts) > 1 else 0
+            account.num_sequences += sign

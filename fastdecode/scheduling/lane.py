@@ -16,12 +16,14 @@ from typing import NamedTuple
 import numpy as np
 
 from fastdecode.api.sampling_params import LIKELIEST, NUM_DRAW_FIELDS
+from fastdecode.scheduling.parts import Part, lengths, part_of, reached
 from fastdecode.scheduling.plan import Decodes, Segment, Step
 from fastdecode.scheduling.request import Sequence
 
-_SEQ_ID, _R_WORKER, _POSITION, _TOKEN, _LIMIT, _EXPECTED, _PROMPT, _SEED, _RULES = range(9)  # the columns
+_SEQ_ID, _R_WORKER, _PART_START, _POSITION, _TOKEN, _LIMIT, _EXPECTED, _PROMPT, _SEED, _RULES = range(10)  # the columns
 
 
+_BEHIND_ALL = 1 << 32  # R-workers
 _FEW_ENDS = 8  # up to which each is looked for by itself: numpy's isin takes as long as ten comparisons
 _WORTH_A_SWAP = 0.05  # of a lane's KV on an R-worker
 
@@ -48,10 +50,11 @@ class Lane:
         self._sequences: list[Sequence] = []
         self._outputs: list[list[int]] = []  # of each its tokens
         self._slots: dict[int, int] = {}  # seq_id -> its place in the list, and in the columns
-        self._columns = np.empty((9, 16), np.int64)
+        self._columns = np.empty((10, 16), np.int64)
         self._draws = np.empty((16, NUM_DRAW_FIELDS))
         self._num_drawn = 0  # of those that decode, whose `Draw` is another than the likeliest token
         self._order = np.empty(0, np.int64)  # slots of the step's decodes
+        self._in_parts: dict[int, Sequence] = {}  # of those that decode
         self._ends: Counter[frozenset[int]] = Counter()  # of those that decode
         self._any_end: np.ndarray | None = None  # all of these tokens; None: to be made anew
 
@@ -70,6 +73,13 @@ class Lane:
     def is_under_way(self, seq_id: int) -> bool:
         return self.step is not None and seq_id in self.step.seq_ids
 
+    def needs(self, r_worker: int) -> bool:
+        """Whether its step under way, or what it has rows of, cannot go on without that one."""
+        if self.step is None:
+            return False
+        others = [*self._in_parts.values(), *self.prefilling.values()]  # that may go there later
+        return r_worker in self.step.r_workers or any(s.is_on(r_worker) and self.is_under_way(s.seq_id) for s in others)
+
     def add(self, sequence: Sequence) -> None:
         """One whose prompt is still to come, or that decodes."""
         sequence.lane = self.index
@@ -83,6 +93,7 @@ class Lane:
         assert not self.is_under_way(sequence.seq_id)
         if self.prefilling.pop(sequence.seq_id, None):
             return
+        self._in_parts.pop(sequence.seq_id, None)
         slot, last = self._slots.pop(sequence.seq_id), len(self._sequences) - 1
         moved, output = self._sequences.pop(), self._outputs.pop()
         if slot != last:
@@ -98,17 +109,23 @@ class Lane:
             self._any_end = None
 
     def held(self) -> Held:
-        n, prompts = len(self._sequences), list(self.prefilling.values())
-        r_workers, positions = self._columns[_R_WORKER, :n], self._columns[_POSITION, :n]
-        more_workers = np.array([s.r_worker for s in prompts], np.int64)
-        more_tokens = np.array([s.num_tokens for s in prompts], np.int64)
-        return Held(np.concatenate([r_workers, more_workers]), np.concatenate([positions + 1, more_tokens]))
+        own = self._decoding()
+        more = [part for s in self.prefilling.values() for part in lengths(s.parts, s.num_tokens)]
+        for sequence in self._in_parts.values():  # the columns have the part that grows
+            position = self._position(sequence.seq_id)
+            more += lengths(reached(sequence.parts, position + 1), position + 1)[:-1]
+        more_workers, more_tokens = np.array(more, np.int64).reshape(-1, 2).T
+        return Held(np.concatenate([own.r_workers, more_workers]), np.concatenate([own.tokens, more_tokens]))
 
     def decodes(self) -> Decodes:
         """Of all that decode."""
         assert self.step is None, "a lane has one step at a time"
         n = len(self._sequences)
-        self._order = np.argsort(self._columns[_R_WORKER, :n], kind="stable")
+        keys = self._columns[_R_WORKER, :n]
+        num_in_parts = int(np.count_nonzero(self._columns[_PART_START, :n])) if self._in_parts else 0
+        if num_in_parts:
+            keys = keys + np.where(self._columns[_PART_START, :n], _BEHIND_ALL, 0)
+        self._order = np.argsort(keys, kind="stable")
         columns = self._columns.take(self._order, axis=1)
         return Decodes(
             seq_ids=columns[_SEQ_ID],
@@ -119,7 +136,13 @@ class Lane:
             seeds=columns[_SEED],
             num_output_tokens=columns[_POSITION] + 1 - columns[_PROMPT],
             has_rules=columns[_RULES] > 0,
+            num_in_parts=num_in_parts,
         )
+
+    def parts(self, decodes: Decodes) -> dict[int, tuple[Part, ...]]:
+        """Of those in parts what there is to read, see `Step.parts`."""
+        last = decodes.seq_ids[decodes.num_whole :].tolist()
+        return {i: reached(self._in_parts[i].parts, self._position(i) + 1) for i in last}
 
     def decoded(self, step: Step, token_ids: np.ndarray) -> list[Sequence]:
         """The tokens after its step's decodes are there.  Returns sequences that may have ended, or outlived what was
@@ -142,6 +165,8 @@ class Lane:
         else:
             for end in self._any_end.tolist():
                 is_due |= new == end
+        for sequence in self._in_parts.values():
+            self._find_part(sequence)
         return [self._sequences[slot] for slot in np.flatnonzero(is_due).tolist()]
 
     def prefilled(self, segment: Segment) -> Sequence:
@@ -180,11 +205,11 @@ class Lane:
         chosen: list[Sequence] = []
         for worker in np.flatnonzero((quotas > 0) | is_swap).tolist():
             slots = np.flatnonzero(own.r_workers == worker)
-            lengths, of_others = own.tokens[slots], others.tokens[others.r_workers == worker]
+            of_own, of_others = own.tokens[slots], others.tokens[others.r_workers == worker]
             if is_swap[worker]:
-                picked = _swap(lengths, of_others)
+                picked = _swap(of_own, of_others)
             else:
-                picked = _neighbours(lengths, of_others, min(int(quotas[worker]), most - len(chosen)))
+                picked = _neighbours(of_own, of_others, min(int(quotas[worker]), most - len(chosen)))
             chosen += [self._sequences[slot] for slot in slots[picked].tolist()][: most - len(chosen)]
         return chosen
 
@@ -192,19 +217,32 @@ class Lane:
         n = len(self._sequences)
         assert self._slots == {s.seq_id: slot for slot, s in enumerate(self._sequences)}
         assert sum(self._ends.values()) == n
+        assert self._in_parts.keys() <= self._slots.keys()
         assert self._num_drawn == sum(s.request.params.draw != LIKELIEST for s in self._sequences)
         for slot, sequence in enumerate(self._sequences):
             assert sequence.lane == self.index and not sequence.is_prefilling
             row = self._columns[:, slot].tolist()
             assert row == _row(sequence), f"the columns of sequence {sequence.seq_id} say {row}"
+            assert sequence.is_in_parts == (sequence.seq_id in self._in_parts)
             assert self._outputs[slot] is sequence.output_token_ids
             assert tuple(self._draws[slot]) == sequence.request.params.draw
         assert all(s.lane == self.index and s.is_prefilling for s in self.prefilling.values())
         assert self.leaving.keys() <= {s.seq_id for s in self}
 
     def _decoding(self) -> Held:
+        """Of those in parts the one that grows."""
         n = len(self._sequences)
-        return Held(self._columns[_R_WORKER, :n], self._columns[_POSITION, :n] + 1)
+        tokens = self._columns[_POSITION, :n] + 1
+        return Held(self._columns[_R_WORKER, :n], tokens - self._columns[_PART_START, :n] if self._in_parts else tokens)
+
+    def _position(self, seq_id: int) -> int:
+        """Of the token that goes through the model next, or does now."""
+        return int(self._columns[_POSITION, self._slots[seq_id]])
+
+    def _find_part(self, sequence: Sequence) -> None:
+        """Where its next token goes."""
+        slot = self._slots[sequence.seq_id]
+        self._columns[[_R_WORKER, _PART_START], slot] = part_of(sequence.parts, int(self._columns[_POSITION, slot]))
 
     def _append(self, sequence: Sequence) -> None:
         slot = len(self._sequences)
@@ -216,6 +254,8 @@ class Lane:
         self._slots[sequence.seq_id] = slot
         self._columns[:, slot] = _row(sequence)
         self._draws[slot] = sequence.request.params.draw
+        if sequence.is_in_parts:
+            self._in_parts[sequence.seq_id] = sequence
         self._num_drawn += sequence.request.params.draw != LIKELIEST
         ends = sequence.request.ends
         self._ends[ends] += 1
@@ -230,11 +270,11 @@ def hand_over(sequences: abc.Iterable[Sequence], giver: Lane, taker: Lane) -> No
 
 
 def _row(sequence: Sequence) -> list[int]:
-    assert sequence.r_worker is not None
+    position = sequence.num_tokens - 1
     return [
         sequence.seq_id,
-        sequence.r_worker,
-        sequence.num_tokens - 1,
+        *part_of(sequence.parts, position),
+        position,
         sequence.output_token_ids[-1],
         _position_of(sequence, sequence.request.max_new_tokens),
         _position_of(sequence, sequence.expected_tokens),

@@ -2,7 +2,7 @@
 
     a sequence starts if …                                                 asked of
     ────────────────────────────────────────────────────────────────────   ─────────────────────
-    its KV fits on an R-worker                                             KVCredits
+    its KV fits on an R-worker, or in parts on several                     KVCredits
     the load of every step to come stays within W_lim, if there is one     Projection of all
     starts keep the pace that the load can keep up with for ever           SteadyStream
 
@@ -18,6 +18,9 @@ empty on average: in simulations a stream takes 0.6 of the time.  Lengths that d
 stream that keeps to the mean then only loses what its ramp takes: it takes 1.1 times as long.
 
 A sequence that finds nothing running starts in any case: what fits nowhere was refused before.
+
+It is divided among R-workers if it fits on none of them, were that empty, or if it is so long that whoever had it whole
+would have more to read than the others, with all that runs and waits.
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ import numpy as np
 
 from fastdecode.scheduling.kv_credits import KVCredits
 from fastdecode.scheduling.load import Demand, Projection, Shared, SteadyStream
+from fastdecode.scheduling.parts import Part
 from fastdecode.scheduling.predictor import Prediction
 from fastdecode.scheduling.prefix_tree import Change
 from fastdecode.scheduling.prospects import Prospect
@@ -51,16 +55,28 @@ START_POLICIES = ("steady", "eager", "at-once")
 
 
 class _Started(NamedTuple):
-    worker: int
+    worker: int  # that has its first token
     demand: Demand
     spent: float | None  # of the worker's stream; None: it was not paced
     max_kv_tokens: int  # that it may come to hold
 
 
 class LoadControl:
-    def __init__(self, credits: KVCredits, *, start_policy: str, start_interval: int, max_kv_load: int | None) -> None:
-        """max_kv_load: W_lim, KV tokens of all R-workers together; start_interval: F, in steps."""
+    def __init__(
+        self,
+        credits: KVCredits,
+        *,
+        start_policy: str,
+        start_interval: int,
+        max_kv_load: int | None,
+        min_part_tokens: int | None = None,
+    ) -> None:
+        """max_kv_load: W_lim, KV tokens of all R-workers together; start_interval: F, in steps.
+
+        min_part_tokens: of a sequence that is divided though it fits on one R-worker; None: none is.
+        """
         assert start_policy in START_POLICIES
+        self._min_part_tokens, self._waiting_kv_tokens = min_part_tokens, 0
         self._credits, self._policy, self._max_kv_load = credits, start_policy, max_kv_load
         self._total = None if max_kv_load is None else Projection()  # nobody else asks for it
         self._start_interval = start_interval
@@ -92,7 +108,7 @@ class LoadControl:
 
     def begin_step(self, step: int, waiting_kv_tokens: int, first: Prospect | None) -> None:
         """waiting_kv_tokens: that all that wait may come to hold; first: who would start first."""
-        self._step = step
+        self._step, self._waiting_kv_tokens = step, waiting_kv_tokens
         self._much_waits = self._fillings_exceed(1 if self._much_waits else _PAYS_FROM, waiting_kv_tokens)
         self._paced = self._policy == "steady" and self._much_waits and self._recent.are_alike
         if not self._started:
@@ -111,11 +127,20 @@ class LoadControl:
         """Whether all that waits and runs may come to hold more than so many times the limit."""
         return waiting_kv_tokens + self._max_kv_tokens > fillings * self._limit
 
-    def place(self, prospect: Prospect, *, is_urgent: bool = False, shared: Mapping[int, Shared] = _NONE) -> int | None:
-        """The R-worker on which it starts; None: not in this step.  What is urgent keeps no pace, but fits.
+    def place(
+        self, prospect: Prospect, *, is_urgent: bool = False, shared: Mapping[int, Shared] = _NONE
+    ) -> tuple[Part, ...] | None:
+        """Where it starts; None: not in this step.  What is urgent keeps no pace, but fits.
 
         shared: what of it R-workers have already, where that is something.
         """
+        if parts := self._divided(prospect, has_shared=bool(shared)):
+            return parts if not self._started or self._may_start(prospect, is_urgent) else None
+        worker = self._worker(prospect, is_urgent, shared)
+        return None if worker is None else (Part(worker, 0),)
+
+    def _worker(self, prospect: Prospect, is_urgent: bool, shared: Mapping[int, Shared]) -> int | None:
+        """That it would lie on whole; None: on none in this step."""
         workers = self._credits.fitting(prospect.limit, prospect.max_kv_tokens, shared)
         if self._started:
             workers = [w for w in workers if self._within_limit(prospect, shared.get(w, _NOT_SHARED))]
@@ -125,16 +150,37 @@ class LoadControl:
             workers = [w for w in workers if self._keeps_pace(prospect, w, shared.get(w, _NOT_SHARED))]
         return self._credits.lightest(workers, prospect.mean, shared)
 
-    def start(self, seq_id: int, worker: int, prospect: Prospect, change: Change, num_unpaid_blocks: int) -> None:
+    def _divided(self, prospect: Prospect, has_shared: bool) -> tuple[Part, ...] | None:
+        """Its parts, if it is to be divided and there is room for them.  What it shares it would lose so."""
+        num_tokens = min(prospect.limit.last, prospect.max_kv_tokens)
+        if not self._credits.fits_one(num_tokens):
+            return self._credits.parts(num_tokens, least_tokens=1)
+        if has_shared or self._min_part_tokens is None or num_tokens < 2 * self._min_part_tokens:
+            return None
+        tokens = self._credits.tokens
+        num_others = sum(capacity > 0 for capacity in self._credits.capacity_tokens) - 1
+        others = sum(tokens) + max(0, self._waiting_kv_tokens - prospect.max_kv_tokens)
+        if num_others * num_tokens <= others:
+            return None
+        parts = self._credits.parts(num_tokens, self._min_part_tokens)
+        return parts if parts and len(parts) > 1 else None
+
+    def _may_start(self, prospect: Prospect, is_urgent: bool) -> bool:
+        """Beside others, in parts."""
+        return (self._batch_open or is_urgent) and self._within_limit(prospect, _NOT_SHARED)
+
+    def start(
+        self, seq_id: int, parts: tuple[Part, ...], prospect: Prospect, change: Change, num_unpaid_blocks: int
+    ) -> None:
         """change: what it changes for the others that run there; num_unpaid_blocks: that are in another's demand."""
-        num_tokens = prospect.limit.first
+        num_tokens, worker = prospect.limit.first, parts[0].r_worker
         prospect = prospect.less(self._credits.tokens_of(num_unpaid_blocks))
-        cost = self._cost(prospect, worker)
+        cost = self._cost(prospect, worker) if len(parts) == 1 else None
         if cost is not None:
             self._stream(worker).spend(cost)
         if prospect.mean is not None and self._policy == "steady":
             self._recent.add(prospect.prediction)
-        self._credits.start(seq_id, worker, prospect.limit, num_tokens, change.num_shared)
+        self._credits.start(seq_id, parts, prospect.limit, num_tokens, change.num_shared)
         if self._total is not None:
             self._total.add(prospect.limit)
         self._started[seq_id] = _Started(worker, prospect.limit, cost, prospect.max_kv_tokens)

@@ -5,23 +5,26 @@ Step ─┬─ decodes   a token of each sequence that decodes, as columns    ro
                                                                         R-worker, then those that attend on the S-worker
 
 So what an R-worker stores and what it attends to are slices of k, v, q and o, and all queries of R-workers come first.
+Rows of sequences that lie in parts on several R-workers come behind the others of their kind.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import NamedTuple, Self
 
 import numpy as np
+
+from fastdecode.scheduling.parts import Part
 
 
 class Segment(NamedTuple):
     """Consecutive tokens of one sequence that go through the model together."""
 
     seq_id: int
-    r_worker: int  # which R-worker holds the sequence
+    r_worker: int  # which R-worker gets their K and V
     start: int  # position of the first token
     token_ids: tuple[int, ...]
     prompt_tokens: int  # of the prompt these are a chunk of; 0: one token that was sampled
@@ -30,11 +33,17 @@ class Segment(NamedTuple):
     score_to: int = 0  # to before this one, whose logits are wanted: they score the token that follows
     is_continued: bool = True  # False: of a prompt after which nothing is to be generated
     is_remote: bool = False  # of a prompt that attends on its R-worker: no room on the S-worker, or begun by a fork
+    part_start: int = 0  # position of the first token that lies there; 0: all of the sequence's do
 
     @property
     def is_prompt(self) -> bool:
         """It attends on the S-worker, unless it is remote; a token that was sampled on the R-worker."""
         return self.prompt_tokens > 0
+
+    @property
+    def is_in_parts(self) -> bool:
+        """It attends on several R-workers."""
+        return self.part_start > 0 and (self.is_remote or not self.is_prompt)
 
     @property
     def is_sampled(self) -> bool:
@@ -60,7 +69,7 @@ class Decodes:
     """A token of each of n sequences, which was sampled last and goes through the model now."""
 
     seq_ids: np.ndarray  # [n] int64
-    r_workers: np.ndarray  # [n] int64, rising
+    r_workers: np.ndarray  # [n] int64, that get their K and V; rising, but for those of sequences in parts
     positions: np.ndarray  # [n] int64
     token_ids: np.ndarray  # [n] int64
     draws: np.ndarray | None = None  # [n, 5] float64, a `Draw` each of the next token; None: all are `LIKELIEST`
@@ -68,6 +77,7 @@ class Decodes:
     seeds: np.ndarray | None = None  # [n] int64, the bits of the seeds
     num_output_tokens: np.ndarray | None = None  # [n] int64, the number of the coming draw
     has_rules: np.ndarray | None = None  # [n] bool, of single tokens
+    num_in_parts: int = 0  # the last ones, whose sequences lie on several R-workers
 
     @classmethod
     def none(cls) -> Self:
@@ -77,14 +87,19 @@ class Decodes:
     def __len__(self) -> int:
         return len(self.seq_ids)
 
+    @property
+    def num_whole(self) -> int:
+        """Those before."""
+        return len(self.seq_ids) - self.num_in_parts
+
 
 @dataclass(frozen=True)
 class Admission:
-    """A sequence that gets its place on an R-worker."""
+    """A sequence that gets its place on an R-worker, or a part of it does."""
 
     seq_id: int
     r_worker: int
-    max_tokens: int  # the most KV it may come to hold
+    max_tokens: int  # the most KV it may come to hold there
 
 
 @dataclass(frozen=True)
@@ -109,21 +124,40 @@ class Step:
     # R-worker -> sequence that has ended -> how many tokens of it stay, which may be none; before the admissions.
     cut: Mapping[int, Mapping[int, int]] = field(default_factory=dict)
     num_preempted: int = 0  # sequences that went back to waiting before it, also those whose KV stays
+    # Sequence -> the parts that its rows see, the last of which gets their K and V, where those are several; of rows
+    # that attend on R-workers.
+    parts: Mapping[int, tuple[Part, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        keys = [_row_order(segment) for segment in self.prompts]
-        assert keys == sorted(keys) and (np.diff(self.decodes.r_workers) >= 0).all(), "rows go by R-worker"
+        keys, whole = (
+            [_row_order(segment) for segment in self.prompts],
+            self.decodes.r_workers[: self.decodes.num_whole],
+        )
+        assert keys == sorted(keys) and (np.diff(whole) >= 0).all(), "rows go by R-worker"
+        in_parts = [*self.decodes.seq_ids[self.decodes.num_whole :].tolist()]
+        in_parts += [segment.seq_id for segment in self.prompts if segment.is_in_parts]
+        assert sorted(in_parts) == sorted(self.parts), "it is known where they lie"
         assert len(self.decodes) or self.prompts, "a step has work"
         for segment in self.prompts:
             assert segment.token_ids and segment.end <= segment.prompt_tokens, "a chunk is part of its prompt"
 
     @classmethod
-    def of(cls, segments: Iterable[Segment], number: int = 0, lane: int = 0) -> Self:
+    def of(
+        cls,
+        segments: Iterable[Segment],
+        number: int = 0,
+        lane: int = 0,
+        parts: Mapping[int, tuple[Part, ...]] | None = None,
+    ) -> Self:
         """From the plain form, in any order."""
-        rows = sorted(segments, key=lambda segment: segment.r_worker)
+        rows = sorted(segments, key=lambda segment: (segment.part_start > 0, segment.r_worker))
         decodes = [(s.seq_id, s.r_worker, s.start, *s.token_ids) for s in rows if not s.is_prompt]
         columns = np.array(decodes, np.int64).reshape(-1, 4).T.copy()
-        return cls(number, lane, {}, (), Decodes(*columns), in_row_order(s for s in rows if s.is_prompt))
+        num_in_parts = sum(s.part_start > 0 for s in rows if not s.is_prompt)
+        return cls(
+            number, lane, {}, (), replace(Decodes(*columns), num_in_parts=num_in_parts),
+            in_row_order(s for s in rows if s.is_prompt), parts=parts or {},
+        )  # fmt: skip
 
     @cached_property
     def seq_ids(self) -> frozenset[int]:
@@ -133,7 +167,8 @@ class Step:
     @cached_property
     def r_workers(self) -> frozenset[int]:
         """That have rows of it."""
-        return frozenset(np.unique(self.decodes.r_workers).tolist()) | {s.r_worker for s in self.prompts}
+        in_parts = (part.r_worker for parts in self.parts.values() for part in parts)
+        return frozenset(np.unique(self.decodes.r_workers).tolist()).union((s.r_worker for s in self.prompts), in_parts)
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -182,14 +217,15 @@ class Step:
         """The plain form of all rows, for whoever reads a step: what runs it goes by columns."""
         d = self.decodes
         columns = (column.tolist() for column in (d.seq_ids, d.r_workers, d.positions, d.token_ids))
-        return [Segment(i, worker, at, (token,), 0) for i, worker, at, token in zip(*columns, strict=True)] + [
-            *self.prompts
-        ]
+        decodes = [Segment(i, worker, at, (token,), 0) for i, worker, at, token in zip(*columns, strict=True)]
+        for row in range(d.num_whole, len(d)):
+            decodes[row] = decodes[row]._replace(part_start=self.parts[decodes[row].seq_id][-1].first_token)
+        return [*decodes, *self.prompts]
 
 
 def in_row_order(prompts: Iterable[Segment]) -> tuple[Segment, ...]:
     return tuple(sorted(prompts, key=_row_order))
 
 
-def _row_order(prompt: Segment) -> tuple[bool, int]:
-    return not prompt.is_remote, prompt.r_worker
+def _row_order(prompt: Segment) -> tuple[bool, bool, int]:
+    return not prompt.is_remote, prompt.is_in_parts, prompt.r_worker

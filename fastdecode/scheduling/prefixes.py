@@ -12,6 +12,8 @@
 
 What a sequence is forked from has its KV already, so the tokens after it go through the model alone, and attend on the
 R-worker.  The last token of a prompt always does: the next one is drawn from its logits.
+
+A sequence in parts begins with nothing of others, and nobody with something of it.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from collections import abc
 from dataclasses import dataclass
 
 from fastdecode.scheduling.chains import Tokens
+from fastdecode.scheduling.parts import Part
 from fastdecode.scheduling.plan import Forking
 from fastdecode.scheduling.prefix_tree import Change, Found, PrefixTree
 from fastdecode.scheduling.request import Sequence
@@ -57,9 +60,14 @@ class Prefixes:
         found = {worker: self._find(sequence, tokens, most, worker, tree) for worker, tree in self._trees.items()}
         return {worker: one for worker, one in found.items() if one.num_tokens}
 
-    def start(self, sequence: Sequence, worker: int, found: Found | None, end: int) -> Change:
+    def start(self, sequence: Sequence, parts: tuple[Part, ...], found: Found | None, end: int) -> Change:
         """It runs there from now on, until about the step `end`.  What that changes for others."""
         if not self._is_sharing(sequence):
+            return Change(0)
+        worker = parts[0].r_worker
+        if len(parts) > 1:
+            for other in self._trees if sequence.num_preemptions else ():  # it comes again under its number
+                self._note_cuts(other, dict.fromkeys(self.forget(other, [sequence.seq_id]), 0))
             return Change(0)
         tree = self._running[sequence.seq_id] = self._trees.setdefault(worker, PrefixTree(self._block_tokens))
         return tree.join(
@@ -159,7 +167,8 @@ class Prefixes:
     def check_integrity(self, running: abc.Iterable[Sequence]) -> None:
         for tree in self._trees.values():
             tree.check_integrity()
-        there = {sequence.seq_id: sequence.r_worker for sequence in running if self._is_sharing(sequence)}
+        whole = (sequence for sequence in running if self._is_sharing(sequence) and not sequence.is_in_parts)
+        there = {sequence.seq_id: sequence.r_worker for sequence in whole}
         assert there.keys() == self._running.keys()
         assert all(self._trees.get(worker or 0) is self._running[seq_id] for seq_id, worker in there.items())
 

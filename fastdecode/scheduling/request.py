@@ -19,6 +19,7 @@ from functools import cached_property
 
 from fastdecode.api.sampling_params import SamplingParams
 from fastdecode.api.token_rules import TokenCounts, TokenRules
+from fastdecode.scheduling.parts import Part
 from fastdecode.scheduling.predictor import Prediction
 
 
@@ -59,7 +60,7 @@ class Sequence:
     request: Request
     index: int  # which continuation
     seed: int
-    r_worker: int | None = None  # None: waiting, or finished
+    parts: tuple[Part, ...] = ()  # where its KV is or will be, mostly one; none: it waits, or has finished
     lane: int = 0  # whose steps it is in, while it runs
     prefill_tokens: int = 0  # how many it began with there: its prompt, and what was output before a preemption
     num_prefilled: int = 0  # of them those whose KV is on the R-worker
@@ -73,6 +74,20 @@ class Sequence:
     token_counts: TokenCounts | None = None  # of its output, as far as penalties have asked
     finish_reason: str | None = None
     stop_reason: int | str | None = None
+
+    @property
+    def r_worker(self) -> int | None:
+        """That has its first token; None: it waits, or has finished."""
+        return self.parts[0].r_worker if self.parts else None
+
+    @property
+    def is_in_parts(self) -> bool:
+        """On several R-workers."""
+        return len(self.parts) > 1
+
+    def is_on(self, r_worker: int) -> bool:
+        """Any part of it."""
+        return any(part.r_worker == r_worker for part in self.parts)
 
     @property
     def num_tokens(self) -> int:
@@ -103,9 +118,9 @@ class Sequence:
         is_asked = self.index == 0 and self.request.params.prompt_logprobs is not None
         return len(self.request.prompt_token_ids) - 1 if is_asked else 0
 
-    def admit(self, r_worker: int, lane: int) -> None:
-        assert self.r_worker is None and not self.finish_reason
-        self.r_worker, self.lane, self.num_prefilled, self.prefill_tokens = r_worker, lane, 0, self.num_tokens
+    def admit(self, parts: tuple[Part, ...], lane: int) -> None:
+        assert not self.parts and not self.finish_reason
+        self.parts, self.lane, self.num_prefilled, self.prefill_tokens = parts, lane, 0, self.num_tokens
         self.is_remote = self.is_known = False
 
     def begin_with(self, num_tokens: int) -> None:
@@ -114,8 +129,8 @@ class Sequence:
 
     def preempt(self) -> None:
         """Back to waiting.  Its KV is gone, or stays as that of one that has ended does."""
-        assert self.r_worker is not None and not self.finish_reason
-        self.r_worker, self.num_prefilled, self.is_known = None, 0, False
+        assert self.parts and not self.finish_reason
+        self.parts, self.num_prefilled, self.is_known = (), 0, False
         self.num_preemptions += 1
 
     def append(self, token_id: int) -> None:

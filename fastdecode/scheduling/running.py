@@ -51,8 +51,3 @@ class Running:
 def rank(sequence: Sequence) -> tuple[int, int]:
     """Who goes first: by priority, then as they came."""
     return sequence.request.priority, sequence.seq_id
-
-
-def place(sequence: Sequence) -> int:
-    assert sequence.r_worker is not None, "a running sequence has a place"
-    return sequence.r_worker

@@ -24,6 +24,7 @@ from fastdecode.scheduling.config import SchedulerConfig
 from fastdecode.scheduling.kv_credits import KVCredits
 from fastdecode.scheduling.lane import Lane, hand_over
 from fastdecode.scheduling.load_control import LoadControl
+from fastdecode.scheduling.parts import lengths, reached
 from fastdecode.scheduling.plan import Decodes, Step, in_row_order
 from fastdecode.scheduling.predictor import Learned, Predictor
 from fastdecode.scheduling.prefix_tree import Change
@@ -31,7 +32,7 @@ from fastdecode.scheduling.prefixes import PrefixCounts, Prefixes
 from fastdecode.scheduling.prompt_room import PromptRoom
 from fastdecode.scheduling.prospects import Prospects
 from fastdecode.scheduling.request import Sequence
-from fastdecode.scheduling.running import Running, place, rank
+from fastdecode.scheduling.running import Running, rank
 from fastdecode.scheduling.starts import Starts
 from fastdecode.scheduling.waiting import WaitingQueue
 
@@ -72,6 +73,7 @@ class Scheduler:
             start_policy=config.start_policy,
             start_interval=config.start_interval,
             max_kv_load=config.max_kv_load,
+            min_part_tokens=config.min_part_tokens,
         )
         self._prompt_room = PromptRoom(config.prompt_kv_blocks, config.prompt_kv_block_tokens)
         # Where positions go by how long a prompt is, KV of one is of no use to a longer one.
@@ -136,7 +138,7 @@ class Scheduler:
         return self._running[seq_id]
 
     def add(self, *sequences: Sequence) -> None:
-        """All of them or none.  Raises RequestError if no R-worker could ever hold one, or if the queue is full.
+        """All of them or none.  Raises RequestError if the R-workers could not hold one, or if the queue is full.
 
         An empty queue takes any number, so that a request for more samples than the queue holds is served, too.
         """
@@ -151,14 +153,14 @@ class Scheduler:
             self._waiting.add(sequence)
 
     def check_fits(self, max_kv_tokens: int) -> None:
-        """Raises RequestError if no R-worker could ever hold so many."""
+        """Raises RequestError if the R-workers together could never hold so many."""
         needed = self._credits.blocks(max_kv_tokens)
-        if needed > self._credits.largest:
+        if needed > self._credits.total:
             size = self._config.block_tokens
             raise RequestError(
                 "kv_budget_exceeded",
-                f"prompt + output is {max_kv_tokens} tokens of KV = {needed} blocks of {size}; the "
-                f"largest R-worker has {self._credits.largest}: raise kv_cache_memory or lower max_tokens",
+                f"prompt + output is {max_kv_tokens} tokens of KV = {needed} blocks of {size}; the R-workers have "
+                f"{self._credits.total} in all: raise kv_cache_memory or lower max_tokens",
             )
 
     @property
@@ -193,9 +195,12 @@ class Scheduler:
             self._round = self._round_of(lane)
             self._lanes_in_round = {index} if has_had_one else self._lanes_in_round | {index}
         preempted, self._preempted = self._preempted, {}
+        parts = lane.parts(decodes)
+        parts |= {s.seq_id: reached(self._running[s.seq_id].parts, s.end) for s in prompts if s.is_in_parts}
         lane.step = Step(
             self._num_steps, index, preempted, tuple(admissions), decodes, in_row_order(prompts), tuple(forkings),
             self._prefixes.take_cuts(), self._num_preempted,
+            parts,
         )  # fmt: skip
         self._num_preempted = 0
         return lane.step
@@ -263,18 +268,20 @@ class Scheduler:
 
         unbegun: lanes whose steps were scheduled, and perhaps not told to all R-workers.
         """
-        broken = [lane for lane in self._lanes if lane.step]
-        broken = [lane for lane in broken if lane.step and (worker in lane.step.r_workers or lane.index in unbegun)]
+        broken = [lane for lane in self._lanes if lane.step and (lane.needs(worker) or lane.index in unbegun)]
         loss = Loss(frozenset(lane.index for lane in broken), {}, {})
         for lane in broken:
             assert lane.step
             for segment in lane.step.segments:
                 if segment.seq_id in lane.leaving:
                     continue
-                if segment.is_prompt or segment.r_worker == worker:
-                    loss.released.setdefault(segment.r_worker, []).append(segment.seq_id)
+                parts = self._running[segment.seq_id].parts
+                if segment.is_prompt or any(part.r_worker == worker for part in parts):
+                    for part in parts:
+                        loss.released.setdefault(part.r_worker, []).append(segment.seq_id)
                 else:
-                    loss.kept.setdefault(segment.r_worker, {})[segment.seq_id] = segment.start
+                    for r_worker, num_tokens in lengths(reached(parts, segment.end), segment.start):
+                        loss.kept.setdefault(r_worker, {})[segment.seq_id] = num_tokens
             if lane.index in unbegun:
                 for r_worker, seq_ids in lane.step.preempted.items():
                     loss.released.setdefault(r_worker, []).extend(seq_ids)
@@ -287,11 +294,12 @@ class Scheduler:
                 self._let_go(sequence, loss.released)
         to_wait = {(r_worker, seq_id) for r_worker, seq_ids in loss.released.items() for seq_id in seq_ids}
         for sequence in list(self._running):
-            if (sequence.r_worker, sequence.seq_id) in to_wait:
+            places = [(part.r_worker, sequence.seq_id) for part in sequence.parts]
+            if sequence.is_on(worker) or not to_wait.isdisjoint(places):
                 self._put_back(sequence, may_stay=False)
-            elif sequence.r_worker == worker:
-                self._put_back(sequence, may_stay=False)
-                loss.released.setdefault(worker, []).append(sequence.seq_id)
+                for r_worker, seq_id in places:
+                    if (r_worker, seq_id) not in to_wait:
+                        loss.released.setdefault(r_worker, []).append(seq_id)
         for pending in (self._preempted, self._freed):
             pending.pop(worker, None)
         self._prefixes.lose(worker)
@@ -323,9 +331,9 @@ class Scheduler:
         self._load.measure_memory()
 
     def homeless(self) -> list[Sequence]:
-        """Those waiting that fit on no R-worker."""
-        largest = self._credits.largest
-        return [s for s in self._waiting if self._credits.blocks(s.max_kv_tokens) > largest]
+        """Those waiting for which the R-workers have no room."""
+        total = self._credits.total
+        return [s for s in self._waiting if self._credits.blocks(s.max_kv_tokens) > total]
 
     def gain(self, worker: int, capacity_blocks: int) -> None:
         """An R-worker has come back, empty, or is new; it gets sequences from the next step on."""
@@ -366,21 +374,22 @@ class Scheduler:
     def _preempt(self, number: int) -> bool:
         """Where an R-worker cannot hold what is to come, whoever ranks last goes back to waiting.
 
-        Whoever ranks first stays, and fits alone: so with every step something comes nearer to its end.  And who
-        outranks others takes the seat, or the KV, of the last of them, if there is none left.  Before all, sequences
-        whose KV is of no more use, because the model takes other positions for longer ones.
+        Whoever ranks first stays, and fits alone: so with every step something comes nearer to its end.  (Unless it has
+        outgrown its R-worker; then it starts again, in parts.)  And who outranks others takes the seat, or the KV, of
+        the last of them, if there is none left.  Before all, sequences whose KV is of no more use, because the model
+        takes other positions for longer ones.
 
         Whether there is room now: one whose step is under way can go back only when that has ended.
         number: of the round that is to come.
         """
 
         def put_back(victim: Sequence) -> None:
-            worker, is_known = place(victim), victim.is_known
+            parts, is_known = victim.parts, victim.is_known
             shared, stays = self._put_back(victim, may_stay=True)
             self._num_preempted += 1
-            self._credits.give_back(worker, victim.num_tokens, shared.num_shared)
-            if is_known and not stays:
-                self._preempted.setdefault(worker, []).append(victim.seq_id)
+            self._credits.give_back(parts, victim.num_tokens, shared.num_shared)
+            for part in parts if is_known and not stays else ():
+                self._preempted.setdefault(part.r_worker, []).append(victim.seq_id)
 
         restart = self._config.restart_tokens
         if restart is not None:
@@ -388,7 +397,7 @@ class Scheduler:
                 if not self._is_under_way(sequence):
                     put_back(sequence)
         while (worker := self._credits.overdrawn()) is not None:
-            last = max((s for s in self._running if s.r_worker == worker), key=rank)
+            last = max((s for s in self._running if s.is_on(worker)), key=rank)
             if self._is_under_way(last):
                 return False
             put_back(last)
@@ -406,9 +415,9 @@ class Scheduler:
     def _let_go(self, sequence: Sequence, freed: dict[int, list[int]]) -> None:
         """One that has ended, and nothing under way has rows of."""
         _, stays = self._take_out(sequence, may_stay=sequence.finish_reason is not None)
-        if sequence.is_known and not stays:
-            freed.setdefault(place(sequence), []).append(sequence.seq_id)
-        sequence.r_worker = None
+        for part in sequence.parts if sequence.is_known and not stays else ():
+            freed.setdefault(part.r_worker, []).append(sequence.seq_id)
+        sequence.parts = ()
         self._prospects.learn(sequence)
 
     def _put_back(self, sequence: Sequence, *, may_stay: bool) -> tuple[Change, bool]:

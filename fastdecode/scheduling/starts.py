@@ -1,4 +1,4 @@
-"""What of prompts is in a lane's step: which go on, which sequences start, and on which R-worker.  Pure.
+"""What of prompts is in a lane's step: which go on, which sequences start, and on which R-workers.  Pure.
 
 budget of the step ─ decodes ─► prompts on their way ─► whoever waits, first by first, while
                                                         a seat is free │ LoadControl has a place │ tokens are left
@@ -14,13 +14,14 @@ from fastdecode.scheduling.kv_credits import KVCredits
 from fastdecode.scheduling.lane import Lane
 from fastdecode.scheduling.load import Shared
 from fastdecode.scheduling.load_control import LoadControl
+from fastdecode.scheduling.parts import Part, lengths, next_bound, part_of
 from fastdecode.scheduling.plan import Admission, Segment
 from fastdecode.scheduling.prefix_tree import Found
 from fastdecode.scheduling.prefixes import Prefixes
 from fastdecode.scheduling.prompt_room import PromptRoom
 from fastdecode.scheduling.prospects import Prospect, Prospects
 from fastdecode.scheduling.request import Sequence
-from fastdecode.scheduling.running import Running, place, rank
+from fastdecode.scheduling.running import Running, rank
 from fastdecode.scheduling.waiting import WaitingQueue
 
 _MOST_LOOKED_UP = 1 << 22  # blocks, for the queries of a chunk that attends on its R-worker
@@ -103,10 +104,10 @@ class Starts:
             if is_for_others := len(lane) >= self._share:
                 break
             prospect, found = self._prospect(first, left, number), self._prefixes.find(first)
-            worker = self._load.place(prospect, is_urgent=first.request.priority < lowest, shared=_shared(found))
-            if worker is None:
+            parts = self._load.place(prospect, is_urgent=first.request.priority < lowest, shared=_shared(found))
+            if parts is None:
                 break
-            self._start(first, worker, lane, prospect, found.get(worker))
+            self._start(first, parts, lane, prospect, found.get(parts[0].r_worker))
             if not self._prefixes.is_to_wait(first):
                 prompts.append(self._chunk(first, left, admissions))
         for sequence in outranked:
@@ -128,11 +129,13 @@ class Starts:
         if not sequence.is_known:
             self._begin_prompt(sequence, admissions)
         begin, end = sequence.num_prefilled, sequence.prefill_tokens
-        if self._config.split_fuse:
+        part, bound = part_of(sequence.parts, begin), next_bound(sequence.parts, begin)
+        if self._config.split_fuse or sequence.is_in_parts:
             end = min(end, begin + left.tokens)
             score_begin = max(begin, sequence.num_scored)
             if min(end, sequence.num_to_score) - score_begin > left.scored_rows:
                 end = score_begin + left.scored_rows
+        end = end if bound is None else min(end, bound)  # a chunk goes to one R-worker
         if begin == 0 and end < sequence.prefill_tokens:
             sequence.is_remote = not self._prompt_room.take(sequence.seq_id, sequence.prefill_tokens)
         if sequence.is_remote:  # its R-worker looks up the blocks of every query
@@ -140,7 +143,7 @@ class Starts:
         restarts = self._config.restart_tokens is not None
         segment = Segment(
             sequence.seq_id,
-            place(sequence),
+            part.r_worker,
             begin,
             sequence.token_ids[begin:end],
             sequence.prefill_tokens,
@@ -149,23 +152,30 @@ class Starts:
             score_to=sequence.num_to_score,
             is_continued=sequence.request.max_new_tokens > 0,
             is_remote=sequence.is_remote,
+            part_start=part.first_token,
         )
         left.take(segment)
         return segment
 
     def _begin_prompt(self, sequence: Sequence, admissions: list[Admission]) -> None:
-        worker = place(sequence)
+        worker = sequence.parts[0].r_worker
         num_tokens, has_them = self._prefixes.begin(sequence, lambda: self._credits.take_spare(worker))
-        if not has_them:  # its R-worker knows nothing of it
-            admissions.append(Admission(sequence.seq_id, worker, sequence.max_kv_tokens))
+        if not has_them:  # its R-workers know nothing of it
+            capacities = self._credits.capacity_tokens
+            admissions += [
+                Admission(sequence.seq_id, worker, min(most, capacities[worker]))
+                for worker, most in lengths(sequence.parts, sequence.max_kv_tokens)
+            ]
         sequence.begin_with(num_tokens)
 
-    def _start(self, sequence: Sequence, worker: int, lane: Lane, prospect: Prospect, found: Found | None) -> None:
+    def _start(
+        self, sequence: Sequence, parts: tuple[Part, ...], lane: Lane, prospect: Prospect, found: Found | None
+    ) -> None:
         self._waiting.remove(sequence)
         self._running.add(sequence)
-        change = self._prefixes.start(sequence, worker, found, prospect.limit.end)
-        self._load.start(sequence.seq_id, worker, prospect, change, self._prefixes.num_unpaid(sequence))
-        sequence.admit(worker, lane.index)
+        change = self._prefixes.start(sequence, parts, found, prospect.limit.end)
+        self._load.start(sequence.seq_id, parts, prospect, change, self._prefixes.num_unpaid(sequence))
+        sequence.admit(parts, lane.index)
         lane.add(sequence)
         sequence.expected_tokens = self._prospects.expected_tokens(sequence)
 

@@ -17,6 +17,7 @@ from typing import Protocol
 import numpy as np
 
 from fastdecode.modelling.perf_model import PerfModel
+from fastdecode.scheduling.parts import lengths
 from fastdecode.scheduling.plan import Step
 
 
@@ -32,8 +33,11 @@ class Work:
 
     @classmethod
     def of(cls, step: Step, num_r_workers: int) -> Work:
-        decodes = step.decodes
-        kv_tokens = np.bincount(decodes.r_workers, decodes.positions + 1, minlength=num_r_workers)
+        decodes, whole = step.decodes, slice(step.decodes.num_whole)
+        kv_tokens = np.bincount(decodes.r_workers[whole], decodes.positions[whole] + 1, minlength=num_r_workers)
+        for row in range(decodes.num_whole, len(decodes)):
+            for worker, num_tokens in lengths(step.parts[int(decodes.seq_ids[row])], int(decodes.positions[row]) + 1):
+                kv_tokens[worker] += num_tokens
         pairs = sum(segment.end**2 - segment.start**2 for segment in step.prompts)
         return cls(
             step.num_tokens, len(decodes), tuple(kv_tokens.astype(int).tolist()), step.num_prompt_tokens, float(pairs)
