@@ -6,9 +6,8 @@ Two workloads for each number of query heads per KV head (G), every engine in tu
 that nothing is found of the run before; medians and ratios of one run of this file:
 
     first tokens    64 prompts, 1,024 tokens in common and 64 of their own, one new token each
-    decode          64 prompts, 1,024 tokens in common and 512 of their own, 64 new tokens each: ours by the times of
-                    the steps in which all of them decode; vLLM's and transformers' as 64 new tokens less one, which is
-                    a small difference of long times
+    decode          64 prompts, 1,024 tokens in common and 512 of their own, 64 new tokens each: the times of the steps
+                    in which all of them decode, and of ours the R-workers' attention in them
 
 `recomputed` is how many of the common tokens went through the model though the first prompt had brought them, as a
 share of all such tokens; ours by the step log.
@@ -63,6 +62,7 @@ class Workload:
 class Measured:
     first_s: float  # until all have their first token
     step_s: float | None  # of a decode step
+    attention_s: float | None  # in it
     recomputed: float | None
     token_ids: list[list[int]]
 
@@ -85,12 +85,13 @@ class Ours:
         records = self._records
         last_prompt = max(record.number for record in records if record.num_prompt_tokens)
         are_all = [record for record in records if record.num_decodes == workload.num_prompts]
-        decodes = [record.busy_s for record in are_all if not record.num_prompt_tokens]
+        decodes = [record for record in are_all if not record.num_prompt_tokens]
         computed = sum(record.num_prompt_tokens for record in records)
         least = workload.common + workload.num_prompts * workload.own
         return Measured(
             sum(record.busy_s for record in records if record.number <= last_prompt),
-            statistics.median(decodes) if decodes else None,
+            statistics.median(record.busy_s for record in decodes) if decodes else None,
+            statistics.median(sum(filter(None, record.attention_s)) for record in decodes) if decodes else None,
             (computed - least) / ((workload.num_prompts - 1) * workload.common),
             [output.outputs[0].token_ids for output in outputs],
         )
@@ -111,14 +112,10 @@ class Peer:
     def run(self, workload: Workload, seed: int) -> Measured:
         first = self._engine._ask({"prompts": workload.prompts(seed), "output_lens": [1] * workload.num_prompts})
         if workload.new == 1:
-            return Measured(first["seconds"], None, None, first["token_ids"])
+            return Measured(first["seconds"], None, None, None, first["token_ids"])
         lens = [workload.new] * workload.num_prompts
-        whole = self._engine._ask({"prompts": workload.prompts(seed + 1), "output_lens": lens})
-        same = (
-            self._engine._ask({"prompts": workload.prompts(seed), "output_lens": lens}) if self.name == "hf" else None
-        )
-        seconds = (whole["seconds"] - first["seconds"]) / (workload.new - 1)
-        return Measured(first["seconds"], seconds, None, (same or whole)["token_ids"])
+        whole = self._engine._ask({"prompts": workload.prompts(seed), "output_lens": lens})
+        return Measured(first["seconds"], whole["step_seconds"], None, None, whole["token_ids"])
 
     def close(self) -> None:
         self._engine.close()
@@ -191,7 +188,8 @@ def measure(group: int, name: str, workload: Workload, engines: list[Ours | Peer
     row: dict[str, Any] = {"group": group, "workload": name, "engines": {}}
     print(f"\nG = {group}, {name}: {workload.num_prompts} prompts of {workload.common} + {workload.own} tokens")
     print(
-        f"{'':24} {'first tokens':>13} {'ratio':>6} {'a decode step':>14} {'ratio':>6} {'recomputed':>11}  same tokens"
+        f"{'':24} {'first tokens':>13} {'ratio':>6} {'a decode step':>14} {'ratio':>6} {'attention':>12} "
+        f"{'recomputed':>11}  same tokens"
     )
     for engine, runs in measured.items():
         first = statistics.median(run.first_s for run in runs)
@@ -201,17 +199,18 @@ def measure(group: int, name: str, workload: Workload, engines: list[Ours | Peer
         step_ratio = statistics.median(b / a for a, b in zip(of_ours, steps, strict=True)) if steps else None
         recomputed = [run.recomputed for run in runs if run.recomputed is not None]
         same = sum(a == b for a, b in zip(ours[-1].token_ids, runs[-1].token_ids, strict=True))
-        comparable = engine != "vllm" or workload.new == 1
+        attention = [run.attention_s for run in runs if run.attention_s is not None]
         row["engines"][engine] = {
             "first_s": first, "first_ratio": first_ratio, "step_s": statistics.median(steps) if steps else None,
             "step_ratio": step_ratio, "recomputed": statistics.median(recomputed) if recomputed else None,
-            "same_tokens": same if comparable else None,
+            "attention_s": statistics.median(attention) if attention else None, "same_tokens": same,
         }  # fmt: skip
         step = f"{statistics.median(steps) * 1e3:11.1f} ms {step_ratio:6.2f}" if steps else " " * 21
         print(
             f"{engine:24} {first:11.2f} s {first_ratio:6.2f} {step} "
+            f"{f'{statistics.median(attention) * 1e3:9.1f} ms' if attention else '':>12} "
             f"{f'{statistics.median(recomputed):10.1%}' if recomputed else '':>11}  "
-            f"{f'{same} of {workload.num_prompts}' if comparable else ''}",
+            f"{same} of {workload.num_prompts}",
             flush=True,
         )
     return row
