@@ -68,7 +68,7 @@ def tokens(args: argparse.Namespace) -> dict[str, tuple[list[int], int]]:
             memory = num_tokens * token_bytes
             with LLM(
                 directory, num_r_workers=num_workers, r_worker_threads=1, transport=args.transport,
-                kv_cache_memory=memory, skip_tokenizer_init=True,
+                kv_cache_memory=memory, skip_tokenizer_init=True, min_part_tokens=8192,
             ) as llm:  # fmt: skip
                 workers: set[int] = set()
                 begin = llm._engine._rpool.begin

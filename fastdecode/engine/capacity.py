@@ -90,6 +90,7 @@ def make_scheduler(
     config: EngineConfig, facts: ModelFacts, capacity_blocks: Sequence[int], prompt_kv: KVRoom
 ) -> Scheduler:
     """capacity_blocks: [num_r_workers]; prompt_kv: the S-worker's room for prompts.  Raises ConfigError."""
+    sharing = _sharing(config, facts)
     return Scheduler(
         SchedulerConfig(
             max_num_seqs=config.max_num_seqs,
@@ -105,15 +106,22 @@ def make_scheduler(
             length_quantile=config.length_quantile,
             order=config.order or "fcfs",
             order_window=config.order_window,
-            min_part_tokens=config.min_part_tokens,
+            min_part_tokens=_min_part_tokens(config, sharing),
             restart_tokens=facts.restart_tokens,
-            sharing=_sharing(config, facts),
+            sharing=sharing,
             prompt_kv_blocks=prompt_kv.num_blocks,
             prompt_kv_block_tokens=prompt_kv.block_tokens,
             max_scored_rows=max(_SCORES_BYTES // (4 * facts.vocab_size), _LEAST_SCORED_ROWS),
         ),
         Learned() if config.length_predictor == "learned" else MaxTokens(),
     )
+
+
+def _min_part_tokens(config: EngineConfig, sharing: str) -> int | None:
+    """None: only what fits on no R-worker is divided."""
+    if config.min_part_tokens is None and sharing != "prompts":
+        return SchedulerConfig.min_part_tokens
+    return config.min_part_tokens
 
 
 def _sharing(config: EngineConfig, facts: ModelFacts) -> str:

@@ -75,8 +75,9 @@ class EngineConfig:
         together, in `LLM` and batch files; ``fcfs`` for a server.
     order_window: how many of them are looked at so at a time; all of them start before others do.
     min_part_tokens: a sequence whose KV comes to twice as much is divided among R-workers, by ranges of its tokens of
-        at least so many, if one that had it whole would have more to read than the others. One that fits on no
-        R-worker is divided in any case.
+        at least so many, if one that had it whole would have more to read than the others. None: 8192 without a prefix
+        cache, and with one none is, for nobody can begin with KV that lies in parts. One that fits on no R-worker is
+        divided in any case.
     max_num_waiting: sequences that the engine queues; None: any number.
     step_log: a file to write a JSON line to for every step: its time, its tokens, the KV of every R-worker.
     trace: a file to write a timeline to when the engine closes, for ui.perfetto.dev or chrome://tracing: what S- and
@@ -115,7 +116,7 @@ class EngineConfig:
     length_quantile: float = 0.95
     order: str | None = None
     order_window: int = 64
-    min_part_tokens: int = 8192
+    min_part_tokens: int | None = None
     max_num_waiting: int | None = None
     step_log: str | None = None
     trace: str | None = None
@@ -161,7 +162,6 @@ class EngineConfig:
             ("block_tokens", LANES, 4096),
             ("start_interval", 1, 1 << 20),
             ("order_window", 1, 1 << 20),
-            ("min_part_tokens", 1, 1 << 31),
             ("seed", -(2**63), 2**64 - 1),
         ):
             _in_range(name, getattr(self, name), low, high)
@@ -175,6 +175,7 @@ class EngineConfig:
             ("prompt_kv_memory", 0, 1 << 62),
             ("max_kv_load", 1, 1 << 40),
             ("max_num_waiting", 1, 1 << 30),
+            ("min_part_tokens", 1, 1 << 31),
         ):
             if getattr(self, name) is not None:
                 _in_range(name, getattr(self, name), low, high)
