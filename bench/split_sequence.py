@@ -33,6 +33,8 @@ from bench.overlap import run
 from cpu_attention import available_cores, cpu_name
 from cpu_attention.roofs import Roofs
 from fastdecode import LLM, SamplingParams
+from fastdecode.holders.rpool import Ticket
+from fastdecode.scheduling.plan import Step
 
 _VOCAB = 997
 
@@ -70,15 +72,24 @@ def tokens(args: argparse.Namespace) -> dict[str, tuple[list[int], int]]:
                 directory, num_r_workers=num_workers, r_worker_threads=1, transport=args.transport,
                 kv_cache_memory=memory, skip_tokenizer_init=True, min_part_tokens=8192,
             ) as llm:  # fmt: skip
-                workers: set[int] = set()
-                begin = llm._engine._rpool.begin
-                llm._engine._rpool.begin = lambda step, begin=begin, workers=workers: (  # type: ignore[method-assign]
-                    workers.update(step.r_workers), begin(step)
-                )[1]  # fmt: skip
+                workers = noted_r_workers(llm)
                 (output,) = llm.generate([{"prompt_token_ids": prompt}], params, use_tqdm=False)
                 assert not output.error, output.error
                 found[name] = output.outputs[0].token_ids, len(workers)
     return found
+
+
+def noted_r_workers(llm: LLM) -> set[int]:
+    """Filled with those that have rows of the steps to come."""
+    workers, rpool = set[int](), llm._engine._rpool
+    begin = rpool.begin
+
+    def noting(step: Step) -> Ticket:
+        workers.update(step.r_workers)
+        return begin(step)
+
+    rpool.begin = noting  # type: ignore[method-assign]
+    return workers
 
 
 def main() -> None:

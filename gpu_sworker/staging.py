@@ -102,7 +102,7 @@ class HostGathering:
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         self._shape, self._dtype = shape, dtype
         self._all: torch.Tensor | None = None
-        self._end = 0  # of the rows that are there
+        self._end = self._num_there = 0  # of the rows that are there, and how many they are
 
     def put(self, rows: slice, o: np.ndarray) -> None:
         assert rows.start >= self._end, "rows come in order"
@@ -110,25 +110,29 @@ class HostGathering:
         if o.flags.writeable:
             self._put(rows, _tensor(o))
         else:
-            _copy(o, self._place(rows))
+            _copy(o, self._place(rows, len(o)))
 
     def finish(self, others: Iterable[tuple[slice | np.ndarray, torch.Tensor]]) -> torch.Tensor:
         for rows, o in others:
             self._put(rows, o)
+        assert self._num_there == self._end, "rows that nobody puts are the last ones"
         if self._all is None or self._end < self._shape[0]:
-            self._place(slice(self._end, self._shape[0])).zero_()
+            self._place(slice(self._end, self._shape[0]), 0).zero_()
         assert self._all is not None
         return self._all
 
     def _put(self, rows: slice | np.ndarray, o: torch.Tensor) -> None:
         if len(o) == self._shape[0] and o.dtype == self._dtype and o.is_contiguous():
-            self._all, self._end = o, len(o)
+            self._all, self._end, self._num_there = o, len(o), len(o)
         elif isinstance(rows, slice):
-            self._place(rows).copy_(o)
+            self._place(rows, len(o)).copy_(o)
         else:
-            self._place(slice(int(rows[0]), int(rows[-1]) + 1))[torch.from_numpy(rows - rows[0])] = o.to(self._dtype)
+            place = self._place(slice(int(rows[0]), int(rows[-1]) + 1), len(o))
+            place[torch.from_numpy(rows - rows[0])] = o.to(self._dtype)
 
-    def _place(self, rows: slice) -> torch.Tensor:
+    def _place(self, rows: slice, count: int) -> torch.Tensor:
+        """Of these rows, so many of which are to be put there."""
+        self._num_there += count
         if self._all is None:
             self._all = torch.empty(self._shape, dtype=self._dtype)
         self._end = max(self._end, rows.stop)
@@ -179,7 +183,7 @@ class CudaGathering:
         self._device, self._in = device, incoming
         with torch.cuda.stream(incoming):
             self._all = torch.empty(shape, dtype=dtype, device=device)
-        self._end = 0  # of the rows that are there, or on their way
+        self._end = self._num_there = 0  # of the rows that are there, or on their way, and how many they are
 
     def put(self, rows: slice, o: np.ndarray) -> None:
         with torch.cuda.stream(self._in):
@@ -187,18 +191,21 @@ class CudaGathering:
             _copy(o, pinned)
             self._all[rows].copy_(pinned, non_blocking=True)
         self._end = rows.stop
+        self._num_there += len(o)
 
     def finish(self, others: Iterable[tuple[slice | np.ndarray, torch.Tensor]]) -> torch.Tensor:
         compute = torch.cuda.current_stream(self._device)
         compute.wait_stream(self._in)
         self._all.record_stream(compute)
         for rows, o in others:
+            self._num_there += len(o)
             if isinstance(rows, slice):
                 self._all[rows].copy_(o)
                 self._end = max(self._end, rows.stop)
             else:
                 self._all[torch.from_numpy(rows).to(self._device)] = o.to(self._all.dtype)
                 self._end = max(self._end, int(rows[-1]) + 1)
+        assert self._num_there == self._end, "rows that nobody puts are the last ones"
         self._all[self._end :].zero_()
         return self._all
 

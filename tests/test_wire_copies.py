@@ -57,6 +57,15 @@ def test_rows_are_put_together(dtype: torch.dtype) -> None:
         assert out.dtype == wanted and torch.equal(out[:7], o.to(wanted)) and not out[7:].any()
 
 
+def test_rows_that_nobody_puts_are_noticed() -> None:
+    """They would be whatever lay in that memory."""
+    _, of_r_workers = parts(torch.float32)
+    gathering = HostStaging().gather((7, 2, 8), torch.float32)
+    gathering.put(slice(3, 5), of_r_workers[1])
+    with pytest.raises(AssertionError, match="nobody puts"):
+        gathering.finish([])
+
+
 def test_padding_alone_is_zero() -> None:
     assert torch.equal(HostStaging().gather((3, 2, 8), torch.float16).finish([]), torch.zeros(3, 2, 8).half())
 

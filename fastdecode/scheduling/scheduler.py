@@ -199,8 +199,7 @@ class Scheduler:
         parts |= {s.seq_id: reached(self._running[s.seq_id].parts, s.end) for s in prompts if s.is_in_parts}
         lane.step = Step(
             self._num_steps, index, preempted, tuple(admissions), decodes, in_row_order(prompts), tuple(forkings),
-            self._prefixes.take_cuts(), self._num_preempted,
-            parts,
+            self._prefixes.take_cuts(), self._num_preempted, parts,
         )  # fmt: skip
         self._num_preempted = 0
         return lane.step
