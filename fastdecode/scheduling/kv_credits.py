@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fastdecode.scheduling.load import Demand, Projection, Shared
-from fastdecode.scheduling.parts import Part, divide, lengths
+from fastdecode.scheduling.parts import Part, divide, lengths, whole_on
 from fastdecode.scheduling.request import Sequence
 
 _LOOK_AHEAD = 32  # steps
@@ -219,7 +219,7 @@ class KVCredits:
         """Asserts that exactly the running sequences have credit, where they are."""
         assert {s.seq_id: s.parts for s in running} == {i: parts for i, (parts, _) in self._demands.items()}
         for worker, account in enumerate(self._accounts):
-            whole = [demand for parts, demand in self._demands.values() if parts == (Part(worker, 0),)]
+            whole = [demand for parts, demand in self._demands.values() if parts == whole_on(worker)]
             in_parts = [
                 self.blocks(num_tokens)
                 for parts, demand in self._demands.values()

@@ -34,7 +34,7 @@ import numpy as np
 
 from fastdecode.scheduling.kv_credits import KVCredits
 from fastdecode.scheduling.load import Demand, Projection, Shared, SteadyStream
-from fastdecode.scheduling.parts import Part
+from fastdecode.scheduling.parts import Part, whole_on
 from fastdecode.scheduling.predictor import Prediction
 from fastdecode.scheduling.prefix_tree import Change
 from fastdecode.scheduling.prospects import Prospect
@@ -137,7 +137,7 @@ class LoadControl:
         if parts := self._divided(prospect, has_shared=bool(shared)):
             return parts if not self._started or self._may_start(prospect, is_urgent) else None
         worker = self._worker(prospect, is_urgent, shared)
-        return None if worker is None else (Part(worker, 0),)
+        return None if worker is None else whole_on(worker)
 
     def _worker(self, prospect: Prospect, is_urgent: bool, shared: Mapping[int, Shared]) -> int | None:
         """That it would lie on whole; None: on none in this step."""

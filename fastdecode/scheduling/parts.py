@@ -10,6 +10,7 @@ parts up to that one, and their partial states are merged on the S-worker.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import cache
 from typing import NamedTuple
 
 
@@ -18,8 +19,16 @@ class Part(NamedTuple):
     first_token: int  # its last one is that before the next part's first
 
 
+@cache
+def whole_on(r_worker: int) -> tuple[Part, ...]:
+    """One and the same for all sequences that lie there whole: of nearly all, and thousands may run."""
+    return (Part(r_worker, 0),)
+
+
 def part_of(parts: tuple[Part, ...], position: int) -> Part:
     """That has the token there."""
+    if len(parts) == 1:
+        return parts[0]
     return reached(parts, position + 1)[-1]
 
 
@@ -35,6 +44,8 @@ def next_bound(parts: tuple[Part, ...], position: int) -> int | None:
 
 def lengths(parts: tuple[Part, ...], num_tokens: int) -> list[tuple[int, int]]:
     """R-worker, and how many of a sequence's so many tokens lie there; of each part."""
+    if len(parts) == 1:
+        return [(parts[0].r_worker, num_tokens)]
     ends = [*(part.first_token for part in parts[1:]), num_tokens]
     return [
         (part.r_worker, max(0, min(end, num_tokens) - part.first_token)) for part, end in zip(parts, ends, strict=True)
