@@ -168,7 +168,7 @@ def _note_preemptions(llm: LLM) -> list[int]:
     scheduler, found = llm._engine._scheduler, list[int]()
     put_back = scheduler._put_back
 
-    def noted(sequence: Sequence, *, may_stay: bool) -> tuple[Change, bool]:
+    def noted(sequence: Sequence, *, may_stay: bool) -> tuple[list[tuple[int, Change]], list[int]]:
         found.append(sequence.seq_id)
         return put_back(sequence, may_stay=may_stay)
 

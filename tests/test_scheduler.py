@@ -116,6 +116,7 @@ class World:
         )
         self.stores = [KVStore(layout, blocks) for blocks in capacity]
         self.stored: dict[tuple[int, int], tuple[int, ...]] = {}  # (R-worker, seq_id) -> whose K and V are there
+        self.begins: dict[tuple[int, int], int] = {}  # likewise, how many tokens come before those
         self.is_remote: dict[tuple[int, int], bool] = {}  # (sequence, how often it was preempted) -> where it attends
         self.skipped: Counter[int] = Counter()  # seq_id that decodes -> ends of steps since it had one
         self.under_way: list[Step] = []
@@ -171,6 +172,9 @@ class World:
         for admission in step.admissions:
             self.stores[admission.r_worker].admit(admission.seq_id, admission.max_tokens)
             self.stored[admission.r_worker, admission.seq_id] = ()
+            sequence = self.sequences[admission.seq_id]
+            [begin] = [part.first_token for part in sequence.parts if part.r_worker == admission.r_worker]
+            self.begins[admission.r_worker, admission.seq_id] = begin
         for forking in step.forkings:
             self._fork(forking)
         admitted = {seq_id: self.sequences[seq_id].num_preemptions for seq_id in step.seq_ids}
@@ -185,12 +189,18 @@ class World:
 
     def _fork(self, forking: Forking) -> None:
         worker, count = forking.r_worker, forking.num_tokens
-        on_their_way = [s.start for step in self.under_way[:-1] for s in step.segments if s.seq_id == forking.parent]
+        rows = [s for step in self.under_way[:-1] for s in step.segments if s.seq_id == forking.parent]
+        on_their_way = [s.start - s.part_start for s in rows if s.r_worker == worker]
         parent = self.stored[worker, forking.parent]
         assert self.stored[worker, forking.seq_id] == ()
         assert 0 < count <= min([len(parent), *on_their_way]), "what a child begins with is there"
         self.stores[worker].fork([forking.seq_id], [forking.parent], [count])
-        assert self.sequences[forking.seq_id].token_ids[:count] == parent[:count]
+        child = self.sequences[forking.seq_id]
+        [begin] = [part.first_token for part in child.parts if part.r_worker == worker]
+        assert child.token_ids[begin : begin + count] == parent[:count]
+        assert self.begins[worker, forking.parent] == begin
+        parent_tokens = self.sequences[forking.parent].token_ids
+        assert parent_tokens[:begin] == child.token_ids[:begin], "what comes before is the same"
         salts = {self.sequences[seq_id].request.cache_salt for seq_id in (forking.seq_id, forking.parent)}
         assert len(salts) == 1
         self.stored[worker, forking.seq_id] = parent[:count]

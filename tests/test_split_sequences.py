@@ -130,6 +130,61 @@ def test_one_long_sequence_is_shared_and_many_are_not(llama: Case, steps: list[S
             assert held == ({0, 1} if is_divided else set())
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"max_num_batched_tokens": 40, "prompt_kv_memory": 0, "micro_batches": 2},
+        {"transport": "shm", "micro_batches": 3, "max_num_batched_tokens": 70},
+        {
+            "transport": "ipc",
+            "kv_cache_dtype": "int8",
+            "enable_prefix_caching": True,
+            "kv_cache_memory": TOKEN_BYTES * 40,
+        },
+    ],
+    ids=["local", "remote", "shm", "ipc, int8"],
+)
+def test_later_turns_compute_what_is_new(options: dict[str, Any], llama: Case, steps: list[Step]) -> None:
+    """Of a chat that fits on no R-worker, with others between its turns."""
+    options = {"kv_cache_memory": TOKEN_BYTES * 128, "block_tokens": 16, "num_r_workers": 3} | options
+    with LLM(llama.directory, skip_tokenizer_init=True, **options) as llm:
+        turn, params = llama.prompts[-1], SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+        for number in range(3):
+            if number:
+                quiet(llm, [[number] * 9] * 2, GREEDY)
+            steps.clear()
+            (output,) = quiet(llm, [turn], params)
+            assert any(step.parts for step in steps)
+            computed = sum(step.num_prompt_tokens for step in steps)
+            with LLM(
+                llama.directory, skip_tokenizer_init=True, kv_cache_dtype=options.get("kv_cache_dtype", "auto")
+            ) as alone:
+                (expected,) = quiet(alone, [turn], params)
+            assert "int8" in options.values() or output.outputs[0].token_ids == expected.outputs[0].token_ids
+            assert computed == len(turn) - output.num_cached_tokens <= (len(turn) if number == 0 else 6 + 1)
+            turn = [*turn, *output.outputs[0].token_ids, *[11, 12, 13, 14, 15, number]]
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_beginnings_in_parts_are_shared(count: int, llama: Case, steps: list[Step]) -> None:
+    """By prompts that come together, and by samples; and read once."""
+    options = {"num_r_workers": 2, "kv_cache_memory": TOKEN_BYTES * 1024, "block_tokens": 16, "min_part_tokens": 64}
+    alike = [[*llama.prompts[-1][:180], *range(20 + i, 30 + i)] for i in range(4)]
+    params = SamplingParams(temperature=0.7, seed=3, n=count, max_tokens=9)
+    with LLM(llama.directory, skip_tokenizer_init=True, **options) as llm:
+        quiet(llm, [alike[0]], GREEDY)
+        steps.clear()
+        found = quiet(llm, alike, params)
+        assert any(step.parts for step in steps)
+        assert sum(step.num_prompt_tokens for step in steps) < 4 * 16 + 4 * count * 16
+        llm._engine._rpool.settle()
+    with LLM(llama.directory, skip_tokenizer_init=True, enable_prefix_caching=False) as llm:
+        expected = quiet(llm, alike, params)
+    for one, other in zip(found, expected, strict=True):
+        assert [sample.token_ids for sample in one.outputs] == [sample.token_ids for sample in other.outputs]
+
+
 @pytest.mark.parametrize("harm", HARMS)
 @pytest.mark.parametrize("options", [{}, {"micro_batches": 2, "max_num_batched_tokens": 40, "prompt_kv_memory": 0}])
 def test_an_r_worker_is_lost(

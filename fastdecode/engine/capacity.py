@@ -106,7 +106,7 @@ def make_scheduler(
             length_quantile=config.length_quantile,
             order=config.order or "fcfs",
             order_window=config.order_window,
-            min_part_tokens=_min_part_tokens(config, sharing),
+            min_part_tokens=config.min_part_tokens,
             restart_tokens=facts.restart_tokens,
             sharing=sharing,
             prompt_kv_blocks=prompt_kv.num_blocks,
@@ -115,13 +115,6 @@ def make_scheduler(
         ),
         Learned() if config.length_predictor == "learned" else MaxTokens(),
     )
-
-
-def _min_part_tokens(config: EngineConfig, sharing: str) -> int | None:
-    """None: only what fits on no R-worker is divided."""
-    if config.min_part_tokens is None and sharing != "prompts":
-        return SchedulerConfig.min_part_tokens
-    return config.min_part_tokens
 
 
 def _sharing(config: EngineConfig, facts: ModelFacts) -> str:

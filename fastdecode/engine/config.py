@@ -75,9 +75,8 @@ class EngineConfig:
         together, in `LLM` and batch files; ``fcfs`` for a server.
     order_window: how many of them are looked at so at a time; all of them start before others do.
     min_part_tokens: a sequence whose KV comes to twice as much is divided among R-workers, by ranges of its tokens of
-        at least so many, if one that had it whole would have more to read than the others. None: 8192 without a prefix
-        cache, and with one none is, for nobody can begin with KV that lies in parts. One that fits on no R-worker is
-        divided in any case.
+        at least so many, if one that had it whole would have more to read than the others. One that fits on no R-worker
+        is divided in any case.
     max_num_waiting: sequences that the engine queues; None: any number.
     step_log: a file to write a JSON line to for every step: its time, its tokens, the KV of every R-worker.
     trace: a file to write a timeline to when the engine closes, for ui.perfetto.dev or chrome://tracing: what S- and
@@ -116,7 +115,7 @@ class EngineConfig:
     length_quantile: float = 0.95
     order: str | None = None
     order_window: int = 64
-    min_part_tokens: int | None = None
+    min_part_tokens: int = 8192
     max_num_waiting: int | None = None
     step_log: str | None = None
     trace: str | None = None

@@ -112,7 +112,7 @@ class LiveRequests:
                     known[0].prompt_scores[position + 1] = score
             if known:
                 if known[0].first_scheduled is None:
-                    known[0].first_scheduled, known[0].num_cached_tokens = began, segment.start
+                    known[0].first_scheduled, known[0].num_cached_tokens = began, known[1].sequence.num_found
                 if segment.is_sampled:
                     known[0].first_token = known[0].first_token or now
 

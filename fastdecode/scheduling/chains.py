@@ -29,6 +29,8 @@ class Block:
         self.is_end = False  # of an ended sequence that is kept; of one, or there might be more of them than blocks
 
 
+Scope = abc.Hashable  # of chains: those of different ones share nothing
+
 _TOKEN = np.dtype(np.int32)
 TOKEN_BYTES = _TOKEN.itemsize
 
@@ -49,13 +51,21 @@ class Tokens:
     def block(self, index: int) -> bytes:
         return self.blocks[index] if index < len(self.blocks) else self.rest
 
+    def part(self, begin: int, end: int | None) -> Tokens:
+        """From a block up to before another one; None: up to the end."""
+        return Tokens(self.blocks[begin:end], self.rest if end is None or end > len(self.blocks) else b"")
+
+    def before(self, block: int) -> bytes:
+        """All that come before a block."""
+        return b"".join(self.blocks[:block])
+
 
 class Root(Block):
     """Of all chains that may share."""
 
     __slots__ = ("scope",)
 
-    def __init__(self, scope: str | None) -> None:
+    def __init__(self, scope: Scope) -> None:
         super().__init__(None, b"")
         self.scope = scope
 

@@ -30,6 +30,7 @@ _LOOK_AHEAD = 32  # steps
 
 _NOT_SHARED = Shared()
 _NONE: abc.Mapping[int, Shared] = {}
+_NO_BLOCKS: abc.Mapping[int, int] = {}
 
 KV_POLICIES = ("greedy", "reserve-static", "reserve-dynamic")
 
@@ -56,6 +57,7 @@ class KVCredits:
         self._accounts = [_Account(capacity, Projection()) for capacity in capacity_blocks]
         self._lost_last = 0  # blocks
         self._demands: dict[int, tuple[tuple[Part, ...], Demand]] = {}  # seq_id -> where, and what it will hold
+        self._unpaid: dict[int, dict[int, int]] = {}  # one in parts -> R-worker -> blocks that are part of another's
 
     @property
     def capacity_tokens(self) -> list[int]:
@@ -123,9 +125,14 @@ class KVCredits:
         account.held += is_spare
         return is_spare
 
-    def give_back(self, parts: tuple[Part, ...], num_tokens: int, num_shared_blocks: int) -> None:
-        """A sequence of so many tokens leaves in the step at hand; others go on holding what they share with it."""
-        self._hold(parts, -1, num_tokens, num_shared_blocks)
+    def give_back(
+        self, parts: tuple[Part, ...], num_tokens: int, num_shared: abc.Mapping[int, int] = _NO_BLOCKS
+    ) -> None:
+        """A sequence of so many tokens leaves in the step at hand; others go on holding the blocks they share with it.
+
+        num_shared: R-worker -> blocks
+        """
+        self._hold(parts, -1, num_tokens, num_shared)
 
     def fitting(self, demand: Demand, max_kv_tokens: int, shared: abc.Mapping[int, Shared] = _NONE) -> list[int]:
         """The R-workers where it fits.  shared: what of it they have, where that is something."""
@@ -181,39 +188,69 @@ class KVCredits:
         """Whether any R-worker could hold so many alone."""
         return self.blocks(num_tokens) <= max(account.capacity for account in self._accounts)
 
-    def parts(self, num_tokens: int, least_tokens: int) -> tuple[Part, ...] | None:
+    def parts(self, num_tokens: int, least_tokens: int, first: int | None = None) -> tuple[Part, ...] | None:
         """Where a sequence of so many tokens, at its end, would lie in parts, so that the most that an R-worker has to
-        read comes to as little as it can; None: there is no room.  least_tokens: of a part.
+        read comes to as little as it can; None: there is no room.
+
+        least_tokens: of a part; first: the R-worker that is to have the first one, if it gets any.
         """
-        accounts = {worker: account for worker, account in enumerate(self._accounts) if account.capacity}
-        taken = {w: a.held if self._policy == "greedy" else max(a.held, a.reserved) for w, a in accounts.items()}
-        room = {worker: account.capacity - taken[worker] for worker, account in accounts.items()}
-        loads = {worker: self.blocks(account.tokens) for worker, account in accounts.items()}
+        room = self._room()
+        loads = {worker: self.blocks(self._accounts[worker].tokens) for worker in room}
         sizes = divide(self.blocks(num_tokens), loads, room, self.blocks(least_tokens))
         if sizes is None:
             return None
         parts, first_token = [], 0
-        for worker, num_blocks in sizes.items():
+        for worker, num_blocks in sorted(sizes.items(), key=lambda item: item[0] != first):
             parts.append(Part(worker, first_token))
             first_token += self.tokens_of(num_blocks)
         return tuple(parts)
 
+    def have_room(self, parts: tuple[Part, ...], num_tokens: int, num_used: abc.Mapping[int, int]) -> bool:
+        """For a sequence of so many tokens at its end, in these parts.
+
+        num_used: R-worker -> blocks of it that are another's
+        """
+        room = self._room()
+        return all(
+            self.blocks(length) - num_used.get(worker, 0) <= room.get(worker, 0)
+            for worker, length in lengths(parts, num_tokens)
+        )
+
     def start(
-        self, seq_id: int, parts: tuple[Part, ...], demand: Demand, num_tokens: int, num_shared_blocks: int = 0
+        self,
+        seq_id: int,
+        parts: tuple[Part, ...],
+        demand: Demand,
+        num_tokens: int,
+        num_shared: abc.Mapping[int, int] = _NO_BLOCKS,
+        unpaid: abc.Mapping[int, int] = _NO_BLOCKS,
     ) -> None:
-        """In the step at hand.  demand: but for blocks that are part of another's; num_tokens: with them."""
-        self._accounts[parts[0].r_worker].shared += num_shared_blocks
-        self._hold(parts, 1, num_tokens, num_shared_blocks)
+        """In the step at hand.  demand: without what is part of another's; num_tokens: with it.
+
+        num_shared: R-worker -> blocks that others have, too; unpaid: those of them that are part of another's demand.
+        """
+        for worker, num_blocks in num_shared.items():
+            self._accounts[worker].shared += num_blocks
+        self._hold(parts, 1, num_tokens, num_shared)
+        if len(parts) > 1:
+            self._unpaid[seq_id] = dict(unpaid)
         self._reserve(seq_id, parts, demand)
 
-    def change(self, seq_id: int, demand: Demand) -> None:
-        """It will hold something else than was thought."""
+    def change(self, seq_id: int, demand: Demand, paid: abc.Mapping[int, int] = _NO_BLOCKS) -> None:
+        """It will hold something else than was thought.
+
+        paid: R-worker -> so many blocks more that were another's are part of its demand
+        """
         parts = self._cancel(seq_id)
+        for worker, num_blocks in paid.items() if seq_id in self._unpaid else ():
+            self._unpaid[seq_id][worker] = self._unpaid[seq_id].get(worker, 0) - num_blocks
         self._reserve(seq_id, parts, demand)
 
-    def end(self, seq_id: int, num_shared_blocks: int = 0) -> None:
-        parts = self._cancel(seq_id)
-        self._accounts[parts[0].r_worker].shared -= num_shared_blocks
+    def end(self, seq_id: int, num_shared: abc.Mapping[int, int] = _NO_BLOCKS) -> None:
+        self._cancel(seq_id)
+        self._unpaid.pop(seq_id, None)
+        for worker, num_blocks in num_shared.items():
+            self._accounts[worker].shared -= num_blocks
 
     def check_integrity(self, running: abc.Iterable[Sequence]) -> None:
         """Asserts that exactly the running sequences have credit, where they are."""
@@ -221,41 +258,52 @@ class KVCredits:
         for worker, account in enumerate(self._accounts):
             whole = [demand for parts, demand in self._demands.values() if parts == whole_on(worker)]
             in_parts = [
-                self.blocks(num_tokens)
-                for parts, demand in self._demands.values()
-                for place, num_tokens in lengths(parts, demand.last)
+                num_blocks
+                for seq_id, (parts, demand) in self._demands.items()
+                for place, num_blocks in self._at_end(seq_id, parts, demand)
                 if place == worker and len(parts) > 1
             ]
             assert len(account.projection) == len(whole) and account.num_sequences == len(whole) + len(in_parts)
             assert account.in_parts == sum(in_parts)
             assert account.reserved == sum(self.blocks(demand.last) for demand in whole) + sum(in_parts)
 
-    def _hold(self, parts: tuple[Part, ...], sign: int, num_tokens: int, num_shared_blocks: int) -> None:
-        """In the step at hand, more or less; what is shared is in the first part."""
-        for worker, num_own in lengths(parts, num_tokens):
-            account = self._accounts[worker]
-            account.held += sign * (self.blocks(num_own) - num_shared_blocks)
-            account.tokens += sign * (num_own - self.tokens_of(num_shared_blocks))
-            num_shared_blocks = 0
+    def _room(self) -> dict[int, int]:
+        """R-worker -> blocks that nobody who runs has or will have."""
+        accounts = {worker: account for worker, account in enumerate(self._accounts) if account.capacity}
+        taken = {w: a.held if self._policy == "greedy" else max(a.held, a.reserved) for w, a in accounts.items()}
+        return {worker: account.capacity - taken[worker] for worker, account in accounts.items()}
+
+    def _hold(self, parts: tuple[Part, ...], sign: int, num_tokens: int, num_shared: abc.Mapping[int, int]) -> None:
+        """In the step at hand, more or less."""
+        for worker, length in lengths(parts, num_tokens):
+            account, of_others = self._accounts[worker], num_shared.get(worker, 0)
+            account.held += sign * (self.blocks(length) - of_others)
+            account.tokens += sign * (length - self.tokens_of(of_others))
 
     def _reserve(self, seq_id: int, parts: tuple[Part, ...], demand: Demand) -> None:
         self._demands[seq_id] = parts, demand
         if len(parts) == 1:
             self._accounts[parts[0].r_worker].projection.add(self.with_slack(demand))
-        self._take(parts, demand, 1)
+        self._take(seq_id, parts, demand, 1)
 
     def _cancel(self, seq_id: int) -> tuple[Part, ...]:
         """Where it was."""
         parts, demand = self._demands.pop(seq_id)
         if len(parts) == 1:
             self._accounts[parts[0].r_worker].projection.remove(self.with_slack(demand))
-        self._take(parts, demand, -1)
+        self._take(seq_id, parts, demand, -1)
         return parts
 
-    def _take(self, parts: tuple[Part, ...], demand: Demand, sign: int) -> None:
+    def _take(self, seq_id: int, parts: tuple[Part, ...], demand: Demand, sign: int) -> None:
         """Up to the predicted end, more or less."""
-        for worker, num_tokens in lengths(parts, demand.last):
-            account, num_blocks = self._accounts[worker], sign * self.blocks(num_tokens)
-            account.reserved += num_blocks
-            account.in_parts += num_blocks if len(parts) > 1 else 0
+        for worker, num_blocks in self._at_end(seq_id, parts, demand):
+            account = self._accounts[worker]
+            account.reserved += sign * num_blocks
+            account.in_parts += sign * num_blocks if len(parts) > 1 else 0
             account.num_sequences += sign
+
+    def _at_end(self, seq_id: int, parts: tuple[Part, ...], demand: Demand) -> list[tuple[int, int]]:
+        """R-worker, and the blocks there that are its own, not another's."""
+        of_others = self._unpaid.get(seq_id, _NO_BLOCKS)
+        num_tokens = demand.last + self.tokens_of(sum(of_others.values()))
+        return [(worker, self.blocks(n) - of_others.get(worker, 0)) for worker, n in lengths(parts, num_tokens)]

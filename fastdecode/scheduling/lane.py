@@ -172,7 +172,7 @@ class Lane:
     def prefilled(self, segment: Segment) -> Sequence:
         """A chunk's KV is there."""
         sequence = self.prefilling[segment.seq_id]
-        sequence.num_prefilled = segment.end
+        sequence.prefilled(segment.end)
         return sequence
 
     def begin_decoding(self, sequence: Sequence) -> None:

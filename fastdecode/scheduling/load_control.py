@@ -27,12 +27,13 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import NamedTuple
 
 import numpy as np
 
 from fastdecode.scheduling.kv_credits import KVCredits
+from fastdecode.scheduling.layouts import Layout
 from fastdecode.scheduling.load import Demand, Projection, Shared, SteadyStream
 from fastdecode.scheduling.parts import Part, whole_on
 from fastdecode.scheduling.predictor import Prediction
@@ -50,6 +51,8 @@ _SHARE, _ROUNDING = 1 << 40, 1e-6  # what a whole prediction weighs; of sums of 
 
 _NOT_SHARED = Shared()
 _NONE: Mapping[int, Shared] = {}
+_NO_BLOCKS: Mapping[int, int] = {}
+Changes = Iterable[tuple[int, Change]]  # by R-worker
 
 START_POLICIES = ("steady", "eager", "at-once")
 
@@ -128,13 +131,18 @@ class LoadControl:
         return waiting_kv_tokens + self._max_kv_tokens > fillings * self._limit
 
     def place(
-        self, prospect: Prospect, *, is_urgent: bool = False, shared: Mapping[int, Shared] = _NONE
+        self,
+        prospect: Prospect,
+        *,
+        is_urgent: bool = False,
+        shared: Mapping[int, Shared] = _NONE,
+        layout: Layout | None = None,
     ) -> tuple[Part, ...] | None:
         """Where it starts; None: not in this step.  What is urgent keeps no pace, but fits.
 
-        shared: what of it R-workers have already, where that is something.
+        shared: what of it R-workers have already, where that is something; layout: parts that have more of it.
         """
-        if parts := self._divided(prospect, has_shared=bool(shared)):
+        if parts := self._as_there(prospect, layout) or self._divided(prospect, shared):
             return parts if not self._started or self._may_start(prospect, is_urgent) else None
         worker = self._worker(prospect, is_urgent, shared)
         return None if worker is None else whole_on(worker)
@@ -150,42 +158,61 @@ class LoadControl:
             workers = [w for w in workers if self._keeps_pace(prospect, w, shared.get(w, _NOT_SHARED))]
         return self._credits.lightest(workers, prospect.mean, shared)
 
-    def _divided(self, prospect: Prospect, has_shared: bool) -> tuple[Part, ...] | None:
-        """Its parts, if it is to be divided and there is room for them.  What it shares it would lose so."""
+    def _as_there(self, prospect: Prospect, layout: Layout | None) -> tuple[Part, ...] | None:
+        """The layout's parts, if there is one, and room."""
         num_tokens = min(prospect.limit.last, prospect.max_kv_tokens)
+        if layout is None or not self._credits.have_room(layout.parts, num_tokens, layout.num_used):
+            return None
+        return layout.parts
+
+    def _divided(self, prospect: Prospect, shared: Mapping[int, Shared]) -> tuple[Part, ...] | None:
+        """Its parts, if it is to be divided and there is room for them; the first one where most of it is."""
+        num_tokens = min(prospect.limit.last, prospect.max_kv_tokens)
+        first = max(shared, key=lambda worker: shared[worker].num_tokens, default=None)
         if not self._credits.fits_one(num_tokens):
-            return self._credits.parts(num_tokens, least_tokens=1)
-        if has_shared or self._min_part_tokens is None or num_tokens < 2 * self._min_part_tokens:
+            return self._credits.parts(num_tokens, 1, first)
+        if self._min_part_tokens is None or num_tokens < 2 * self._min_part_tokens:
             return None
         tokens = self._credits.tokens
         num_others = sum(capacity > 0 for capacity in self._credits.capacity_tokens) - 1
         others = sum(tokens) + max(0, self._waiting_kv_tokens - prospect.max_kv_tokens)
         if num_others * num_tokens <= others:
             return None
-        parts = self._credits.parts(num_tokens, self._min_part_tokens)
-        return parts if parts and len(parts) > 1 else None
+        parts = self._credits.parts(num_tokens, self._min_part_tokens, first)
+        if parts is None or len(parts) == 1:
+            return None
+        if first is not None and (parts[0].r_worker != first or parts[1].first_token < shared[first].num_tokens):
+            return None  # something that is there would have to be computed again
+        return parts
 
     def _may_start(self, prospect: Prospect, is_urgent: bool) -> bool:
         """Beside others, in parts."""
         return (self._batch_open or is_urgent) and self._within_limit(prospect, _NOT_SHARED)
 
     def start(
-        self, seq_id: int, parts: tuple[Part, ...], prospect: Prospect, change: Change, num_unpaid_blocks: int
+        self,
+        seq_id: int,
+        parts: tuple[Part, ...],
+        prospect: Prospect,
+        changes: Changes = (),
+        unpaid: Mapping[int, int] = _NO_BLOCKS,
     ) -> None:
-        """change: what it changes for the others that run there; num_unpaid_blocks: that are in another's demand."""
+        """changes: R-worker, and what it changes for the others that run there; unpaid: R-worker -> of its blocks there
+        those that are part of another's demand.
+        """
         num_tokens, worker = prospect.limit.first, parts[0].r_worker
-        prospect = prospect.less(self._credits.tokens_of(num_unpaid_blocks))
+        prospect = prospect.less(self._credits.tokens_of(sum(unpaid.values())))
         cost = self._cost(prospect, worker) if len(parts) == 1 else None
         if cost is not None:
             self._stream(worker).spend(cost)
         if prospect.mean is not None and self._policy == "steady":
             self._recent.add(prospect.prediction)
-        self._credits.start(seq_id, parts, prospect.limit, num_tokens, change.num_shared)
+        self._credits.start(seq_id, parts, prospect.limit, num_tokens, num_shared(changes), unpaid)
         if self._total is not None:
             self._total.add(prospect.limit)
         self._started[seq_id] = _Started(worker, prospect.limit, cost, prospect.max_kv_tokens)
         self._max_kv_tokens += prospect.max_kv_tokens
-        self._pay(change)
+        self._pay(changes)
 
     def close_batch(self) -> None:
         """Nobody else could start though there was budget left: a batch that starts at once is complete."""
@@ -196,34 +223,36 @@ class LoadControl:
         demand = self._started[seq_id].demand
         self._change(seq_id, demand._replace(end=demand.end + steps))
 
-    def end(self, seq_id: int, change: Change) -> None:
+    def end(self, seq_id: int, changes: Changes = ()) -> None:
         """It has ended, by itself or not; the step at hand was its last, or the one before.
 
-        change: what that changes for the others that run there.
+        changes: R-worker, and what that changes for the others that run there.
         """
         started = self._started.pop(seq_id)
         self._max_kv_tokens -= started.max_kv_tokens
         if self._total is not None:
             self._total.remove(started.demand)
-        self._credits.end(seq_id, change.num_shared)
-        self._pay(change)
+        self._credits.end(seq_id, num_shared(changes))
+        self._pay(changes)
         if started.spent is not None:
             took = self._measured(started.demand._replace(end=max(self._step, started.demand.start)))
             stream = self._stream(started.worker)
             stream.settle(started.spent, stream.cost(took))
 
-    def _pay(self, change: Change) -> None:
+    def _pay(self, changes: Changes) -> None:
         """Whose demand the blocks are part of that others have, too: one of theirs."""
-        for seq_id, blocks in change.paid.items():
-            demand = self._started[seq_id].demand
-            self._change(seq_id, demand._replace(first=demand.first + self._credits.tokens_of(blocks)))
+        for worker, change in changes:
+            for seq_id, blocks in change.paid.items():
+                demand = self._started[seq_id].demand
+                demand = demand._replace(first=demand.first + self._credits.tokens_of(blocks))
+                self._change(seq_id, demand, {worker: blocks})
 
-    def _change(self, seq_id: int, demand: Demand) -> None:
+    def _change(self, seq_id: int, demand: Demand, paid: Mapping[int, int] = _NO_BLOCKS) -> None:
         started = self._started[seq_id]
         if self._total is not None:
             self._total.remove(started.demand)
             self._total.add(demand)
-        self._credits.change(seq_id, demand)
+        self._credits.change(seq_id, demand, paid)
         self._started[seq_id] = started._replace(demand=demand)
 
     def check_integrity(self) -> None:
@@ -252,6 +281,11 @@ class LoadControl:
     def _measured(self, demand: Demand) -> Demand:
         """In the units of the limit: where memory sets it, part of that goes to blocks half full."""
         return demand if self._limit == self._max_kv_load else self._credits.with_slack(demand)
+
+
+def num_shared(changes: Changes) -> dict[int, int]:
+    """R-worker -> blocks of a sequence that others have, too."""
+    return {worker: change.num_shared for worker, change in changes}
 
 
 class RecentStarts:

@@ -24,7 +24,7 @@ from collections import Counter, OrderedDict, abc
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from fastdecode.scheduling.chains import TOKEN_BYTES, Block, Root, Tokens, num_common
+from fastdecode.scheduling.chains import TOKEN_BYTES, Block, Root, Scope, Tokens, num_common
 
 _LEAST_TOKENS = 16  # that are worth a fork
 
@@ -59,7 +59,7 @@ class Fork(NamedTuple):
 class _Member:
     """A sequence."""
 
-    scope: str | None
+    scope: Scope
     path: list[Block]  # of its full blocks the first ones, up to where others have been before it
     tail: Block | None = None  # the end of its chain, if that is no full block
     num_held: int = 0  # of the path, how many it holds
@@ -85,7 +85,7 @@ class _Member:
 class PrefixTree:
     def __init__(self, block_tokens: int) -> None:
         self._block_tokens = block_tokens
-        self._roots: dict[str | None, Root] = {}  # by scope: whoever has another one shares nothing
+        self._roots: dict[Scope, Root] = {}
         self._running: dict[int, _Member] = {}
         self._kept: dict[int, _Member] = {}
         self._leaves: OrderedDict[Block, None] = OrderedDict()  # that can be given up, the next one first
@@ -95,11 +95,17 @@ class PrefixTree:
         self.num_kept = 0  # blocks that ended sequences alone hold, but for those
         self.num_changes = 0  # as long as it stays, `find` gives the same answers
 
-    def find(self, seq_id: int, scope: str | None, tokens: Tokens, most_tokens: int, priority: int) -> Found:
+    def is_own(self, seq_id: int, scope: Scope, most_tokens: int) -> bool:
+        """It has run here before, and what is left of it are its first tokens there, up to so many."""
+        own = self._kept.get(seq_id)
+        return own is not None and own.scope == scope and own.num_tokens <= most_tokens
+
+    def find(self, seq_id: int, scope: Scope, tokens: Tokens, most_tokens: int, priority: int) -> Found:
         """How many of its first tokens, up to so many, are there, or promised by somebody who does not rank after it;
         if it has run here before, what there is left of it.  priority: its own, lower goes first.
         """
-        if own := self._kept.get(seq_id):
+        if self.is_own(seq_id, scope, most_tokens):
+            own = self._kept[seq_id]
             return self._found(own.path, None, 0, own.num_tokens)
         block: Block | None = self._roots.get(scope)
         if block is None:
@@ -123,7 +129,7 @@ class PrefixTree:
         ends = [self._running[block.payer].end for block in path if block.payer is not None]
         return Found(tuple(path), source, num_copied, num_tokens, len(ends), min(ends, default=0))
 
-    def join(self, seq_id: int, scope: str | None, tokens: Tokens, found: Found, priority: int, end: int) -> Change:
+    def join(self, seq_id: int, scope: Scope, tokens: Tokens, found: Found, priority: int, end: int) -> Change:
         """It runs from now on.  end: when it is expected to end."""
         self.num_changes += 1
         member = self._kept.pop(seq_id, None)
@@ -156,6 +162,10 @@ class PrefixTree:
     def num_unpaid(self, seq_id: int) -> int:
         """Of its blocks those that are part of another one's demand."""
         return sum(block.payer != seq_id for block in self._running[seq_id].path)
+
+    def has_own(self, seq_id: int) -> bool:
+        """Its R-worker knew it when it started."""
+        return self._running[seq_id].num_own > 0
 
     def is_to_wait(self, seq_id: int) -> bool:
         """Whether what it begins with is on its way."""

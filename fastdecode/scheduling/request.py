@@ -64,6 +64,8 @@ class Sequence:
     lane: int = 0  # whose steps it is in, while it runs
     prefill_tokens: int = 0  # how many it began with there: its prompt, and what was output before a preemption
     num_prefilled: int = 0  # of them those whose KV is on the R-worker
+    found: dict[int, int] = field(default_factory=dict)  # first token of a part -> how many it has there already
+    num_found: int = 0  # tokens that it had there when it began
     is_remote: bool = False  # its prompt attends on the R-worker, which holds the beginning of it
     is_known: bool = False  # to its R-worker; not while it waits for what it is to begin with
     num_scored: int = 0  # positions of its prompt whose logits have been looked at; they outlive a preemption
@@ -122,10 +124,22 @@ class Sequence:
         assert not self.parts and not self.finish_reason
         self.parts, self.lane, self.num_prefilled, self.prefill_tokens = parts, lane, 0, self.num_tokens
         self.is_remote = self.is_known = False
+        self.found = {}
 
-    def begin_with(self, num_tokens: int) -> None:
-        """Its R-worker knows it, and has so many of its prompt's already; then the rest attends there."""
-        self.num_prefilled, self.is_remote, self.is_known = num_tokens, num_tokens > 0, True
+    def begin_with(self, found: dict[int, int]) -> None:
+        """Its R-workers know it, and have some of its prompt's tokens already; then the rest attends there.
+
+        found: first token of a part -> how many
+        """
+        self.found, self.is_remote, self.is_known = found, any(found.values()), True
+        self.num_found = sum(found.values())
+        self.prefilled(0)
+
+    def prefilled(self, end: int) -> None:
+        """KV of its tokens up to `end` is there, and perhaps of those behind."""
+        while num_tokens := self.found.pop(end, 0):
+            end += num_tokens
+        self.num_prefilled = end
 
     def preempt(self) -> None:
         """Back to waiting.  Its KV is gone, or stays as that of one that has ended does."""

@@ -23,7 +23,7 @@ from fastdecode.errors import RequestError
 from fastdecode.scheduling.config import SchedulerConfig
 from fastdecode.scheduling.kv_credits import KVCredits
 from fastdecode.scheduling.lane import Lane, hand_over
-from fastdecode.scheduling.load_control import LoadControl
+from fastdecode.scheduling.load_control import LoadControl, num_shared
 from fastdecode.scheduling.parts import lengths, reached
 from fastdecode.scheduling.plan import Decodes, Step, in_row_order
 from fastdecode.scheduling.predictor import Learned, Predictor
@@ -383,12 +383,12 @@ class Scheduler:
         """
 
         def put_back(victim: Sequence) -> None:
-            parts, is_known = victim.parts, victim.is_known
-            shared, stays = self._put_back(victim, may_stay=True)
+            parts = victim.parts
+            changes, to_free = self._put_back(victim, may_stay=True)
             self._num_preempted += 1
-            self._credits.give_back(parts, victim.num_tokens, shared.num_shared)
-            for part in parts if is_known and not stays else ():
-                self._preempted.setdefault(part.r_worker, []).append(victim.seq_id)
+            self._credits.give_back(parts, victim.num_tokens, num_shared(changes))
+            for worker in to_free:
+                self._preempted.setdefault(worker, []).append(victim.seq_id)
 
         restart = self._config.restart_tokens
         if restart is not None:
@@ -413,26 +413,26 @@ class Scheduler:
 
     def _let_go(self, sequence: Sequence, freed: dict[int, list[int]]) -> None:
         """One that has ended, and nothing under way has rows of."""
-        _, stays = self._take_out(sequence, may_stay=sequence.finish_reason is not None)
-        for part in sequence.parts if sequence.is_known and not stays else ():
-            freed.setdefault(part.r_worker, []).append(sequence.seq_id)
+        _, to_free = self._take_out(sequence, may_stay=sequence.finish_reason is not None)
+        for worker in to_free:
+            freed.setdefault(worker, []).append(sequence.seq_id)
         sequence.parts = ()
         self._prospects.learn(sequence)
 
-    def _put_back(self, sequence: Sequence, *, may_stay: bool) -> tuple[Change, bool]:
+    def _put_back(self, sequence: Sequence, *, may_stay: bool) -> tuple[list[tuple[int, Change]], list[int]]:
         taken = self._take_out(sequence, may_stay=may_stay)
         sequence.preempt()
         self._waiting.put_back(sequence)
         return taken
 
-    def _take_out(self, sequence: Sequence, *, may_stay: bool) -> tuple[Change, bool]:
-        """Of the running.  What of its KV it shared with others, and whether its R-worker keeps that."""
+    def _take_out(self, sequence: Sequence, *, may_stay: bool) -> tuple[list[tuple[int, Change]], list[int]]:
+        """Of the running.  What that changes for others on each R-worker, and those that can free its KV."""
         self._running.remove(sequence)
         self._lanes[sequence.lane].remove(sequence)
         self._prompt_room.give_back(sequence.seq_id)
-        shared, stays = self._prefixes.leave(sequence, may_stay=may_stay)
-        self._load.end(sequence.seq_id, shared)
-        return shared, stays
+        changes, to_free = self._prefixes.leave(sequence, may_stay=may_stay)
+        self._load.end(sequence.seq_id, changes)
+        return changes, to_free
 
     def _expect_more(self, sequence: Sequence) -> None:
         """It has outlived what was predicted, and is taken to end in the next bucket."""

@@ -14,7 +14,7 @@ from fastdecode.scheduling.kv_credits import KVCredits
 from fastdecode.scheduling.lane import Lane
 from fastdecode.scheduling.load import Shared
 from fastdecode.scheduling.load_control import LoadControl
-from fastdecode.scheduling.parts import Part, lengths, next_bound, part_of
+from fastdecode.scheduling.parts import Part, next_bound, part_of
 from fastdecode.scheduling.plan import Admission, Segment
 from fastdecode.scheduling.prefix_tree import Found
 from fastdecode.scheduling.prefixes import Prefixes
@@ -65,8 +65,14 @@ class Starts:
             return True
         has_seat = len(self._running) < self._config.num_seats
         prospect = self._prospect(first, self._whole_step, number)
-        shared = _shared(self._prefixes.find(first))
-        return has_seat and self._load.place(prospect, is_urgent=True, shared=shared) is not None
+        return has_seat and self._place(first, prospect, self._prefixes.find(first), is_urgent=True) is not None
+
+    def _place(
+        self, sequence: Sequence, prospect: Prospect, found: Mapping[int, Found], *, is_urgent: bool
+    ) -> tuple[Part, ...] | None:
+        """Where it would start now; None: it has to wait."""
+        layout = self._prefixes.layout(sequence, max((one.num_tokens for one in found.values()), default=0))
+        return self._load.place(prospect, is_urgent=is_urgent, shared=_shared(found), layout=layout)
 
     @property
     def _whole_step(self) -> _Left:
@@ -104,7 +110,7 @@ class Starts:
             if is_for_others := len(lane) >= self._share:
                 break
             prospect, found = self._prospect(first, left, number), self._prefixes.find(first)
-            parts = self._load.place(prospect, is_urgent=first.request.priority < lowest, shared=_shared(found))
+            parts = self._place(first, prospect, found, is_urgent=first.request.priority < lowest)
             if parts is None:
                 break
             self._start(first, parts, lane, prospect, found.get(parts[0].r_worker))
@@ -136,7 +142,7 @@ class Starts:
             if min(end, sequence.num_to_score) - score_begin > left.scored_rows:
                 end = score_begin + left.scored_rows
         end = end if bound is None else min(end, bound)  # a chunk goes to one R-worker
-        if begin == 0 and end < sequence.prefill_tokens:
+        if begin == 0 and end < sequence.prefill_tokens and not sequence.is_remote:
             sequence.is_remote = not self._prompt_room.take(sequence.seq_id, sequence.prefill_tokens)
         if sequence.is_remote:  # its R-worker looks up the blocks of every query
             end = min(end, begin + max(1, _MOST_LOOKED_UP // self._credits.blocks(sequence.prefill_tokens)))
@@ -158,23 +164,22 @@ class Starts:
         return segment
 
     def _begin_prompt(self, sequence: Sequence, admissions: list[Admission]) -> None:
-        worker = sequence.parts[0].r_worker
-        num_tokens, has_them = self._prefixes.begin(sequence, lambda: self._credits.take_spare(worker))
-        if not has_them:  # its R-workers know nothing of it
-            capacities = self._credits.capacity_tokens
-            admissions += [
-                Admission(sequence.seq_id, worker, min(most, capacities[worker]))
-                for worker, most in lengths(sequence.parts, sequence.max_kv_tokens)
-            ]
-        sequence.begin_with(num_tokens)
+        begun = self._prefixes.begin(sequence, self._credits.take_spare)
+        capacities = self._credits.capacity_tokens
+        admissions += [
+            Admission(sequence.seq_id, worker, min(sequence.max_kv_tokens, capacities[worker]))
+            for worker, _ in sequence.parts
+            if worker not in begun or not begun[worker][1]  # others know it from when it was there last
+        ]
+        sequence.begin_with({first: begun[worker][0] for worker, first in sequence.parts if worker in begun})
 
     def _start(
         self, sequence: Sequence, parts: tuple[Part, ...], lane: Lane, prospect: Prospect, found: Found | None
     ) -> None:
         self._waiting.remove(sequence)
         self._running.add(sequence)
-        change = self._prefixes.start(sequence, parts, found, prospect.limit.end)
-        self._load.start(sequence.seq_id, parts, prospect, change, self._prefixes.num_unpaid(sequence))
+        changes = self._prefixes.start(sequence, parts, found, prospect.limit.end)
+        self._load.start(sequence.seq_id, parts, prospect, changes, self._prefixes.num_unpaid(sequence))
         sequence.admit(parts, lane.index)
         lane.add(sequence)
         sequence.expected_tokens = self._prospects.expected_tokens(sequence)
