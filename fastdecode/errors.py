@@ -40,6 +40,10 @@ class RequestError(FastDecodeError, ValueError):
         self.code, self.param, self.numbers = code, param, dict(numbers or {})
 
 
+class DeviceKVFailed(FastDecodeError):
+    """K and V on the S-worker's own device: no room where there should be some, or a fault of ours."""
+
+
 class RWorkerError(FastDecodeError):
     r_worker: int = 0  # whose fault it is, by its place in the pool
 

@@ -15,8 +15,9 @@ from gpu_sworker.errors import (
     UnsupportedModel,
     foreign_errors,
 )
+from gpu_sworker.memory import free_bytes
 from gpu_sworker.model import DTYPES, choose_device
-from gpu_sworker.partial_state import PartialState, merge, with_sinks
+from gpu_sworker.partial_state import PartialState, finished, merge, with_sinks
 from gpu_sworker.prefill import PromptChunk
 from gpu_sworker.probe import AttentionSpec
 from gpu_sworker.reference import generate_reference
@@ -30,7 +31,7 @@ from gpu_sworker.sampler import (
     derive_seed,
     uniforms,
 )
-from gpu_sworker.staging import Transfer
+from gpu_sworker.staging import Transfer, as_array, as_tensor
 from gpu_sworker.suspension import AttentionCall
 from gpu_sworker.sworker import PROMPT_KV_SHARE, FlatBatch, KVRoom, ModelFacts, SWorker
 
@@ -61,12 +62,16 @@ __all__ = [
     "TokenLogprobs",
     "Transfer",
     "UnsupportedModel",
+    "as_array",
+    "as_tensor",
     "attend_tokens",
     "attend_tokens_plainly",
     "choose_device",
     "derive_seed",
     "describe_model",
+    "finished",
     "foreign_errors",
+    "free_bytes",
     "generate_reference",
     "merge",
     "uniforms",

@@ -124,8 +124,9 @@ class EmulatedSWorker:
     def forget_prompts(self, seq_ids: Iterable[int]) -> None:
         pass
 
-    def stage(self, call: AttentionCall, num_queries: int) -> EmulatedTransfer:
-        return EmulatedTransfer(self._staging.to_host((call.q[:num_queries], call.k, call.v)).arrays, self._block_ns)
+    def stage(self, call: AttentionCall, queries: slice, tokens: slice) -> EmulatedTransfer:
+        tensors = call.q[queries], call.k[tokens], call.v[tokens]
+        return EmulatedTransfer(self._staging.to_host(tensors).arrays, self._block_ns)
 
     def gather(self, call: AttentionCall) -> HostGathering:
         return self._staging.gather(tuple(call.q.shape), call.q.dtype)

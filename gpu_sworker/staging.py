@@ -85,7 +85,7 @@ class HostStaging:
         pass
 
     def to_host(self, tensors: Sequence[torch.Tensor]) -> Arrived:
-        return Arrived([_array(tensor.detach().contiguous()) for tensor in tensors])
+        return Arrived([as_array(tensor.detach().contiguous()) for tensor in tensors])
 
     def to_device(self, array: np.ndarray) -> torch.Tensor:
         tensor = torch.empty(array.shape, dtype=torch.float32)
@@ -108,7 +108,7 @@ class HostGathering:
         assert rows.start >= self._end, "rows come in order"
         # A tensor of memory that is not to be written would be one that torch lets everybody write to.
         if o.flags.writeable:
-            self._put(rows, _tensor(o))
+            self._put(rows, as_tensor(o))
         else:
             _copy(o, self._place(rows, len(o)))
 
@@ -226,10 +226,11 @@ class _CudaTransfer:
         if self.block_ns is None:  # the duration is the device's; that it has just ended is what the host knows
             now = time.monotonic_ns()
             self.block_ns = now - round(self.began.elapsed_time(self.computed) * 1e6), now
-        return [_array(tensor) for tensor in self.pinned]
+        return [as_array(tensor) for tensor in self.pinned]
 
 
-def _array(tensor: torch.Tensor) -> np.ndarray:
+def as_array(tensor: torch.Tensor) -> np.ndarray:
+    """Of a tensor on the host, its own memory."""
     if tensor.dtype == torch.bfloat16:
         return tensor.view(torch.int16).numpy().view(_BFLOAT16)
     return tensor.numpy()
@@ -237,10 +238,11 @@ def _array(tensor: torch.Tensor) -> np.ndarray:
 
 def _copy(array: np.ndarray, to: torch.Tensor) -> None:
     """Of the same shape, on the host."""
-    np.copyto(_array(to), array, casting="unsafe")  # numpy has bfloat16 and float16 in no order; rounded as by torch
+    np.copyto(as_array(to), array, casting="unsafe")  # numpy has bfloat16 and float16 in no order; rounded as by torch
 
 
-def _tensor(array: np.ndarray) -> torch.Tensor:
+def as_tensor(array: np.ndarray) -> torch.Tensor:
+    """The other way round."""
     if array.dtype == _BFLOAT16:
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(array)

@@ -184,6 +184,16 @@ class SWorker:
         rows = chunk.rows
         return self._prompt_kv.attend(chunk, call.layer, call.q[rows], call.k[rows], call.v[rows])
 
+    def device_kv(self, budget_bytes: int, block_tokens: int) -> DeviceKV:
+        """A store of K and V on the device, of sequences that stay there.  Raises DeviceKVFull."""
+        return DeviceKV(
+            self.facts.layers,
+            dtype=self.dtype,
+            device=self.device,
+            budget_bytes=budget_bytes,
+            block_tokens=block_tokens,
+        )
+
     def prompt_kv_room(self, num_tokens: int) -> bool:
         """Whether a prompt of so many tokens can begin to come in chunks; otherwise R-workers are to attend for it,
         for as long as it comes.  One that comes whole needs no room."""
@@ -199,12 +209,9 @@ class SWorker:
         """Drops what is kept of prompts whose other chunks will not come."""
         self._prompt_kv.forget(seq_ids)
 
-    def stage(self, call: AttentionCall, num_queries: int) -> Transfer:
-        """q, k, v of the call just yielded begin their way to the host.
-
-        num_queries: rows of q that are wanted, the first ones.
-        """
-        return self._staging.to_host((call.q[:num_queries], call.k, call.v))
+    def stage(self, call: AttentionCall, queries: slice, tokens: slice) -> Transfer:
+        """Rows of q, and rows of k and v, of the call just yielded begin their way to the host."""
+        return self._staging.to_host((call.q[queries], call.k[tokens], call.v[tokens]))
 
     def gather(self, call: AttentionCall) -> Gathering:
         """Where o of the call just staged is put together."""

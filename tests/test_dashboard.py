@@ -37,7 +37,7 @@ class Clock:
 
 
 def served(capacity: list[int], health: Health) -> Any:
-    standing = Standing(3, 1, tuple(capacity), sum(capacity), PoolTotals())
+    standing = Standing(3, 1, tuple(capacity), 0, sum(capacity), PoolTotals())
     return SimpleNamespace(standing=standing, health=lambda: health)
 
 

@@ -60,7 +60,7 @@ def test_a_block_takes_its_time_and_no_less(llama: Case) -> None:
             while True:
                 calls += 1
                 assert (call.layer, call.q.shape) == (calls - 1, (tokens, 4, 16))
-                transfer = sworker.stage(call, len(call.q))
+                transfer = sworker.stage(call, slice(None), slice(None))
                 assert not transfer.is_done()
                 q, k, v = transfer.wait()
                 assert transfer.is_done() and q.shape == (tokens, 4, 16) and k.shape == v.shape == (tokens, 2, 16)
@@ -75,7 +75,7 @@ def test_blocks_are_done_one_after_another(llama: Case) -> None:
     sworker = EmulatedSWorker(facts, lambda tokens: 0.05)
     batch = FlatBatch(np.zeros(1, np.int64), np.zeros(1, np.int64), np.array([0]))
     began = time.perf_counter()
-    first, second = [sworker.stage(next(sworker.forward(batch)), 1) for _ in range(2)]
+    first, second = [sworker.stage(next(sworker.forward(batch)), slice(1), slice(None)) for _ in range(2)]
     assert time.perf_counter() - began < 0.05
     second.wait()
     assert first.is_done() and time.perf_counter() - began >= 0.1

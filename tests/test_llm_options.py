@@ -37,7 +37,7 @@ def test_missing_tokenizer(llama: Case) -> None:
     [
         ({"num_rworkers": 2}, "no option 'num_rworkers'; did you mean 'num_r_workers'"),
         ({"gpu": 1}, "no option 'gpu'"),
-        ({"num_r_workers": 0}, "num_r_workers must be a whole number from 1"),
+        ({"num_r_workers": -1}, "num_r_workers must be a whole number from 0"),
         ({"micro_batches": 0}, "micro_batches"),
         ({"dtype": "int8"}, "dtype must be one of auto, float32"),
         ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype must be one of"),

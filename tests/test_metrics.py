@@ -273,7 +273,7 @@ def test_all_r_workers_gone_at_once() -> None:
     """Between the loss of the last and the end of its sequences: numbers, and no division by what is not there."""
     metrics = Metrics("x")
     metrics.on_step(step(0, num_sampled=1, attention_s=(0.2, 0.2)))
-    standing = Standing(1, 0, (0, 0), 0, PoolTotals())
+    standing = Standing(1, 0, (0, 0), 0, 0, PoolTotals())
     service = SimpleNamespace(
         standing=standing, health=lambda: Health("degraded", ["a", "b"]), num_cut_short={}, num_refused=0
     )

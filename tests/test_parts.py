@@ -70,7 +70,7 @@ def test_what_each_part_is_told() -> None:
         parts={5: PARTS, 7: PARTS[:2]},
     )
     assert [s.seq_id for s in step.segments] == [6, 5, 7, 8] and step.segments[1].part_start == 48
-    assert step.r_workers == {0, 1, 2} and step.num_queries == 5
+    assert step.r_workers == {0, 1, 2} and step.queries == slice(0, 5)
     told = split_rows(step)
     assert [(t.seq_id, [*t.rows], t.r_worker, t.num_stored, t.num_new, t.query_start) for t in told] == [
         (5, [1], 2, 32, 0, 60),

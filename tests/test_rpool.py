@@ -10,6 +10,7 @@ import pytest
 from fastdecode.errors import RWorkerFailed
 from fastdecode.holders.rejoin import RWorkerHandle
 from fastdecode.holders.rpool import RPool, Ticket
+from fastdecode.scheduling.parts import DEVICE
 from fastdecode.scheduling.plan import Admission, Segment, Step
 from transport import Admit, Attend, Attended, Message, Pong, Rows
 
@@ -57,7 +58,7 @@ STEP = Step.of([Segment(10 * worker + i, worker, 5, (1,), 0) for worker in range
 
 def test_everybody_is_told_of_its_rows(rpool: RPool, channels: list[Any]) -> None:
     ticket = rpool.begin(STEP)
-    assert ticket.num_queries == 6 and [share.queries for share in ticket.shares] == [
+    assert STEP.queries == slice(0, 6) and [share.queries for share in ticket.shares] == [
         slice(0, 2), slice(2, 4), slice(4, 6)
     ]  # fmt: skip
     for worker, channel in enumerate(channels):
@@ -144,8 +145,28 @@ def test_a_barrier_tells_who_did_not_answer_a_step_that_goes_on(rpool: RPool, ch
 
 def test_prompts_that_attend_on_r_workers_come_before_those_that_do_not(rpool: RPool, channels: list[Any]) -> None:
     prompts = [Segment(i, 2 - i, 0, (1, 2), 9, is_remote=i != 1) for i in range(3)]
-    ticket = rpool.begin(Step.of([*prompts, Segment(9, 1, 4, (9,), 0)]))
-    assert ticket.num_queries == 5 and [(s.worker, s.tokens, s.num_queries) for s in ticket.shares] == [
+    step = Step.of([*prompts, Segment(9, 1, 4, (9,), 0)])
+    ticket = rpool.begin(step)
+    assert step.queries == slice(0, 5) and [(s.worker, s.tokens, s.num_queries) for s in ticket.shares] == [
         (1, slice(0, 1), 1), (0, slice(1, 3), 2), (2, slice(3, 5), 2), (1, slice(5, 7), 0)
     ]  # fmt: skip
     assert [m.num_queries.tolist() for channel in channels for m in channel.sent] == [[2], [1], [0], [2]]
+
+
+def test_rows_on_the_device_are_nobodys(rpool: RPool, channels: list[Any]) -> None:
+    """They are the first and the last ones; R-workers' are counted from the first of theirs."""
+    decodes = [Segment(1, DEVICE, 7, (1,), 0), Segment(2, DEVICE, 3, (1,), 0), Segment(3, 2, 5, (1,), 0)]
+    prompts = [
+        Segment(4, 0, 2, (1, 2), 9, is_remote=True),
+        Segment(5, 1, 0, (1, 2, 3), 3),
+        Segment(6, DEVICE, 0, (1, 2), 2),
+        Segment(7, DEVICE, 4, (1, 2), 9, is_remote=True),
+    ]
+    step = Step.of([*reversed(prompts), *decodes])
+    assert (step.num_device_decodes, step.queries, step.stored) == (2, slice(2, 5), slice(2, 8))
+    assert [s.seq_id for s in step.prompts] == [4, 5, 6, 7] and step.r_workers == {0, 1, 2}
+    assert [s.seq_id for s in step.local_prompts] == [5, 6] and [s.seq_id for s in step.device_prompts] == [6, 7]
+    ticket = rpool.begin(step)
+    assert [(s.worker, s.tokens, s.num_queries) for s in ticket.shares] == [
+        (2, slice(0, 1), 1), (0, slice(1, 3), 2), (1, slice(3, 6), 0)
+    ]  # fmt: skip

@@ -17,7 +17,7 @@ from fastdecode.errors import RequestError
 from fastdecode.scheduling.config import SchedulerConfig
 from fastdecode.scheduling.kv_credits import KV_POLICIES
 from fastdecode.scheduling.load_control import START_POLICIES
-from fastdecode.scheduling.parts import reached
+from fastdecode.scheduling.parts import DEVICE, reached
 from fastdecode.scheduling.plan import Forking, Segment, Step
 from fastdecode.scheduling.predictor import Learned, MaxTokens, NoisyOracle, Oracle, Predictor
 from fastdecode.scheduling.prefixes import SHARING
@@ -106,6 +106,7 @@ class World:
         capacity: tuple[int, ...],
         split_fuse: bool = True,
         scored_rows: int = 1 << 30,
+        device_blocks: int = 0,
     ) -> None:
         self.scheduler, self.budget, self.capacity, self.split_fuse = scheduler, budget, capacity, split_fuse
         self.scored_rows = scored_rows
@@ -114,7 +115,9 @@ class World:
         layout: Any = SimpleNamespace(
             block_bytes=1, block_tokens=BLOCK_TOKENS, layers=(), heads=(), num_blocks=lambda n: -(-n // BLOCK_TOKENS)
         )
-        self.stores = [KVStore(layout, blocks) for blocks in capacity]
+        self.stores = {worker: KVStore(layout, blocks) for worker, blocks in enumerate(capacity)}
+        if device_blocks:
+            self.stores[DEVICE] = KVStore(layout, device_blocks)
         self.stored: dict[tuple[int, int], tuple[int, ...]] = {}  # (R-worker, seq_id) -> whose K and V are there
         self.begins: dict[tuple[int, int], int] = {}  # likewise, how many tokens come before those
         self.is_remote: dict[tuple[int, int], bool] = {}  # (sequence, how often it was preempted) -> where it attends
@@ -183,7 +186,9 @@ class World:
             if segment.is_prompt:
                 first = self.is_remote.setdefault((segment.seq_id, admitted[segment.seq_id]), segment.is_remote)
                 assert first == segment.is_remote, "a prompt attends in one place"
-                assert not segment.is_remote or segment.num_tokens < segment.prompt_tokens, "a whole one needs no room"
+                is_here = segment.r_worker == DEVICE
+                is_whole = segment.num_tokens == segment.prompt_tokens
+                assert not (segment.is_remote and is_whole) or is_here, "a whole one needs no room"
         self._check_budget(segments)
         assert len(set(step.sampled)) == len(step.sampled)
 
@@ -296,6 +301,7 @@ PREDICTORS = {
     budget=st.integers(1, 60),
     lanes=st.integers(1, 4),
     capacity=st.lists(st.integers(4, 40), min_size=1, max_size=3).map(tuple).filter(lambda blocks: sum(blocks) >= 13),
+    device=st.tuples(st.sampled_from([0, 0, 5, 13, 40]), st.booleans()),
     min_part=st.sampled_from([None, 1, 7, 20]),
     predictor=st.sampled_from(sorted(PREDICTORS)),
     kv_policy=st.sampled_from(KV_POLICIES),
@@ -319,6 +325,7 @@ def test_whatever_comes(
     budget: int,
     lanes: int,
     capacity: tuple[int, ...],
+    device: tuple[int, bool],
     min_part: int | None,
     predictor: str,
     kv_policy: str,
@@ -343,6 +350,8 @@ def test_whatever_comes(
         max_num_batched_tokens=budget,
         num_lanes=lanes,
         capacity_blocks=capacity,
+        device_blocks=device[0],
+        prompts_attend_there=device[1],
         predictor=PREDICTORS[predictor](),
         kv_policy=kv_policy,
         start_policy=start_policy,
@@ -359,7 +368,7 @@ def test_whatever_comes(
         prompt_kv_block_tokens=3,
         sharing=sharing,
     )
-    world = World(scheduler, budget, capacity, split_fuse, scored_rows)
+    world = World(scheduler, budget, capacity, split_fuse, scored_rows, device[0])
     coming: list[tuple[int, Sequence]] = []
     for when, (prompt, out, true, rank, scores, copies, salt, first) in zip(arrivals, sizes, strict=False):
         coming += [
@@ -380,7 +389,7 @@ def test_whatever_comes(
     scheduler.forget_prefixes()
     world.add(a_sequence(len(coming) + len(world.sequences), prompt=1, output=1))
     world.run()
-    assert all(store.num_free_blocks >= store.num_blocks - 1 for store in world.stores), "a block has leaked"
+    assert all(s.num_free_blocks >= s.num_blocks - 1 for s in world.stores.values()), "a block has leaked"
     for sequence in world.sequences.values():
         if sequence.seq_id not in aborted:
             expected = sequence.request.true_output_tokens or sequence.request.max_new_tokens

@@ -58,7 +58,7 @@ def test_those_that_run_together_hold_it_once() -> None:
     alone = begun(world, alike[0])
     held = []
     while world.step():
-        held.append(sum(store.num_blocks - store.num_free_blocks for store in world.stores))
+        held.append(sum(store.num_blocks - store.num_free_blocks for store in world.stores.values()))
     assert all(len(one.output_token_ids) == 4 for one in alike)
     assert max(map(len, (step.decodes for step in world.steps))) == 3, "they ran at once"
     assert max(held) <= len(FIRST) // BLOCK_TOKENS + 3 * 3 + 2, "and what they begin with was there once"

@@ -36,6 +36,8 @@ def calibrate_model(config: EngineConfig, largest_batch: int, on_progress: Calla
 
     Raises ConfigError (options, too little KV), ModelError, RWorkerError.
     """
+    if not config.num_r_workers:
+        raise ConfigError("a calibration is of S- and R-Part; with num_r_workers=0 there is no R-Part to measure")
     runtime = open_runtime(config)
     try:
         return _calibrate(runtime, largest_batch, on_progress)

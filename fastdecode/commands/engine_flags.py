@@ -138,7 +138,7 @@ def option_help(option: str) -> str:
 
 
 def _type(name: str, annotation: str) -> type:
-    if name in ("kv_cache_memory", "prompt_kv_memory"):
+    if name in ("kv_cache_memory", "prompt_kv_memory", "device_kv_memory"):
         return str  # "4GiB"
     return {"int": int, "float": float}.get(annotation.split(" ")[0], str)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
+import torch
+
 from cpu_attention import KVLayout, LayerShape, available_memory_bytes, format_bytes
 from fastdecode.engine.config import EngineConfig
 from fastdecode.errors import ConfigError
@@ -12,7 +14,7 @@ from fastdecode.modelling.calibration import read_calibration
 from fastdecode.scheduling.config import SchedulerConfig
 from fastdecode.scheduling.predictor import Learned, MaxTokens
 from fastdecode.scheduling.scheduler import Scheduler
-from gpu_sworker import PROMPT_KV_SHARE, KVRoom, ModelFacts, choose_device
+from gpu_sworker import PROMPT_KV_SHARE, KVRoom, ModelFacts, choose_device, free_bytes
 from transport import Welcome
 
 logger = logging.getLogger(__name__)
@@ -20,6 +22,7 @@ logger = logging.getLogger(__name__)
 _SCORES_BYTES = 256 << 20  # of float32 logits that score tokens of prompts, in a step
 _LEAST_SCORED_ROWS = 64
 _KV_SHARE = 0.4  # of the free memory, for R-workers started here without a budget; the S-Part may need the rest
+_GPU_KV_SHARE = 0.8  # of what is free on a GPU with the model there; activations and logits need the rest
 
 
 def kv_layout(config: EngineConfig, facts: ModelFacts) -> KVLayout:
@@ -61,12 +64,45 @@ def prompt_kv_bytes(config: EngineConfig) -> int | None:
     return asked
 
 
-def max_model_len(config: EngineConfig, facts: ModelFacts, layout: KVLayout, welcomes: Sequence[Welcome]) -> int:
-    """The longest sequence that the model knows positions for and that the R-workers can hold, in parts if need be.
+def device_kv_bytes(config: EngineConfig, facts: ModelFacts, layout: KVLayout) -> int:
+    """The budget of sequences on the S-worker's device; 0: none stay there.  Raises ConfigError if it is not there."""
+    asked = config.device_kv_memory
+    if asked is None and config.num_r_workers:
+        return 0
+    if asked == 0:
+        return 0
+    if facts.device.startswith("emulated"):
+        raise ConfigError("an emulated device has no memory for KV: leave device_kv_memory out, and have R-workers")
+    device = torch.device(facts.device)
+    if device.type != "cpu" and config.kv_cache_dtype not in ("auto", facts.dtype):
+        raise ConfigError(
+            f"KV on {facts.device} is in the model's dtype, {facts.dtype}; kv_cache_dtype {config.kv_cache_dtype} is "
+            "for R-workers: leave it out, or device_kv_memory"
+        )
+    free = free_bytes(device)
+    if asked is None:
+        longest = config.max_model_len or facts.max_positions or (1 << 30)
+        usable = config.max_num_seqs * layout.num_blocks(longest) * layout.block_bytes
+        return min(int((_KV_SHARE if device.type == "cpu" else _GPU_KV_SHARE) * free), usable)
+    if asked > free:
+        raise ConfigError(
+            f"device_kv_memory {format_bytes(asked)} is more than the {format_bytes(free)} that are free on "
+            f"{facts.device}"
+        )
+    return asked
+
+
+def max_model_len(
+    config: EngineConfig, facts: ModelFacts, layout: KVLayout, welcomes: Sequence[Welcome], device_blocks: int = 0
+) -> int:
+    """The longest sequence that the model knows positions for and that the device or the R-workers can hold, in parts
+    if need be.
 
     Its last token is sampled and never stored, so it may be one longer than the KV.  Raises ConfigError.
     """
-    total = sum(welcome.num_blocks * welcome.block_tokens for welcome in welcomes)
+    of_r_workers = sum(welcome.num_blocks * welcome.block_tokens for welcome in welcomes)
+    total = max(of_r_workers, device_blocks * layout.block_tokens)
+    name, who = ("kv_cache_memory", "the R-workers hold") if welcomes else ("device_kv_memory", "the device holds")
     asked, known = config.max_model_len, facts.max_positions
     if asked is not None and known is not None and asked > known:
         raise ConfigError(
@@ -77,19 +113,21 @@ def max_model_len(config: EngineConfig, facts: ModelFacts, layout: KVLayout, wel
         raise ConfigError(
             f"the KV budget is too small for one sequence of max_model_len = {asked} tokens: {asked - 1} tokens of KV "
             f"x {layout.token_bytes} bytes, in blocks of {layout.block_tokens} = {format_bytes(needed)} ({needed} "
-            f"bytes), but the R-workers hold {total} tokens ({total * layout.token_bytes} bytes) in all; raise "
-            "kv_cache_memory or lower max_model_len"
+            f"bytes), but {who} {total} tokens ({total * layout.token_bytes} bytes) in all; raise {name} or lower "
+            "max_model_len"
         )
     limit = min(filter(None, (asked, known, total + 1)))
     if asked is None and known is not None and limit < known:
-        logger.warning("max_model_len is %d: the R-workers' KV budget ends there, the model goes to %d", limit, known)
+        logger.warning("max_model_len is %d: the KV budget ends there, the model goes to %d", limit, known)
     return limit
 
 
 def make_scheduler(
-    config: EngineConfig, facts: ModelFacts, capacity_blocks: Sequence[int], prompt_kv: KVRoom
+    config: EngineConfig, facts: ModelFacts, capacity_blocks: Sequence[int], prompt_kv: KVRoom, device_blocks: int = 0
 ) -> Scheduler:
-    """capacity_blocks: [num_r_workers]; prompt_kv: the S-worker's room for prompts.  Raises ConfigError."""
+    """capacity_blocks: [num_r_workers]; prompt_kv: the S-worker's room for prompts; device_blocks: its room for
+    sequences that stay.  Raises ConfigError.
+    """
     sharing = _sharing(config, facts)
     return Scheduler(
         SchedulerConfig(
@@ -98,6 +136,8 @@ def make_scheduler(
             num_lanes=config.micro_batches or (1 if facts.device == "cpu" else 2),
             block_tokens=config.block_tokens,
             capacity_blocks=tuple(capacity_blocks),
+            device_blocks=device_blocks,
+            prompts_attend_there=config.kv_cache_dtype in ("auto", facts.dtype),
             max_num_waiting=config.max_num_waiting,
             kv_policy=config.kv_policy,
             start_policy=config.start_policy,
@@ -147,6 +187,14 @@ def max_kv_load(config: EngineConfig, facts: ModelFacts, num_r_workers: int) -> 
             f"{model.num_layers * model.r_fixed_seconds:.4f} s for a step that reads nothing"
         )
     return min(load, config.max_kv_load or load)
+
+
+def describe_device(facts: ModelFacts, layout: KVLayout, num_blocks: int) -> str:
+    """Likewise, of the S-worker's device."""
+    num_bytes, num_tokens = num_blocks * layout.block_bytes, num_blocks * layout.block_tokens
+    return (
+        f"the S-worker's device, {facts.device}: {format_bytes(num_bytes)} of {layout.dtype} KV = {num_tokens} tokens"
+    )
 
 
 def describe_places(

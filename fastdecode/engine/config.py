@@ -40,7 +40,10 @@ class EngineConfig:
     prompt_kv_memory: bytes on the S-worker's device, like ``"2GiB"``, for K and V of prompts on their way in, as far
         as they take more than one step; those that find no room attend on their R-workers. None: an eighth of what is
         free there.
-    num_r_workers: how many to start on this machine.
+    device_kv_memory: bytes on the S-worker's device for KV of sequences that stay there, attended to without a wire;
+        they go there first, and to R-workers when it is full. In the model's dtype on a GPU, else as on R-workers.
+        None: none if there are R-workers, otherwise a share of what is free there.
+    num_r_workers: how many to start on this machine; 0: none, all KV is on the S-worker's device.
     r_worker_threads: attention threads of each; None: this machine's cores, shared among them.
     transport: ``inproc`` (threads of this process), ``ipc`` or ``tcp`` (processes, ZeroMQ), ``mpi`` (ranks).
     r_worker_addresses: R-workers that run already, like ``tcp://127.0.0.1:5555``; none are started then.
@@ -93,6 +96,7 @@ class EngineConfig:
     kv_cache_memory: int | None = None
     enable_prefix_caching: bool | None = None
     prompt_kv_memory: int | None = None
+    device_kv_memory: int | None = None
     num_r_workers: int = 1
     r_worker_threads: int | None = None
     transport: str = "inproc"
@@ -136,7 +140,7 @@ class EngineConfig:
                 options[name] = str(options[name])
         addresses = options.get("r_worker_addresses") or ()
         options["r_worker_addresses"] = (addresses,) if isinstance(addresses, str) else tuple(addresses)
-        for name in ("kv_cache_memory", "prompt_kv_memory"):
+        for name in ("kv_cache_memory", "prompt_kv_memory", "device_kv_memory"):
             try:
                 if options.get(name) is not None:
                     options[name] = parse_bytes(options[name])
@@ -155,7 +159,7 @@ class EngineConfig:
         if self.order is not None:
             _one_of("order", self.order, ORDERS)
         for name, low, high in (
-            ("num_r_workers", 1, 4096),
+            ("num_r_workers", 0, 4096),
             ("max_num_seqs", 1, 1 << 20),
             ("max_num_batched_tokens", 1, 1 << 20),
             ("block_tokens", LANES, 4096),
@@ -172,6 +176,7 @@ class EngineConfig:
             ("max_model_len", 2, 1 << 30),
             ("kv_cache_memory", 1, 1 << 62),
             ("prompt_kv_memory", 0, 1 << 62),
+            ("device_kv_memory", 0, 1 << 62),
             ("max_kv_load", 1, 1 << 40),
             ("max_num_waiting", 1, 1 << 30),
             ("min_part_tokens", 1, 1 << 31),
@@ -194,6 +199,10 @@ class EngineConfig:
             raise ConfigError("r_worker_addresses say their transport themselves; leave transport out")
         if len(set(self.r_worker_addresses)) != len(self.r_worker_addresses):
             raise ConfigError("r_worker_addresses names an R-worker twice")
+        if not self.num_r_workers and self.transport != "inproc":
+            raise ConfigError("transport is for R-workers, and num_r_workers=0 asks for none; leave one of them out")
+        if not self.num_r_workers and self.device_kv_memory == 0:
+            raise ConfigError("num_r_workers=0 and device_kv_memory=0 leave no place for KV; raise one of them")
         is_network = self.transport == "tcp" or any(address.startswith("tcp://") for address in self.r_worker_addresses)
         if self.key_file is not None and not is_network:
             raise ConfigError("key_file is for R-workers over tcp://, and there is none; leave it out")

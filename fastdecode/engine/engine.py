@@ -26,6 +26,7 @@ from fastdecode.engine.row_faults import RowFaults
 from fastdecode.engine.sampling import StepResult, sampling_rows, scoring_rows
 from fastdecode.engine.step_records import StepRecords
 from fastdecode.errors import RWorkerError
+from fastdecode.holders.device import DeviceHolder
 from fastdecode.holders.rejoin import RWorkerHandle
 from fastdecode.holders.rpool import RPool
 from fastdecode.observe.step_log import StepRecord
@@ -51,14 +52,17 @@ class Engine:
         eos_token_ids: frozenset[int] | None = None,
         on_step: Callable[[StepRecord], None] | None = None,
         timeline: Timeline | None = None,
+        device: DeviceHolder | None = None,
     ) -> None:
         """on_step: told of every step that was run; timeline: what the rpool was given, too.
+
+        device: what holds KV on the S-worker's device, as much as the scheduler knows of; None: nothing.
 
         eos_token_ids: that end a sequence; None: the model's own.
         """
         self._sworker, self._rpool, self._scheduler = sworker, rpool, scheduler
         self._timeline = timeline or NoTimeline()
-        self._pipeline = Pipeline(sworker, rpool, self._timeline)
+        self._pipeline = Pipeline(sworker, rpool, self._timeline, device)
         self._intake = Intake(
             sworker.facts,
             tokenizer,
@@ -211,7 +215,7 @@ class Engine:
         step, logits = passed
         with self._timeline.span("sample", step.lane):
             result = self._sample(step, logits)
-        self._timeline.count("live KV tokens", sum(self._scheduler.kv_tokens))
+        self._timeline.count("live KV tokens", sum(self._scheduler.kv_tokens) + self._scheduler.device_kv_tokens)
         self._records.tell(step)
         with self._timeline.span("commit", step.lane):
             return self._commit(step, result) + self._requests.take_failed()
@@ -219,7 +223,7 @@ class Engine:
     def _begin_lanes(self) -> None:
         """Each lane that has no step under way begins its next one."""
         for lane in range(self._scheduler.num_lanes):
-            if lane in self._pipeline.under_way or not self._rpool.alive:
+            if lane in self._pipeline.under_way or not self._rpool.is_able:
                 continue
             began = time.monotonic()
             with self._timeline.span("schedule", lane):
@@ -326,6 +330,7 @@ class Engine:
             num_running=self.num_running,
             num_waiting=self.num_waiting,
             kv_capacity_tokens=tuple(self.kv_capacity_tokens),
+            device_kv_capacity_tokens=self._scheduler.device_kv_capacity_tokens,
             kv_load_limit=self.kv_load_limit,
             totals=self.totals.copy(),
             num_prefix_queried=self._scheduler.prefix_counts.num_queried,

@@ -10,7 +10,7 @@ from typing import Any
 
 from fastdecode.api.sampling_params import SamplingParams
 from fastdecode.ending import Ending
-from fastdecode.engine.capacity import describe_places, make_scheduler, max_model_len
+from fastdecode.engine.capacity import describe_device, describe_places, make_scheduler, max_model_len
 from fastdecode.engine.config import EngineConfig
 from fastdecode.engine.engine import Engine
 from fastdecode.engine.runtime import open_runtime
@@ -38,7 +38,7 @@ class OpenEngine:
     facts: ModelFacts
     default_params: SamplingParams  # the model's own
     max_model_len: int
-    kv_places: list[str]  # a line per R-worker: where its KV is, and how much
+    kv_places: list[str]  # a line for the device, if it has some, and one per R-worker: where its KV is, and how much
     cleanup: InitVar[ExitStack]
     ending: Ending = field(init=False)
 
@@ -66,7 +66,8 @@ def open_engine(config: EngineConfig, on_step: Callable[[StepRecord], None] | No
         cleanup.callback(runtime.close)
         tokenizer = None if config.skip_tokenizer_init else Tokenizer(config.tokenizer or config.model)
         facts = runtime.sworker.facts
-        longest = max_model_len(config, facts, runtime.layout, runtime.welcomes)
+        device_blocks = runtime.device.num_blocks if runtime.device else 0
+        longest = max_model_len(config, facts, runtime.layout, runtime.welcomes, device_blocks)
         engine = Engine(
             sworker=runtime.sworker,
             rpool=runtime.rpool,
@@ -75,13 +76,20 @@ def open_engine(config: EngineConfig, on_step: Callable[[StepRecord], None] | No
             seed=config.seed,
             eos_token_ids=_eos_token_ids(runtime.sworker, tokenizer),
             scheduler=make_scheduler(
-                config, facts, [welcome.num_blocks for welcome in runtime.welcomes], runtime.sworker.prompt_kv
+                config,
+                facts,
+                [welcome.num_blocks for welcome in runtime.welcomes],
+                runtime.sworker.prompt_kv,
+                device_blocks,
             ),
+            device=runtime.device,
             on_step=_all_of(listeners),
             timeline=timeline,
         )
         names = runtime.rpool.names
         places = describe_places(names, runtime.welcomes, runtime.layout, config.kv_cache_memory, longest)
+        if device_blocks:
+            places = [describe_device(facts, runtime.layout, device_blocks), *places]
         for line in places:
             logger.info("%s", line)
         default_params = _default_params(runtime.sworker)

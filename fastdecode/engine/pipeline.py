@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from fastdecode.holders.device import DeviceHolder
 from fastdecode.holders.rpool import RPool, Ticket
 from fastdecode.observe.timeline import S_DEVICE, Timeline
 from fastdecode.scheduling.plan import Step
@@ -39,11 +40,12 @@ class _Flight:
     step: Step
     ticket: Ticket
     forward: _Forward
-    prompts: tuple[PromptChunk, ...]  # those that attend on the S-worker; their rows come after all others
+    prompts: tuple[PromptChunk, ...]  # those that attend on the S-worker to what they bring
+    has_device_rows: bool
     call: AttentionCall | None = None  # that it is at; None: before the first one
     transfer: Transfer | None = None  # of that call's q, k, v to the host
     in_use: list[np.ndarray] = field(default_factory=list)  # what was sent, until it is answered
-    of_prompts: list[torch.Tensor] | None = None  # o of the prompts; None: not begun
+    made_here: list[tuple[slice, torch.Tensor]] | None = None  # rows, and their o by the S-worker; None: not begun
 
     @property
     def lane(self) -> int:
@@ -51,8 +53,11 @@ class _Flight:
 
 
 class Pipeline:
-    def __init__(self, sworker: SWorker | EmulatedSWorker, rpool: RPool, timeline: Timeline) -> None:
-        self._sworker, self._rpool, self._timeline = sworker, rpool, timeline
+    def __init__(
+        self, sworker: SWorker | EmulatedSWorker, rpool: RPool, timeline: Timeline, device: DeviceHolder | None = None
+    ) -> None:
+        """device: what holds K and V on the S-worker's device, if anything does."""
+        self._sworker, self._rpool, self._timeline, self._device = sworker, rpool, timeline, device
         self._flights: dict[int, _Flight] = {}  # by lane, all that are begun
         self._computing: deque[_Flight] = deque()  # whose q, k, v the device works on, or has on their way to the host
         self._attending: deque[_Flight] = deque()  # whose q, k, v the R-workers have; both in the lanes' order
@@ -66,10 +71,13 @@ class Pipeline:
         """Of a lane that has none under way: its first S-block.  Raises RWorkerError."""
         assert step.lane not in self._flights, "a lane has one step at a time"
         self.release(step.preempted)
-        self._rpool.cut(step.cut)
-        self._rpool.admit(step.admissions)
-        self._rpool.fork(step.forkings)
-        flight = _Flight(step, self._rpool.begin(step), self._sworker.forward(flatten(step)), _prompts(step))
+        for holder in (self._rpool, self._device) if self._device else (self._rpool,):
+            holder.cut(step.cut)
+            holder.admit(step.admissions)
+            holder.fork(step.forkings)
+        ticket = self._rpool.begin(step)
+        is_here = self._device.begin(step) if self._device else False
+        flight = _Flight(step, ticket, self._sworker.forward(flatten(step)), _prompts(step), is_here)
         self._flights[step.lane] = flight
         with self._sworker.inference():
             with self._timeline.span(self._block_span, step.lane, 0):
@@ -87,12 +95,13 @@ class Pipeline:
                 attending = self._attending[0] if self._attending else None
                 if computing and computing.transfer and computing.transfer.is_done():
                     self._send(self._computing.popleft())
-                elif attending and attending.of_prompts is None:
-                    attending.of_prompts = self._attend_prompts(attending)
+                elif attending and attending.made_here is None:
+                    attending.made_here = self._attend_here(attending)
                 elif attending and (not computing or self._rpool.is_answered(attending.ticket)):
                     flight = self._attending.popleft()
                     logits = self._resume(flight, self._collect(flight))
                     if logits is not None:
+                        self._rpool.void(flight.ticket)
                         del self._flights[flight.lane]
                         return flight.step, logits
                 else:
@@ -113,6 +122,8 @@ class Pipeline:
         """R-worker -> sequences that nothing in flight uses any more.  Raises RWorkerError."""
         for seq_ids in sequences.values():
             self._sworker.forget_prompts(seq_ids)
+        if self._device:
+            self._device.release(sequences)
         self._rpool.release(sequences)
 
     def settle(self, sequences: Iterable[tuple[int, int]]) -> None:
@@ -127,7 +138,14 @@ class Pipeline:
 
     def rewind(self, kept: Mapping[int, Mapping[int, int]]) -> None:
         """R-worker -> sequence -> how many tokens of it stay, after its step was broken off.  Raises RWorkerError."""
+        if self._device:
+            self._device.rewind(kept)
         self._rpool.rewind(kept)
+
+    def forget_all(self) -> None:
+        """Sequences on the S-worker's device, when all have ended; what R-workers hold is released by `settle`."""
+        if self._device:
+            self._device.forget_all()
 
     def _resume(self, flight: _Flight, o: torch.Tensor) -> torch.Tensor | None:
         """The next S-block; after the last one the logits.  # [num_sampled + num_scored, vocab]"""
@@ -142,9 +160,14 @@ class Pipeline:
         return None
 
     def _stage(self, flight: _Flight) -> None:
+        """Its rows of R-workers are on their way, if it has some."""
         assert flight.call
+        if not flight.ticket.shares:
+            flight.made_here = None
+            self._attending.append(flight)
+            return
         with self._timeline.span("stage", flight.lane, flight.call.layer):
-            flight.transfer = self._sworker.stage(flight.call, flight.ticket.num_queries)
+            flight.transfer = self._sworker.stage(flight.call, flight.step.queries, flight.step.stored)
         self._computing.append(flight)
 
     def _send(self, flight: _Flight) -> None:
@@ -155,31 +178,39 @@ class Pipeline:
             self._timeline.add(S_DEVICE, "S-block", *flight.transfer.block_ns, *where)
         with self._timeline.span("send", *where):
             self._rpool.submit(flight.ticket, *flight.in_use)
-        flight.of_prompts = None if flight.prompts else []
+        flight.made_here = None if flight.prompts or flight.has_device_rows else []
         self._attending.append(flight)
 
-    def _attend_prompts(self, flight: _Flight) -> list[torch.Tensor]:
-        """On the S-worker, while the R-workers are busy with the rest."""
+    def _attend_here(self, flight: _Flight) -> list[tuple[slice, torch.Tensor]]:
+        """On the S-worker, while the R-workers are busy with the rest.  Rows, and their o."""
         assert flight.call
-        with self._timeline.span("prompt attention", flight.lane, flight.call.layer):
-            return [self._sworker.attend_prompt(flight.call, chunk) for chunk in flight.prompts]
+        made = []
+        if flight.prompts:
+            with self._timeline.span("prompt attention", flight.lane, flight.call.layer):
+                made += [(chunk.rows, self._sworker.attend_prompt(flight.call, chunk)) for chunk in flight.prompts]
+        if self._device and flight.has_device_rows:
+            with self._timeline.span("device attention", flight.lane, flight.call.layer):
+                made += self._device.attend(flight.step, flight.call)
+        return made
 
     def _collect(self, flight: _Flight) -> torch.Tensor:
         """o of all rows, each R-worker's put into its place as it comes.  # [T, num_q_heads, head_dim]"""
-        assert flight.call and flight.of_prompts is not None
+        assert flight.call and flight.made_here is not None
         gathering, where = self._sworker.gather(flight.call), (flight.lane, flight.call.layer)
         parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+        first = flight.step.stored.start  # R-workers' rows are counted from there
 
         def put(rows: slice, o: np.ndarray) -> None:
             with self._timeline.span("stage", *where):
-                gathering.put(rows, o)
+                gathering.put(slice(first + rows.start, first + rows.stop), o)
 
         self._rpool.collect(flight.ticket, put, lambda *part: parts.append(part))
-        made: list[tuple[slice | np.ndarray, torch.Tensor]] = []
+        made: list[tuple[slice | np.ndarray, torch.Tensor]] = [*flight.made_here]
         if parts:
+            rows = flight.ticket.rows_in_parts
+            rows = slice(first + rows.start, first + rows.stop) if isinstance(rows, slice) else first + rows
             with self._timeline.span("merge", *where):
-                made.append((flight.ticket.rows_in_parts, self._sworker.merge(flight.call.layer, parts)))
-        made += [(prompt.rows, o) for prompt, o in zip(flight.prompts, flight.of_prompts, strict=True)]
+                made.append((rows, self._sworker.merge(flight.call.layer, parts)))
         with self._timeline.span("stage", *where):
             return gathering.finish(made)
 
@@ -222,7 +253,7 @@ def flatten(step: Step) -> FlatBatch:
 
 
 def _prompts(step: Step) -> tuple[PromptChunk, ...]:
-    row, chunks = step.num_queries, []
+    row, chunks = step.queries.stop, []
     for s in step.local_prompts:
         chunks.append(PromptChunk(s.seq_id, row, s.num_tokens, s.start, s.prompt_tokens))
         row += s.num_tokens

@@ -64,6 +64,7 @@ class Recovery:
         """
         self._is_restless = True  # first: interrupted again, the next `run` begins anew
         self._pipeline.break_off(self._pipeline.under_way)
+        self._pipeline.forget_all()
         self._unsettled.update(self._rpool.held)
         self._kept = {}
         if not self._final:
@@ -119,11 +120,11 @@ class Recovery:
 
     def _join(self) -> None:
         """R-workers that have come back, or are new, get sequences from the next step on.  Raises RWorkerError."""
-        for joined in self._rpool.take_joined(0.0 if self._rpool.alive else _LOOK_S):
+        for joined in self._rpool.take_joined(0.0 if self._rpool.is_able else _LOOK_S):
             self._scheduler.gain(joined.worker, joined.welcome.num_blocks)
             self._is_checked = False
         now = time.monotonic()
-        if self._rpool.alive:
+        if self._rpool.is_able:
             if self._alone_since is not None:
                 self._alone_since, self._together_since = None, now
             return

@@ -5,11 +5,12 @@ from __future__ import annotations
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-from cpu_attention import KVBudgetExceeded, KVLayout
-from fastdecode.engine.capacity import kv_layout, local_kv_bytes, prompt_kv_bytes
+from cpu_attention import KVBudgetExceeded, KVLayout, num_usable_cores
+from fastdecode.engine.capacity import device_kv_bytes, kv_layout, local_kv_bytes, prompt_kv_bytes
 from fastdecode.engine.config import EngineConfig
-from fastdecode.errors import ConfigError, ModelError, RWorkerFailed
-from fastdecode.holders.launch import find_r_workers, read_key_file, start_r_workers
+from fastdecode.errors import ConfigError, DeviceKVFailed, ModelError, RWorkerFailed
+from fastdecode.holders.device import DeviceHolder, HostStore, TorchStore
+from fastdecode.holders.launch import RWorkers, find_r_workers, read_key_file, start_r_workers
 from fastdecode.holders.launch_mpi import mpi_addresses
 from fastdecode.holders.rpool import RPool
 from fastdecode.modelling.emulation import PREFIX, emulated_sworker
@@ -26,6 +27,7 @@ class Runtime:
     rpool: RPool
     layout: KVLayout
     welcomes: list[Welcome]  # of each R-worker
+    device: DeviceHolder | None  # of sequences that stay on the S-worker's device
     cleanup: ExitStack
 
     def close(self) -> None:
@@ -44,8 +46,13 @@ def open_runtime(config: EngineConfig, timeline: Timeline | None = None) -> Runt
         except SWorkerError as error:
             raise ModelError(str(error)) from error
         layout = kv_layout(config, sworker.facts)
+        device = _open_device(config, sworker, layout)
+        if device:
+            cleanup.callback(device.close)
         if addresses:
             workers = find_r_workers(addresses, keys)
+        elif not config.num_r_workers:
+            workers = RWorkers()
         else:
             workers = start_r_workers(
                 transport=config.transport,
@@ -64,7 +71,7 @@ def open_runtime(config: EngineConfig, timeline: Timeline | None = None) -> Runt
             kv_cache_bytes=config.kv_cache_memory,
             timeout_s=min(_OPEN_TIMEOUT_S, config.worker_timeout_s) if config.r_worker_addresses else _OPEN_TIMEOUT_S,
         )
-        return Runtime(sworker, rpool, layout, welcomes, cleanup.pop_all())
+        return Runtime(sworker, rpool, layout, welcomes, device, cleanup.pop_all())
 
 
 def _load_sworker(config: EngineConfig) -> SWorker | EmulatedSWorker:
@@ -84,11 +91,25 @@ def _load_sworker(config: EngineConfig) -> SWorker | EmulatedSWorker:
         raise ConfigError(f"{error}: set a lower prompt_kv_memory") from error
 
 
-def open_session(
-    rpool: RPool, facts: ModelFacts, layout: KVLayout, *, kv_cache_bytes: int | None, timeout_s: float
-) -> list[Welcome]:
-    """Tells every R-worker what it will attend to.  Raises ConfigError, RWorkerError."""
-    hello = Hello(
+def _open_device(config: EngineConfig, sworker: SWorker | EmulatedSWorker, layout: KVLayout) -> DeviceHolder | None:
+    """Raises ConfigError."""
+    num_bytes = device_kv_bytes(config, sworker.facts, layout)
+    if not num_bytes or isinstance(sworker, EmulatedSWorker):
+        return None
+    try:
+        if sworker.device.type == "cpu":
+            cores = num_usable_cores()
+            threads = config.r_worker_threads or cores
+            hello = _hello(sworker.facts, layout, num_bytes)
+            return DeviceHolder(HostStore(hello, kv_bytes=num_bytes, num_threads=threads))
+        return DeviceHolder(TorchStore(sworker.device_kv(num_bytes, layout.block_tokens), sworker.facts.layers))
+    except (DeviceKVFull, DeviceKVFailed) as error:
+        raise ConfigError(f"{error}: set another device_kv_memory") from error
+
+
+def _hello(facts: ModelFacts, layout: KVLayout, kv_cache_bytes: int | None) -> Hello:
+    """What a holder of KV will attend to."""
+    return Hello(
         layers=tuple(
             LayerSpec(s.num_q_heads, s.num_kv_heads, s.head_dim, s.scale, s.window, s.softcap, s.sinks)
             for s in facts.layers
@@ -97,8 +118,14 @@ def open_session(
         block_tokens=layout.block_tokens,
         kv_cache_bytes=kv_cache_bytes,
     )
+
+
+def open_session(
+    rpool: RPool, facts: ModelFacts, layout: KVLayout, *, kv_cache_bytes: int | None, timeout_s: float
+) -> list[Welcome]:
+    """Tells every R-worker what it will attend to.  Raises ConfigError, RWorkerError."""
     try:
-        return rpool.open(hello, timeout_s)
+        return rpool.open(_hello(facts, layout, kv_cache_bytes), timeout_s)
     except RWorkerFailed as error:
         if error.kind == KVBudgetExceeded.__name__:
             raise ConfigError(f"{error}: raise kv_cache_memory") from error

@@ -37,6 +37,7 @@ class StepRecords:
                 num_running=self._scheduler.num_running,
                 num_waiting=self._scheduler.num_waiting,
                 kv_tokens=self._scheduler.kv_tokens,
+                device_kv_tokens=self._scheduler.device_kv_tokens,
                 lap=self._rpool.totals.lap(self._rpool.alive),
             )
         )

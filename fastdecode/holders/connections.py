@@ -69,7 +69,12 @@ class Connections:
     @property
     def num_blocks(self) -> list[int]:
         """That each has for KV, or had when it was lost.  [num_r_workers]"""
-        return [self._num_blocks.get(worker, 0) for worker in range(1 + max(self._workers))]
+        return [self._num_blocks.get(worker, 0) for worker in range(1 + max(self._workers, default=-1))]
+
+    @property
+    def is_able(self) -> bool:
+        """Steps are possible: somebody serves, or there was nobody ever."""
+        return bool(self._alive or not self._workers)
 
     @property
     def held(self) -> list[tuple[int, int]]:

@@ -23,6 +23,7 @@ from fastdecode.holders import split_rows
 from fastdecode.holders.connections import Connections
 from fastdecode.holders.rejoin import RWorkerHandle
 from fastdecode.observe.timeline import S_WORKER, NoTimeline, Timeline
+from fastdecode.scheduling.parts import DEVICE
 from fastdecode.scheduling.plan import Admission, Forking, Step
 from transport import Admit, Attend, Attended, Fork, Message, Ping, Pong, Release, Rewind, Rows
 
@@ -38,7 +39,7 @@ class _Share:
 
     worker: int
     micro_batch: int  # as the R-worker knows them
-    tokens: split_rows.Rows  # of k and v
+    tokens: split_rows.Rows  # of k and v, as all below counted from the first row that R-workers see
     queries: split_rows.Rows  # of q and o
     num_queries: int
     in_parts: np.ndarray | None = None  # [num_queries] which of the rows in parts these are; None: none of them
@@ -55,7 +56,6 @@ class Ticket:
     step: int
     lane: int
     shares: tuple[_Share, ...]
-    num_queries: int  # rows that attend on R-workers: the first ones
     rows_in_parts: split_rows.Rows  # of them, those whose o is to be merged
     layer: int = -1  # the one submitted last
     submitted_ns: int = 0  # when
@@ -71,6 +71,8 @@ class RPool(Connections):
         self._tickets: dict[int, Ticket] = {}  # of the lanes that are on their way
 
     def admit(self, admissions: Sequence[Admission]) -> None:
+        """Those of R-workers; so does what else names places."""
+        admissions = [admission for admission in admissions if admission.r_worker != DEVICE]
         self._check_serving(admission.r_worker for admission in admissions)
         for worker in self._alive:
             own = [admission for admission in admissions if admission.r_worker == worker]
@@ -86,6 +88,7 @@ class RPool(Connections):
 
     def fork(self, forkings: Sequence[Forking]) -> None:
         """Sequences that were admitted begin with tokens of others."""
+        forkings = [forking for forking in forkings if forking.r_worker != DEVICE]
         for worker, own in groupby(sorted(forkings, key=lambda f: f.r_worker), key=lambda f: f.r_worker):
             columns = np.array([(forking.seq_id, forking.parent, forking.num_tokens) for forking in own], np.int64).T
             self._send(worker, Fork(columns[0].copy(), columns[1].copy(), columns[2].astype(np.int32)))
@@ -114,20 +117,21 @@ class RPool(Connections):
         """Tells every R-worker concerned whose rows the coming layers carry."""
         self._check_serving(step.r_workers)
         shares: list[_Share] = []
-        decodes = step.decodes
+        decodes, first = step.decodes, step.stored.start
         for worker in self._alive:
             begin, end = np.searchsorted(decodes.r_workers[: decodes.num_whole], (worker, worker + 1)).tolist()
             if begin == end:
                 continue
             rows, ones = slice(begin, end), np.ones(end - begin, np.int32)
-            share = _Share.of(worker, _micro_batch(step, _DECODES), rows, is_queried=True)
+            seen = slice(begin - first, end - first)
+            share = _Share.of(worker, _micro_batch(step, _DECODES), seen, is_queried=True)
             self._tell_rows(step, share, decodes.seq_ids[rows], decodes.positions[rows], ones)
             shares.append(share)
         in_parts = split_rows.split_rows(step) if step.parts else []
         rows_in_parts = split_rows.rows_of(in_parts)
         shares += self._begin_parts(step, in_parts, rows_in_parts)
-        row = len(decodes)
-        for kind, prompts in ((_REMOTE, step.remote_prompts), (_WRITTEN, step.local_prompts)):
+        row = len(decodes) - first
+        for kind, prompts in ((_REMOTE, step.remote_prompts), (_WRITTEN, step.written_prompts)):
             for (worker, are_in_parts), own in groupby(prompts, key=lambda s: (s.r_worker, s.is_in_parts)):
                 columns = np.array([(s.seq_id, s.start - s.part_start, s.num_tokens) for s in own], np.int64).T.copy()
                 rows = slice(row, row + int(columns[2].sum()))
@@ -137,8 +141,8 @@ class RPool(Connections):
                 share = _Share.of(worker, _micro_batch(step, kind), rows, is_queried=kind == _REMOTE)
                 self._tell_rows(step, share, columns[0], columns[1], columns[2].astype(np.int32))
                 shares.append(share)
-        assert row == step.num_tokens, "every row has its R-worker"
-        ticket = Ticket(step.number, step.lane, tuple(shares), step.num_queries, rows_in_parts)
+        assert row == step.stored.stop - first, "every row has its R-worker"
+        ticket = Ticket(step.number, step.lane, tuple(shares), rows_in_parts)
         self._tickets[step.lane] = ticket
         return ticket
 
@@ -211,8 +215,8 @@ class RPool(Connections):
 
         put: is given rows and their o [rows, num_q_heads, head_dim] as they come, in order.  put_part: which of the
         rows in parts, their o over the keys that one R-worker has, without sinks, and its lse [rows, num_q_heads].
-        All together are `num_queries`.  o lies where it arrived, which is used again once nobody holds the array any
-        more.
+        All together are the step's queries.  o lies where it arrived, which is used again once nobody holds the array
+        any more.
         """
         while ticket.due:
             share = ticket.due[0]

@@ -15,7 +15,7 @@ import numpy as np
 from fastdecode.scheduling.parts import Part, lengths
 from fastdecode.scheduling.plan import Step
 
-Rows = slice | np.ndarray  # of a step's q, k, v, o; [n] int64, rising
+Rows = slice | np.ndarray  # of what R-workers see of q, k, v, o; [n] int64, rising
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class SplitRows:
     """Consecutive rows of one sequence, and one of its parts."""
 
     seq_id: int
-    rows: range  # of the step
+    rows: range  # of those that R-workers see of the step
     r_worker: int
     num_stored: int  # tokens that are there before the step
     query_start: int  # the first row's position, counted from the part's first token
@@ -37,10 +37,11 @@ class SplitRows:
 def split_rows(step: Step) -> list[SplitRows]:
     """Of all sequences in parts, in the order of the rows."""
     found, decodes = [], step.decodes
+    first = step.stored.start
     for row in range(decodes.num_whole, len(decodes)):
-        seq_id = int(decodes.seq_ids[row])
-        found += _split(seq_id, range(row, row + 1), int(decodes.positions[row]), step.parts[seq_id])
-    row = len(decodes)
+        seq_id, own = int(decodes.seq_ids[row]), range(row - first, row - first + 1)
+        found += _split(seq_id, own, int(decodes.positions[row]), step.parts[seq_id])
+    row = len(decodes) - first
     for segment in step.remote_prompts:
         rows = range(row, row + segment.num_tokens)
         if segment.is_in_parts:

@@ -32,6 +32,7 @@ class StepRecord:
     wait_s: float = 0.0  # the S-worker's thread, for answers; 0 in virtual time
     attention_s: tuple[float | None, ...] = ()  # [num_r_workers]; None: it does not serve; empty in virtual time
     lane: int = 0
+    device_kv_tokens: int = 0  # as kv_tokens, on the S-worker's device
     elapsed_s: float | None = None  # of it, what lies after the end of another lane's step; None: all of it
 
     @property
@@ -79,6 +80,7 @@ def make_record(
     kv_tokens: tuple[int, ...],
     elapsed_s: float,
     lap: Lap,
+    device_kv_tokens: int = 0,
 ) -> StepRecord:
     """Of a step as it was scheduled; the numbers are those before it was committed."""
     return StepRecord(
@@ -95,6 +97,7 @@ def make_record(
         wait_s=lap.wait_s,
         attention_s=lap.attention_s,
         lane=step.lane,
+        device_kv_tokens=device_kv_tokens,
         elapsed_s=elapsed_s,
     )
 

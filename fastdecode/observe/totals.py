@@ -58,6 +58,7 @@ class Standing:
     num_running: int  # sequences with KV on an R-worker
     num_waiting: int  # sequences in the queue
     kv_capacity_tokens: tuple[int, ...]  # [num_r_workers]; 0 of those that did not serve
+    device_kv_capacity_tokens: int  # on the S-worker's device
     kv_load_limit: int  # W_lim
     totals: PoolTotals  # a copy
     num_prefix_queried: int = 0  # prompt tokens of all sequences that have started

@@ -14,6 +14,8 @@ class SchedulerConfig:
     num_lanes: int
     block_tokens: int
     capacity_blocks: tuple[int, ...]  # [num_r_workers]
+    device_blocks: int = 0  # on the S-worker's device
+    prompts_attend_there: bool = True  # to KV on the device, which is as exact as what the model computes
     max_num_waiting: int | None = None
     kv_policy: str = "reserve-dynamic"
     start_policy: str = "steady"

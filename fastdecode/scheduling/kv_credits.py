@@ -12,7 +12,8 @@ KV comes in blocks.  Steps ahead are looked at in tokens, with one block less a 
 whatever part of its last block a sequence fills, it holds no more than that.  What fits by reserve-static, which counts
 blocks, fits by reserve-dynamic, too.
 
-A sequence in parts takes on each of their R-workers what it will have there at its end, from its start on.
+A sequence in parts takes on each of their R-workers what it will have there at its end, from its start on.  The
+S-worker's device counts as one of them (`DEVICE`), but has no parts.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fastdecode.scheduling.load import Demand, Projection, Shared
-from fastdecode.scheduling.parts import Part, divide, lengths, whole_on
+from fastdecode.scheduling.parts import DEVICE, Part, divide, lengths, whole_on
 from fastdecode.scheduling.request import Sequence
 
 _LOOK_AHEAD = 32  # steps
@@ -50,11 +51,15 @@ class _Account:
 
 
 class KVCredits:
-    def __init__(self, policy: str, capacity_blocks: abc.Sequence[int], block_tokens: int) -> None:
+    def __init__(
+        self, policy: str, capacity_blocks: abc.Sequence[int], block_tokens: int, device_blocks: int = 0
+    ) -> None:
         """capacity_blocks: [num_r_workers]"""
         assert policy in KV_POLICIES
         self._policy, self._block_tokens = policy, block_tokens
-        self._accounts = [_Account(capacity, Projection()) for capacity in capacity_blocks]
+        self._accounts = {worker: _Account(blocks, Projection()) for worker, blocks in enumerate(capacity_blocks)}
+        if device_blocks:
+            self._accounts[DEVICE] = _Account(device_blocks, Projection())
         self._lost_last = 0  # blocks
         self._demands: dict[int, tuple[tuple[Part, ...], Demand]] = {}  # seq_id -> where, and what it will hold
         self._unpaid: dict[int, dict[int, int]] = {}  # one in parts -> R-worker -> blocks that are part of another's
@@ -62,17 +67,33 @@ class KVCredits:
     @property
     def capacity_tokens(self) -> list[int]:
         """[num_r_workers]"""
-        return [account.capacity * self._block_tokens for account in self._accounts]
+        return [self.tokens_of(account.capacity) for account in self._r_workers]
 
     @property
-    def total(self) -> int:
-        """Blocks of all R-workers; if there is none, of the one lost last, which may come back."""
-        return sum(account.capacity for account in self._accounts) or self._lost_last
+    def capacities(self) -> dict[int, int]:
+        """R-worker, or device -> tokens."""
+        return {worker: self.tokens_of(account.capacity) for worker, account in self._accounts.items()}
+
+    @property
+    def most(self) -> int:
+        """Blocks that a sequence may have: all R-workers together, or the device; if there is none, as the R-worker
+        had that was lost last, which may come back."""
+        of_device = self._accounts[DEVICE].capacity if DEVICE in self._accounts else 0
+        return max(sum(account.capacity for account in self._r_workers) or self._lost_last, of_device)
 
     @property
     def tokens(self) -> tuple[int, ...]:
         """Held in the step at hand.  [num_r_workers]"""
-        return tuple(account.tokens for account in self._accounts)
+        return tuple(account.tokens for account in self._r_workers)
+
+    @property
+    def device_tokens(self) -> int:
+        """Likewise, on the device."""
+        return self._accounts[DEVICE].tokens if DEVICE in self._accounts else 0
+
+    @property
+    def _r_workers(self) -> list[_Account]:
+        return [account for worker, account in sorted(self._accounts.items()) if worker != DEVICE]
 
     def lose(self, worker: int) -> None:
         """It holds nothing any more; its sequences have left already."""
@@ -83,7 +104,8 @@ class KVCredits:
 
     def gain(self, worker: int, capacity_blocks: int) -> None:
         """One that was lost has come back, or a new one is there; either way it is empty."""
-        self._accounts += [_Account(0, Projection()) for _ in range(len(self._accounts), worker + 1)]
+        for new in range(worker + 1):
+            self._accounts.setdefault(new, _Account(0, Projection()))
         assert not self._accounts[worker].num_sequences
         self._accounts[worker].capacity = capacity_blocks
 
@@ -103,20 +125,22 @@ class KVCredits:
         workers, num_tokens: [n], of each running sequence.
         """
         blocks = -(-num_tokens // self._block_tokens)
-        num_workers = len(self._accounts)  # sums below are exact: float64 holds whole numbers up to 2^53
-        held, tokens = (np.bincount(workers, of_each, num_workers).astype(np.int64) for of_each in (blocks, num_tokens))
-        for account, of_blocks, of_tokens in zip(self._accounts, held.tolist(), tokens.tolist(), strict=True):
-            account.held = of_blocks - account.shared
-            account.tokens = of_tokens - account.shared * self._block_tokens
+        places = workers - DEVICE  # from 0 on
+        num_places = max(self._accounts, default=0) - DEVICE + 1
+        # Sums are exact: float64 holds whole numbers up to 2^53.
+        held, tokens = (np.bincount(places, of_each, num_places).astype(np.int64) for of_each in (blocks, num_tokens))
+        for worker, account in self._accounts.items():
+            account.held = int(held[worker - DEVICE]) - account.shared
+            account.tokens = int(tokens[worker - DEVICE]) - account.shared * self._block_tokens
 
     def overdrawn(self) -> int | None:
         """An R-worker that would have to hold more in this step than it can."""
-        return next((w for w, account in enumerate(self._accounts) if account.held > account.capacity), None)
+        return next((w for w, account in self._accounts.items() if account.held > account.capacity), None)
 
     @property
-    def num_free_blocks(self) -> list[int]:
-        """Of each R-worker, that the step at hand leaves.  [num_r_workers]"""
-        return [account.capacity - account.held for account in self._accounts]
+    def num_free_blocks(self) -> dict[int, int]:
+        """R-worker -> what the step at hand leaves."""
+        return {worker: account.capacity - account.held for worker, account in self._accounts.items()}
 
     def take_spare(self, worker: int) -> bool:
         """A block more in the step at hand, if there is one."""
@@ -155,9 +179,7 @@ class KVCredits:
                 return max(map(account.projection.peak, own)) <= self.tokens_of(account.capacity - account.in_parts)
             return False
 
-        return [
-            worker for worker, account in enumerate(self._accounts) if fits(account, shared.get(worker, _NOT_SHARED))
-        ]
+        return [worker for worker, account in self._accounts.items() if fits(account, shared.get(worker, _NOT_SHARED))]
 
     def lightest(
         self, workers: abc.Iterable[int], until_mean: Demand | None, shared: abc.Mapping[int, Shared] = _NONE
@@ -186,7 +208,7 @@ class KVCredits:
 
     def fits_one(self, num_tokens: int) -> bool:
         """Whether any R-worker could hold so many alone."""
-        return self.blocks(num_tokens) <= max(account.capacity for account in self._accounts)
+        return self.blocks(num_tokens) <= max(account.capacity for account in self._accounts.values())
 
     def parts(self, num_tokens: int, least_tokens: int, first: int | None = None) -> tuple[Part, ...] | None:
         """Where a sequence of so many tokens, at its end, would lie in parts, so that the most that an R-worker has to
@@ -255,7 +277,7 @@ class KVCredits:
     def check_integrity(self, running: abc.Iterable[Sequence]) -> None:
         """Asserts that exactly the running sequences have credit, where they are."""
         assert {s.seq_id: s.parts for s in running} == {i: parts for i, (parts, _) in self._demands.items()}
-        for worker, account in enumerate(self._accounts):
+        for worker, account in self._accounts.items():
             whole = [demand for parts, demand in self._demands.values() if parts == whole_on(worker)]
             in_parts = [
                 num_blocks
@@ -268,8 +290,8 @@ class KVCredits:
             assert account.reserved == sum(self.blocks(demand.last) for demand in whole) + sum(in_parts)
 
     def _room(self) -> dict[int, int]:
-        """R-worker -> blocks that nobody who runs has or will have."""
-        accounts = {worker: account for worker, account in enumerate(self._accounts) if account.capacity}
+        """R-worker -> blocks that nobody who runs has or will have, and that parts may have."""
+        accounts = {w: account for w, account in self._accounts.items() if account.capacity and w != DEVICE}
         taken = {w: a.held if self._policy == "greedy" else max(a.held, a.reserved) for w, a in accounts.items()}
         return {worker: account.capacity - taken[worker] for worker, account in accounts.items()}
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fastdecode.api.sampling_params import LIKELIEST, NUM_DRAW_FIELDS
-from fastdecode.scheduling.parts import Part, lengths, part_of, reached
+from fastdecode.scheduling.parts import DEVICE, Part, lengths, part_of, reached
 from fastdecode.scheduling.plan import Decodes, Segment, Step
 from fastdecode.scheduling.request import Sequence
 
@@ -34,10 +34,11 @@ class Held(NamedTuple):
     r_workers: np.ndarray  # [n] int64
     tokens: np.ndarray  # [n] int64
 
-    def per_worker(self, num_workers: int) -> tuple[np.ndarray, np.ndarray]:
-        """How many sequences, and tokens.  # [num_workers] int64 each"""
-        counts = np.bincount(self.r_workers, minlength=num_workers)
-        tokens = np.bincount(self.r_workers, self.tokens, num_workers)  # float64 holds such sums exactly
+    def per_place(self, num_places: int) -> tuple[np.ndarray, np.ndarray]:
+        """How many sequences, and tokens, on the device and on each R-worker.  # [num_places] int64 each"""
+        places = self.r_workers - DEVICE
+        counts = np.bincount(places, minlength=num_places)
+        tokens = np.bincount(places, self.tokens, num_places)  # float64 holds such sums exactly
         return counts, tokens.astype(np.int64)
 
 
@@ -191,25 +192,25 @@ class Lane:
         most: that the other can take.
         """
         own, others = self._decoding(), other._decoding()
-        num_workers = 1 + int(max(own.r_workers.max(initial=0), others.r_workers.max(initial=0)))
-        counts, tokens = own.per_worker(num_workers)
-        other_counts, other_tokens = others.per_worker(num_workers)
+        num_places = 1 - DEVICE + int(max(own.r_workers.max(initial=0), others.r_workers.max(initial=0)))
+        counts, tokens = own.per_place(num_places)
+        other_counts, other_tokens = others.per_place(num_places)
         differences = counts - other_counts
         quotas = np.maximum(differences // 2, 0)
         missing = min((len(self) - len(other)) // 2, len(own.r_workers)) - int(quotas.sum())
-        for worker in np.argsort(quotas * 2 - differences, kind="stable").tolist() if missing > 0 else ():
-            if missing > 0 and counts[worker] > quotas[worker]:  # first who has one more than the other
-                quotas[worker] += 1
+        for place in np.argsort(quotas * 2 - differences, kind="stable").tolist() if missing > 0 else ():
+            if missing > 0 and counts[place] > quotas[place]:  # first who has one more than the other
+                quotas[place] += 1
                 missing -= 1
         is_swap = (quotas == 0) & (differences == 0) & (tokens - other_tokens > 2 * _WORTH_A_SWAP * tokens)
         chosen: list[Sequence] = []
-        for worker in np.flatnonzero((quotas > 0) | is_swap).tolist():
-            slots = np.flatnonzero(own.r_workers == worker)
-            of_own, of_others = own.tokens[slots], others.tokens[others.r_workers == worker]
-            if is_swap[worker]:
+        for place in np.flatnonzero((quotas > 0) | is_swap).tolist():
+            slots = np.flatnonzero(own.r_workers == place + DEVICE)
+            of_own, of_others = own.tokens[slots], others.tokens[others.r_workers == place + DEVICE]
+            if is_swap[place]:
                 picked = _swap(of_own, of_others)
             else:
-                picked = _neighbours(of_own, of_others, min(int(quotas[worker]), most - len(chosen)))
+                picked = _neighbours(of_own, of_others, min(int(quotas[place]), most - len(chosen)))
             chosen += [self._sequences[slot] for slot in slots[picked].tolist()][: most - len(chosen)]
         return chosen
 

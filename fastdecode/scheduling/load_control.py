@@ -19,7 +19,8 @@ stream that keeps to the mean then only loses what its ramp takes: it takes 1.1 
 
 A sequence that finds nothing running starts in any case: what fits nowhere was refused before.
 
-It is divided among R-workers if it fits on none of them, were that empty, or if it is so long that whoever had it whole
+The S-worker's device is taken first, as far as it goes: what lies there is no load of R-workers.  A sequence is divided
+among R-workers if it fits on none of them, were that empty, or if it is so long that whoever had it whole
 would have more to read than the others, with all that runs and waits.
 """
 
@@ -35,7 +36,7 @@ import numpy as np
 from fastdecode.scheduling.kv_credits import KVCredits
 from fastdecode.scheduling.layouts import Layout
 from fastdecode.scheduling.load import Demand, Projection, Shared, SteadyStream
-from fastdecode.scheduling.parts import Part, whole_on
+from fastdecode.scheduling.parts import DEVICE, Part, whole_on
 from fastdecode.scheduling.predictor import Prediction
 from fastdecode.scheduling.prefix_tree import Change
 from fastdecode.scheduling.prospects import Prospect
@@ -83,10 +84,10 @@ class LoadControl:
         self._credits, self._policy, self._max_kv_load = credits, start_policy, max_kv_load
         self._total = None if max_kv_load is None else Projection()  # nobody else asks for it
         self._start_interval = start_interval
-        # Where memory is the limit every R-worker has its own, and keeps its own pace.
+        # Where memory is the limit every R-worker has its own, and keeps its own pace; and so does the device.
         self._by_memory = max_kv_load is None or max_kv_load >= sum(credits.capacity_tokens)
-        self._streams: list[SteadyStream] = []
-        self._limit = 0
+        self._streams: dict[int | None, SteadyStream] = {}  # by R-worker; None: of all of them together
+        self._limit = self._filling = 0
         self.measure_memory()
         self._started: dict[int, _Started] = {}
         self._max_kv_tokens = 0  # of all that have started
@@ -102,12 +103,11 @@ class LoadControl:
 
     def measure_memory(self) -> None:
         """Again, when an R-worker was lost or has come."""
-        capacities = self._credits.capacity_tokens
-        self._limit = sum(capacities) if self._max_kv_load is None else min(self._max_kv_load, sum(capacities))
-        limits = capacities if self._by_memory else [self._limit]
-        self._streams += [SteadyStream(limit, self._start_interval) for limit in limits[len(self._streams) :]]
-        for stream, limit in zip(self._streams, limits, strict=True):
-            stream.limit = limit
+        capacities, memory = self._credits.capacities, sum(self._credits.capacity_tokens)
+        self._limit = memory if self._max_kv_load is None else min(self._max_kv_load, memory)
+        self._filling = self._limit + capacities.get(DEVICE, 0)
+        for key, limit in capacities.items() if self._by_memory else ((None, self._limit),):
+            self._streams.setdefault(key, SteadyStream(limit, self._start_interval)).limit = limit
 
     def begin_step(self, step: int, waiting_kv_tokens: int, first: Prospect | None) -> None:
         """waiting_kv_tokens: that all that wait may come to hold; first: who would start first."""
@@ -116,10 +116,10 @@ class LoadControl:
         self._paced = self._policy == "steady" and self._much_waits and self._recent.are_alike
         if not self._started:
             self._batch_open = True
-            for stream in self._streams:
+            for stream in self._streams.values():
                 stream.forgive()
         if first is not None:
-            for stream in self._streams:
+            for stream in self._streams.values():
                 stream.earn(step, stream.cost(self._measured(first.mean)) if first.mean else 0.0)
 
     def is_much(self, waiting_kv_tokens: int) -> bool:
@@ -127,8 +127,8 @@ class LoadControl:
         return self._fillings_exceed(_PAYS_FROM, waiting_kv_tokens)
 
     def _fillings_exceed(self, fillings: int, waiting_kv_tokens: int) -> bool:
-        """Whether all that waits and runs may come to hold more than so many times the limit."""
-        return waiting_kv_tokens + self._max_kv_tokens > fillings * self._limit
+        """Whether all that waits and runs may come to hold more than so many times what there is room for."""
+        return waiting_kv_tokens + self._max_kv_tokens > fillings * self._filling
 
     def place(
         self,
@@ -151,11 +151,16 @@ class LoadControl:
         """That it would lie on whole; None: on none in this step."""
         workers = self._credits.fitting(prospect.limit, prospect.max_kv_tokens, shared)
         if self._started:
-            workers = [w for w in workers if self._within_limit(prospect, shared.get(w, _NOT_SHARED))]
+            workers = [w for w in workers if w == DEVICE or self._within_limit(prospect, shared.get(w, _NOT_SHARED))]
         if self._started and not is_urgent:
             if not self._batch_open:
                 return None
             workers = [w for w in workers if self._keeps_pace(prospect, w, shared.get(w, _NOT_SHARED))]
+        if DEVICE in workers:
+            most = max((shared[w].num_tokens for w in workers if w in shared), default=0)
+            if shared.get(DEVICE, _NOT_SHARED).num_tokens >= most:
+                return DEVICE
+            workers.remove(DEVICE)  # what others have of it need not be computed again
         return self._credits.lightest(workers, prospect.mean, shared)
 
     def _as_there(self, prospect: Prospect, layout: Layout | None) -> tuple[Part, ...] | None:
@@ -204,11 +209,11 @@ class LoadControl:
         prospect = prospect.less(self._credits.tokens_of(sum(unpaid.values())))
         cost = self._cost(prospect, worker) if len(parts) == 1 else None
         if cost is not None:
-            self._stream(worker).spend(cost)
+            self._streams[self._key(worker)].spend(cost)
         if prospect.mean is not None and self._policy == "steady":
             self._recent.add(prospect.prediction)
         self._credits.start(seq_id, parts, prospect.limit, num_tokens, num_shared(changes), unpaid)
-        if self._total is not None:
+        if self._total is not None and worker != DEVICE:
             self._total.add(prospect.limit)
         self._started[seq_id] = _Started(worker, prospect.limit, cost, prospect.max_kv_tokens)
         self._max_kv_tokens += prospect.max_kv_tokens
@@ -230,13 +235,13 @@ class LoadControl:
         """
         started = self._started.pop(seq_id)
         self._max_kv_tokens -= started.max_kv_tokens
-        if self._total is not None:
+        if self._total is not None and started.worker != DEVICE:
             self._total.remove(started.demand)
         self._credits.end(seq_id, num_shared(changes))
         self._pay(changes)
         if started.spent is not None:
             took = self._measured(started.demand._replace(end=max(self._step, started.demand.start)))
-            stream = self._stream(started.worker)
+            stream = self._streams[self._key(started.worker)]
             stream.settle(started.spent, stream.cost(took))
 
     def _pay(self, changes: Changes) -> None:
@@ -249,14 +254,15 @@ class LoadControl:
 
     def _change(self, seq_id: int, demand: Demand, paid: Mapping[int, int] = _NO_BLOCKS) -> None:
         started = self._started[seq_id]
-        if self._total is not None:
+        if self._total is not None and started.worker != DEVICE:
             self._total.remove(started.demand)
             self._total.add(demand)
         self._credits.change(seq_id, demand, paid)
         self._started[seq_id] = started._replace(demand=demand)
 
     def check_integrity(self) -> None:
-        assert self._total is None or len(self._total) == len(self._started)
+        read = [started for started in self._started.values() if started.worker != DEVICE]
+        assert self._total is None or len(self._total) == len(read)
         assert self._max_kv_tokens == sum(started.max_kv_tokens for started in self._started.values())
 
     def _within_limit(self, prospect: Prospect, shared: Shared) -> bool:
@@ -267,16 +273,18 @@ class LoadControl:
 
     def _keeps_pace(self, prospect: Prospect, worker: int, shared: Shared) -> bool:
         cost = self._cost(prospect.less(self._credits.tokens_of(shared.num_blocks)), worker)
-        return cost is None or self._stream(worker).allows(cost)
+        return cost is None or self._streams[self._key(worker)].allows(cost)
 
     def _cost(self, prospect: Prospect, worker: int) -> float | None:
         """What the R-worker's stream takes for it; None if it is not asked."""
-        if not self._paced or prospect.mean is None:
+        stream = self._streams.get(self._key(worker))
+        if not self._paced or prospect.mean is None or stream is None:
             return None
-        return self._stream(worker).cost(self._measured(prospect.mean))
+        return stream.cost(self._measured(prospect.mean))
 
-    def _stream(self, worker: int) -> SteadyStream:
-        return self._streams[worker if self._by_memory else 0]
+    def _key(self, worker: int) -> int | None:
+        """Of its stream.  Where R-workers have one together, the device has none."""
+        return worker if self._by_memory or worker == DEVICE else None
 
     def _measured(self, demand: Demand) -> Demand:
         """In the units of the limit: where memory sets it, part of that goes to blocks half full."""

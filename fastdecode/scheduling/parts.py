@@ -13,9 +13,11 @@ from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import NamedTuple
 
+DEVICE = -1  # in place of an R-worker: the S-worker's own device
+
 
 class Part(NamedTuple):
-    r_worker: int
+    r_worker: int  # or `DEVICE`
     first_token: int  # its last one is that before the next part's first
 
 

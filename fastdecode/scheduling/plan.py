@@ -4,8 +4,15 @@ Step ─┬─ decodes   a token of each sequence that decodes, as columns    ro
       └─ prompts   Segment, Segment, …                                  rows n …: those that attend on R-workers, by
                                                                         R-worker, then those that attend on the S-worker
 
-So what an R-worker stores and what it attends to are slices of k, v, q and o, and all queries of R-workers come first.
-Rows of sequences that lie in parts on several R-workers come behind the others of their kind.
+So what an R-worker stores and what it attends to are slices of k, v, q and o.  Rows of sequences that lie in parts on
+several R-workers come behind the others of their kind.  What lies on the S-worker's device, which goes as R-worker -1,
+is the first of the decodes and the last of the prompts, so what R-workers see of a step is a slice of it, too:
+
+    [decodes there][decodes][prompts that attend on R-workers][others][others there][prompts that attend there]
+                   └──────────── queries ────────────────────┘
+                   └──────────────── K and V ────────────────────────┘
+                                                              └ attend to what they ┘
+                                                                bring themselves
 """
 
 from __future__ import annotations
@@ -17,7 +24,7 @@ from typing import NamedTuple, Self
 
 import numpy as np
 
-from fastdecode.scheduling.parts import Part
+from fastdecode.scheduling.parts import DEVICE, Part
 
 
 class Segment(NamedTuple):
@@ -168,7 +175,8 @@ class Step:
     def r_workers(self) -> frozenset[int]:
         """That have rows of it."""
         in_parts = (part.r_worker for parts in self.parts.values() for part in parts)
-        return frozenset(np.unique(self.decodes.r_workers).tolist()).union((s.r_worker for s in self.prompts), in_parts)
+        places = {*np.unique(self.decodes.r_workers).tolist(), *(s.r_worker for s in self.prompts), *in_parts}
+        return frozenset(places - {DEVICE})
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -181,17 +189,39 @@ class Step:
     @cached_property
     def remote_prompts(self) -> tuple[Segment, ...]:
         """Those that attend on R-workers."""
-        return tuple(segment for segment in self.prompts if segment.is_remote)
+        return tuple(segment for segment in self.prompts if segment.is_remote and segment.r_worker != DEVICE)
 
     @cached_property
     def local_prompts(self) -> tuple[Segment, ...]:
-        """Those that attend on the S-worker; their rows are the last ones."""
-        return self.prompts[len(self.remote_prompts) :]
+        """Those that attend on the S-worker to what they bring themselves."""
+        return tuple(segment for segment in self.prompts if not segment.is_remote)
+
+    @cached_property
+    def written_prompts(self) -> tuple[Segment, ...]:
+        """Of them those whose KV goes to R-workers."""
+        return tuple(segment for segment in self.local_prompts if segment.r_worker != DEVICE)
+
+    @cached_property
+    def device_prompts(self) -> tuple[Segment, ...]:
+        """Those whose KV stays on the S-worker's device; their rows are the last ones."""
+        return tuple(segment for segment in self.prompts if segment.r_worker == DEVICE)
+
+    @cached_property
+    def num_device_decodes(self) -> int:
+        """The first ones."""
+        return int(np.count_nonzero(self.decodes.r_workers == DEVICE))
 
     @property
-    def num_queries(self) -> int:
-        """Rows that attend on R-workers: the first ones."""
-        return len(self.decodes) + sum(segment.num_tokens for segment in self.remote_prompts)
+    def queries(self) -> slice:
+        """Rows that attend on R-workers."""
+        end = len(self.decodes) + sum(segment.num_tokens for segment in self.remote_prompts)
+        return slice(self.num_device_decodes, end)
+
+    @property
+    def stored(self) -> slice:
+        """Rows whose K and V go to R-workers."""
+        of_device = sum(segment.num_tokens for segment in self.device_prompts)
+        return slice(self.num_device_decodes, self.num_tokens - of_device)
 
     @cached_property
     def sampled_prompts(self) -> tuple[Segment, ...]:
@@ -227,5 +257,6 @@ def in_row_order(prompts: Iterable[Segment]) -> tuple[Segment, ...]:
     return tuple(sorted(prompts, key=_row_order))
 
 
-def _row_order(prompt: Segment) -> tuple[bool, bool, int]:
-    return not prompt.is_remote, prompt.is_in_parts, prompt.r_worker
+def _row_order(prompt: Segment) -> tuple[bool, bool, bool, int]:
+    is_here = prompt.r_worker == DEVICE
+    return is_here, prompt.is_remote == is_here, prompt.is_in_parts, prompt.r_worker

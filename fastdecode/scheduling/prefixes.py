@@ -161,8 +161,8 @@ class Prefixes:
         tree = self._trees.get(worker)
         return {*(tree.kept if tree else ()), *self._cut.get(worker, ())}
 
-    def make_room(self, num_free_blocks: abc.Sequence[int]) -> list[Forking]:
-        """Where ended sequences hold more than that, they give it up.  [num_r_workers]; what runs has taken its part.
+    def make_room(self, num_free_blocks: abc.Mapping[int, int]) -> list[Forking]:
+        """Where ended sequences hold more than that, they give it up.  By R-worker; what runs has taken its part.
 
         From whom those are forked that have begun since the last call.
         """

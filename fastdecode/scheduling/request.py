@@ -131,7 +131,8 @@ class Sequence:
 
         found: first token of a part -> how many
         """
-        self.found, self.is_remote, self.is_known = found, any(found.values()), True
+        self.found, self.is_known = found, True
+        self.is_remote = any(found.values())
         self.num_found = sum(found.values())
         self.prefilled(0)
 

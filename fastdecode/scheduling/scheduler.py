@@ -24,7 +24,7 @@ from fastdecode.scheduling.config import SchedulerConfig
 from fastdecode.scheduling.kv_credits import KVCredits
 from fastdecode.scheduling.lane import Lane, hand_over
 from fastdecode.scheduling.load_control import LoadControl, num_shared
-from fastdecode.scheduling.parts import lengths, reached
+from fastdecode.scheduling.parts import DEVICE, lengths, reached
 from fastdecode.scheduling.plan import Decodes, Step, in_row_order
 from fastdecode.scheduling.predictor import Learned, Predictor
 from fastdecode.scheduling.prefix_tree import Change
@@ -67,7 +67,7 @@ class Scheduler:
         self._freed: dict[int, list[int]] = {}  # R-worker -> sequences that nobody was told to free yet
         self._preempted: dict[int, list[int]] = {}  # likewise, by the next step
         self._num_preempted = 0  # since the last step; some are to be found again, and not freed
-        self._credits = KVCredits(config.kv_policy, capacity_blocks, config.block_tokens)
+        self._credits = KVCredits(config.kv_policy, capacity_blocks, config.block_tokens, config.device_blocks)
         self._load = LoadControl(
             self._credits,
             start_policy=config.start_policy,
@@ -106,6 +106,15 @@ class Scheduler:
     def kv_capacity_tokens(self) -> list[int]:
         """[num_r_workers]"""
         return self._credits.capacity_tokens
+
+    @property
+    def device_kv_tokens(self) -> int:
+        """As `kv_tokens`, on the S-worker's device."""
+        return self._credits.device_tokens
+
+    @property
+    def device_kv_capacity_tokens(self) -> int:
+        return self._credits.capacities.get(DEVICE, 0)
 
     @property
     def kv_load_limit(self) -> int:
@@ -153,14 +162,14 @@ class Scheduler:
             self._waiting.add(sequence)
 
     def check_fits(self, max_kv_tokens: int) -> None:
-        """Raises RequestError if the R-workers together could never hold so many."""
+        """Raises RequestError if neither the R-workers together nor the device could ever hold so many."""
         needed = self._credits.blocks(max_kv_tokens)
-        if needed > self._credits.total:
+        if needed > self._credits.most:
             size = self._config.block_tokens
             raise RequestError(
                 "kv_budget_exceeded",
                 f"prompt + output is {max_kv_tokens} tokens of KV = {needed} blocks of {size}; the R-workers have "
-                f"{self._credits.total} in all: raise kv_cache_memory or lower max_tokens",
+                f"{self._credits.most} in all: raise kv_cache_memory or lower max_tokens",
             )
 
     @property
@@ -331,8 +340,8 @@ class Scheduler:
 
     def homeless(self) -> list[Sequence]:
         """Those waiting for which the R-workers have no room."""
-        total = self._credits.total
-        return [s for s in self._waiting if self._credits.blocks(s.max_kv_tokens) > total]
+        most = self._credits.most
+        return [s for s in self._waiting if self._credits.blocks(s.max_kv_tokens) > most]
 
     def gain(self, worker: int, capacity_blocks: int) -> None:
         """An R-worker has come back, empty, or is new; it gets sequences from the next step on."""

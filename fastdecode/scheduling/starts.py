@@ -14,7 +14,7 @@ from fastdecode.scheduling.kv_credits import KVCredits
 from fastdecode.scheduling.lane import Lane
 from fastdecode.scheduling.load import Shared
 from fastdecode.scheduling.load_control import LoadControl
-from fastdecode.scheduling.parts import Part, next_bound, part_of
+from fastdecode.scheduling.parts import DEVICE, Part, next_bound, part_of
 from fastdecode.scheduling.plan import Admission, Segment
 from fastdecode.scheduling.prefix_tree import Found
 from fastdecode.scheduling.prefixes import Prefixes
@@ -142,6 +142,8 @@ class Starts:
             if min(end, sequence.num_to_score) - score_begin > left.scored_rows:
                 end = score_begin + left.scored_rows
         end = end if bound is None else min(end, bound)  # a chunk goes to one R-worker
+        if begin == 0 and part.r_worker == DEVICE and self._config.prompts_attend_there:
+            sequence.is_remote = True  # nothing of it is kept twice
         if begin == 0 and end < sequence.prefill_tokens and not sequence.is_remote:
             sequence.is_remote = not self._prompt_room.take(sequence.seq_id, sequence.prefill_tokens)
         if sequence.is_remote:  # its R-worker looks up the blocks of every query
@@ -165,7 +167,7 @@ class Starts:
 
     def _begin_prompt(self, sequence: Sequence, admissions: list[Admission]) -> None:
         begun = self._prefixes.begin(sequence, self._credits.take_spare)
-        capacities = self._credits.capacity_tokens
+        capacities = self._credits.capacities
         admissions += [
             Admission(sequence.seq_id, worker, min(sequence.max_kv_tokens, capacities[worker]))
             for worker, _ in sequence.parts

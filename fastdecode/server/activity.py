@@ -31,7 +31,8 @@ class Activity:
         self._capacity_tokens = 1
 
     def begin(self, service: Service) -> None:
-        self._capacity_tokens = sum(service.standing.kv_capacity_tokens)
+        standing = service.standing
+        self._capacity_tokens = sum(standing.kv_capacity_tokens) + standing.device_kv_capacity_tokens
 
     def on_step(self, record: StepRecord) -> None:
         before = self._sum
@@ -46,11 +47,12 @@ class Activity:
         if record is None or now is told:
             return None
         self._told = now
+        held = record.load + record.device_kv_tokens
         prompt_tokens, new_tokens = now.prompt_tokens - told.prompt_tokens, now.new_tokens - told.new_tokens
         return (
             f"{record.num_running} running, {record.num_waiting} waiting, {prompt_tokens / seconds:.1f} prompt "
             f"tokens/s, {new_tokens / seconds:.1f} generation tokens/s, KV "
-            f"{100 * record.load / self._capacity_tokens:.1f} % of {self._capacity_tokens} tokens"
+            f"{100 * held / self._capacity_tokens:.1f} % of {self._capacity_tokens} tokens"
         )
 
     async def tell(self) -> None:

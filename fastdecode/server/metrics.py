@@ -55,6 +55,7 @@ class Metrics:
         self._num_steps = self._num_preemptions = self._prompt_tokens = self._new_tokens = 0
         self._step_s = self._wait_s = 0.0
         self._kv_tokens: tuple[int, ...] = ()
+        self._device_kv_tokens = 0
         self._idle_s: list[float] = []  # [num_r_workers]
         self._last_end_s: dict[int, float] = {}  # of the last step, by lane
         self._finished = dict.fromkeys(_REASONS, 0)
@@ -82,7 +83,7 @@ class Metrics:
             self._new_tokens += record.num_sampled
             self._step_s += record.busy_s
             self._wait_s += record.wait_s
-            self._kv_tokens = record.kv_tokens
+            self._kv_tokens, self._device_kv_tokens = record.kv_tokens, record.device_kv_tokens
             self._step_tokens.observe(record.num_decodes + record.num_prompt_tokens)
             # Whoever decodes has its last token of the step before, be it by its prompt.  What a sequence waits when
             # it has to be computed again is no gap here: then it comes as a prompt.
@@ -180,8 +181,13 @@ class Metrics:
         families.counter("fastdecode:s_idle_seconds", "In steps, waiting for R-workers alone.", self._wait_s)
         capacity = standing.kv_capacity_tokens
         kv_tokens = _padded(self._kv_tokens if standing.num_running else (), len(capacity))
+        on_device = self._device_kv_tokens if standing.num_running else 0
         held, serving = sum(kv_tokens), [kv for kv, room in zip(kv_tokens, capacity, strict=True) if room]
-        families.gauge("vllm:kv_cache_usage_perc", "Share of the KV in use, 0 to 1.", held / max(1, sum(capacity)))
+        on_device_at_most = standing.device_kv_capacity_tokens
+        share = (held + on_device) / max(1, sum(capacity) + on_device_at_most)
+        families.gauge("vllm:kv_cache_usage_perc", "Share of the KV in use, 0 to 1.", share)
+        families.gauge("fastdecode:device_kv_tokens", "KV on the S-worker's device.", on_device)
+        families.gauge("fastdecode:device_kv_capacity_tokens", "KV it has room for there.", on_device_at_most)
         families.gauge("fastdecode:kv_load_tokens", "W: KV tokens that a step reads.", held)
         families.gauge("fastdecode:kv_load_limit_tokens", "W_lim: how many it may read.", standing.kv_load_limit)
         imbalance = max(serving, default=0.0) * len(serving) / held if held else 1.0
