@@ -28,6 +28,8 @@ _DOORS = {
     "mpi_main": "fastdecode.holders.launch_mpi",
     "Tokenizer": "fastdecode.text.tokenizer",
     "calibrate_model": "fastdecode.benchmark.calibrate",
+    "read_model_size": "fastdecode.modelling.model_size",
+    "free_device_bytes": "fastdecode.modelling.model_size",
     "run_batch": "fastdecode.batch.runner",
     "run_server": "fastdecode.server.run",
     "send_all": "fastdecode.benchmark.http_client",

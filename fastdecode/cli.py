@@ -23,6 +23,7 @@ COMMANDS = {
     "calibrate": "measure a model's S-Part and R-Part here, for the performance model",
     "bench": "measure throughput, also beside transformers, vLLM and llama.cpp",
     "simulate": "run the scheduler on a workload in virtual time: load, throughput, latency, plots",
+    "plan-memory": "tell what of a model fits on a device, and what KV on R-workers, from its config.json",
     "doctor": "show what this machine offers: cores, memory, bandwidth, MPI, GPU, versions",
 }
 

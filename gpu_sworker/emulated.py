@@ -37,8 +37,16 @@ _OVERRUN_S = 60e-6  # of a sleep, where the timer has no slack; watched instead
 _PR_SET_TIMERSLACK = 29  # <linux/prctl.h>; 50 us by default
 
 
-def describe_model(directory: str | Path, device: str) -> tuple[ModelFacts, int]:
-    """Facts of a model from its config.json alone, attention in every layer over all keys, and a block's weights.
+@dataclass(frozen=True)
+class Parameters:
+    """Besides all of them, which are among a model's facts."""
+
+    of_block: int  # of a layer, on average
+    num_active: int  # that work for a token: of a mixture of experts the shared ones and those chosen
+
+
+def describe_model(directory: str | Path, device: str) -> tuple[ModelFacts, Parameters]:
+    """Facts of a model from its config.json alone, attention in every layer over all keys, and its parameters.
 
     Raises ModelNotFound, UnsupportedModel.
     """
@@ -47,7 +55,7 @@ def describe_model(directory: str | Path, device: str) -> tuple[ModelFacts, int]
         return _describe(config, device)
 
 
-def _describe(config: PretrainedConfig, device: str) -> tuple[ModelFacts, int]:
+def _describe(config: PretrainedConfig, device: str) -> tuple[ModelFacts, Parameters]:
     text = config.get_text_config(decoder=True)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
@@ -74,7 +82,17 @@ def _describe(config: PretrainedConfig, device: str) -> tuple[ModelFacts, int]:
         linear_kernel="none",
         positions_by_length=positions.is_by_length,
     )
-    return facts, (num_parameters - sum(p.numel() for p in ends)) // layers
+    of_experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
+    idle = of_experts - round(of_experts * _share_of_experts(text))
+    return facts, Parameters((num_parameters - sum(p.numel() for p in ends)) // layers, num_parameters - idle)
+
+
+def _share_of_experts(text: PretrainedConfig) -> float:
+    """That work for a token."""
+    chosen = getattr(text, "num_experts_per_tok", None)
+    names = ("num_local_experts", "num_experts", "n_routed_experts")
+    number = next((count for name in names if (count := getattr(text, name, None))), None)
+    return chosen / number if chosen and number else 1.0
 
 
 class EmulatedSWorker:

@@ -24,7 +24,7 @@ PARAMS = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
 @pytest.mark.parametrize("family", ["llama", "gemma2", "opt", "gpt-neox"])
 def test_described_as_the_probe_finds_it(family: str, case: Callable[[str], Case]) -> None:
     directory = case(family).directory
-    described, block_parameters = describe_model(directory, "emulated:a10")
+    described, parameters = describe_model(directory, "emulated:a10")
     real = SWorker(directory).facts
     assert (described.vocab_size, described.max_positions) == (real.vocab_size, real.max_positions)
     assert described.num_parameters == real.num_parameters
@@ -34,7 +34,7 @@ def test_described_as_the_probe_finds_it(family: str, case: Callable[[str], Case
             theirs.num_kv_heads,
             theirs.head_dim,
         )
-    assert 0 < block_parameters * len(real.layers) < real.num_parameters
+    assert 0 < parameters.of_block * len(real.layers) < real.num_parameters
 
 
 def test_times_are_the_papers() -> None:

@@ -20,9 +20,9 @@ def emulated_sworker(model: str, profile: str) -> EmulatedSWorker:
 
     Raises ConfigError (profile), SWorkerError (model directory).
     """
-    facts, block_parameters = describe_model(model, f"{PREFIX}{profile}")
+    facts, parameters = describe_model(model, f"{PREFIX}{profile}")
     if profile in DEVICES:
-        times = gpu_model(profile, block_parameters, len(facts.layers))
+        times = gpu_model(profile, parameters.of_block, len(facts.layers))
     elif Path(profile).is_file():
         times = read_calibration(profile).perf_model
     else:
