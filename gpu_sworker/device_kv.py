@@ -193,6 +193,12 @@ class DeviceKV:
         for seq_id in seq_ids:
             del self._stored[seq_id]
 
+    def clear(self) -> None:
+        """Nothing is known any more, whatever was going on."""
+        self._stored = {}
+        self._references[:] = 0
+        self._num_free = self.num_blocks
+
     def rows(self, seq_ids: Sequence[int], num_tokens: Sequence[int], num_queries: Sequence[int]) -> DeviceRows:
         """After `extend`: of each sequence the last num_tokens[i] are to be written, the last num_queries[i] attend.
 

@@ -121,8 +121,7 @@ class EmulatedSWorker:
     def forward(self, batch: FlatBatch) -> Generator[AttentionCall, torch.Tensor, torch.Tensor]:
         num_tokens = len(batch.token_ids)
         for layer, spec in enumerate(self.facts.layers):
-            begin_ns = max(time.monotonic_ns(), self._block_ns[1])
-            self._block_ns = begin_ns, begin_ns + round(self._block_seconds(num_tokens) * 1e9)
+            self.spend(self._block_seconds(num_tokens))
             q = self._rows(spec.num_q_heads, spec.head_dim, num_tokens)
             kv = self._rows(spec.num_kv_heads, spec.head_dim, num_tokens)
             yield AttentionCall(layer, q, kv, kv, spec.scale, spec.softcap, None, spec.window, None, True, ())
@@ -130,6 +129,11 @@ class EmulatedSWorker:
 
     def attend_prompt(self, call: AttentionCall, chunk: PromptChunk) -> torch.Tensor:
         return call.q[chunk.rows]
+
+    def spend(self, seconds: float) -> None:
+        """The device has other work, behind all that it has already."""
+        begin_ns = max(time.monotonic_ns(), self._block_ns[1])
+        self._block_ns = begin_ns, begin_ns + round(seconds * 1e9)
 
     def prompt_kv_room(self, num_tokens: int) -> bool:
         return True
@@ -140,6 +144,9 @@ class EmulatedSWorker:
         return KVRoom(num_blocks=1 << 30, num_free_blocks=1 << 30, block_tokens=64)
 
     def forget_prompts(self, seq_ids: Iterable[int]) -> None:
+        pass
+
+    def forget_all_prompts(self) -> None:
         pass
 
     def stage(self, call: AttentionCall, queries: slice, tokens: slice) -> EmulatedTransfer:
@@ -153,6 +160,8 @@ class EmulatedSWorker:
         return merge_parts(self._staging, self.facts.layers[layer], parts)
 
     def sample(self, logits: torch.Tensor, rows: SamplingRows) -> Sampled:
+        """When the device is through: where nothing goes to R-workers, nobody has waited for it before."""
+        EmulatedTransfer([], self._block_ns).wait()
         token_ids = np.full(len(logits), _TOKEN_ID)
         asked = rows.num_logprobs.tolist()
         logprobs: list[TokenLogprobs] = [self._even_odds(_TOKEN_ID, count) if count >= 0 else () for count in asked]

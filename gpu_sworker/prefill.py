@@ -99,6 +99,11 @@ class PromptKV:
             if seq_id in self.store:
                 self.store.release([seq_id])
 
+    def clear(self) -> None:
+        """Nothing is on its way any more, whatever was going on."""
+        self._rows.clear()
+        self.store.clear()
+
     def _begin(self, chunk: PromptChunk) -> None:
         seq_id = chunk.seq_id
         if chunk.start == 0:

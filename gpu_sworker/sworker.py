@@ -209,6 +209,10 @@ class SWorker:
         """Drops what is kept of prompts whose other chunks will not come."""
         self._prompt_kv.forget(seq_ids)
 
+    def forget_all_prompts(self) -> None:
+        """Likewise, of all there are."""
+        self._prompt_kv.clear()
+
     def stage(self, call: AttentionCall, queries: slice, tokens: slice) -> Transfer:
         """Rows of q, and rows of k and v, of the call just yielded begin their way to the host."""
         return self._staging.to_host((call.q[queries], call.k[tokens], call.v[tokens]))

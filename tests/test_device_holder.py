@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -12,13 +13,13 @@ from conftest import NEW_TOKENS, Case, quiet
 from test_recovery import HARMS, make_faulty, r_workers, tokens
 from test_split_sequences import GREEDY, TOKEN_BYTES, steps
 
-from cpu_attention import RWorker
+from cpu_attention import RWorker, available_memory_bytes
 from fastdecode import LLM, SamplingParams
 from fastdecode.engine import runtime
 from fastdecode.engine.capacity import device_kv_bytes, kv_layout
 from fastdecode.engine.config import EngineConfig
-from fastdecode.errors import ConfigError
-from fastdecode.holders.device import DeviceHolder, TorchStore
+from fastdecode.errors import ConfigError, DeviceKVFailed
+from fastdecode.holders.device import DeviceHolder, EmulatedStore, HostStore, TorchStore
 from fastdecode.scheduling.parts import DEVICE
 from fastdecode.scheduling.plan import Step
 from transport import Message
@@ -202,7 +203,8 @@ def test_the_longest_sequence(llama: Case) -> None:
             {"num_r_workers": 0, "device_kv_memory": "100KiB", "max_model_len": 200},
             "device holds .* raise device_kv_memory",
         ),
-        ({"num_r_workers": 0, "device": "emulated:a10"}, "emulated device has no memory"),
+        ({"num_r_workers": 0, "kv_cache_memory": "1MiB"}, "kv_cache_memory is for R-workers"),
+        ({"device_kv_memory": "1TiB", "device": "emulated:a10"}, "emulated:a10 has 17.9 GiB for KV beside the weights"),
     ],
 )
 def test_options_that_cannot_be(options: dict[str, Any], told: str, llama: Case) -> None:
@@ -216,3 +218,104 @@ def test_a_gpu_keeps_the_models_dtype(llama: Case) -> None:
     config = EngineConfig(model="m", kv_cache_dtype="int8", device_kv_memory=1 << 20)
     with pytest.raises(ConfigError, match="KV on cuda:0 is in the model's dtype, float32; kv_cache_dtype int8"):
         device_kv_bytes(config, facts, kv_layout(config, facts))
+
+
+def test_prompts_on_their_way_are_forgotten(llama: Case) -> None:
+    """Where KV is stored in fewer bits, their K and V are kept beside it until they are through."""
+    room = 8 * 64 * TOKEN_BYTES
+    with LLM(
+        llama.directory, skip_tokenizer_init=True, kv_cache_dtype="int8", max_num_batched_tokens=80, micro_batches=2,
+        prompt_kv_memory=room, enable_prefix_caching=False, **ALONE,
+    ) as llm:  # fmt: skip
+        for _ in range(4):
+            ids = [llm._engine.next_request_id() for _ in range(2)]
+            for request_id in ids:
+                llm._engine.add_request(request_id, llama.prompts[-1], GREEDY)
+            for _ in range(2):
+                llm._engine.step()
+            llm._engine.abort(ids)
+            kept = llm._engine._sworker.prompt_kv
+            assert kept.num_free_blocks == kept.num_blocks == 8
+        assert len(tokens(quiet(llm, llama.prompts[-2:], GREEDY))) == 2
+
+
+@pytest.mark.parametrize("verb", ["admit", "release", "fork", "rewind", "begin", "attend"])
+@pytest.mark.parametrize("is_after", [False, True], ids=["before", "after"])
+def test_interrupted_anywhere(
+    store: str, verb: str, is_after: bool, llama: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the holder and the store were in the middle of, both are empty then, and the next are served."""
+    kind, calls, due = HostStore if store == "host" else TorchStore, 0, 1 if verb == "fork" else 2
+    original = getattr(kind, verb)
+
+    def broken(self: Any, *what: Any, **more: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == due and not is_after:
+            raise KeyboardInterrupt
+        result = original(self, *what, **more)
+        if calls == due:
+            raise KeyboardInterrupt
+        return result
+
+    with LLM(
+        llama.directory, skip_tokenizer_init=True, device_kv_memory=TOKEN_BYTES * 320, block_tokens=16,
+        kv_policy="greedy", start_policy="eager", num_r_workers=0,
+    ) as llm:  # fmt: skip
+        monkeypatch.setattr(kind, verb, broken)
+        interrupted = False
+        for _ in range(3):
+            try:
+                quiet(llm, [*llama.prompts[2:], llama.prompts[-1]], GREEDY)
+            except KeyboardInterrupt:
+                interrupted = True
+        assert interrupted
+        assert tokens(quiet(llm, llama.prompts, GREEDY)) == llama.reference
+
+
+def test_goes_on_when_the_last_r_worker_is_gone(store: str, llama: Case) -> None:
+    """What lies on the device, and what fits there; what does not is refused by the loss's name."""
+    with LLM(
+        llama.directory, num_r_workers=1, skip_tokenizer_init=True, worker_timeout_s=2, block_tokens=16,
+        device_kv_memory=TOKEN_BYTES * 192, kv_cache_memory=TOKEN_BYTES * 1024,
+    ) as llm:  # fmt: skip
+        assert tokens(quiet(llm, llama.prompts, GREEDY)) == llama.reference
+        make_faulty(llm, 0, 3, HARMS[0])
+        outputs = quiet(llm, llama.prompts, GREEDY)
+        fits = [len(prompt) + NEW_TOKENS <= 192 for prompt in llama.prompts]
+        assert [output.error is None for output in outputs[:-1]] == fits[:-1]
+        for output, reference in zip(outputs, llama.reference, strict=True):
+            assert output.error or output.outputs[0].token_ids == reference
+        assert outputs[-1].error and outputs[-1].error.code in ("worker_lost", "kv_budget_exceeded")
+        assert tokens(quiet(llm, llama.prompts[:-1], GREEDY)) == llama.reference[:-1]
+
+
+def test_a_store_of_no_block_is_refused(llama: Case) -> None:
+    with LLM(llama.directory, skip_tokenizer_init=True) as llm:
+        kv = llm._engine._sworker.device_kv(20 << 10, 64)
+        with pytest.raises(DeviceKVFailed, match="less than a block of 49152 bytes"):
+            TorchStore(kv, ())
+
+
+def test_budgets_are_counted_together(llama: Case) -> None:
+    most = available_memory_bytes() * 7 // 10
+    with pytest.raises(ConfigError, match="is more than"):
+        LLM(llama.directory, skip_tokenizer_init=True, device_kv_memory=most, kv_cache_memory=most)
+
+
+def test_an_emulated_gpu_takes_the_time_of_reading(llama: Case) -> None:
+    """The same steps once with KV that is read at its rate, and once with none to speak of."""
+    with LLM(llama.directory, skip_tokenizer_init=True, device="emulated:a10", num_r_workers=0) as llm:
+        assert llm._engine.standing.device_kv_capacity_tokens > 100_000
+        pipeline, seconds = llm._engine._pipeline, list[float]()
+        assert pipeline._device
+        store = pipeline._device._store
+        assert isinstance(store, EmulatedStore)
+        for each in (lambda count: 20e-3, lambda count: 0.0):
+            store._attention_seconds = each
+            began = time.monotonic()
+            (output,) = quiet(llm, [[5] * 20], SamplingParams(temperature=0, max_tokens=5, ignore_eos=True))
+            seconds.append(time.monotonic() - began)
+            assert len(output.outputs[0].token_ids) == 5
+        num_reads = 5 * len(llm._engine._sworker.facts.layers)
+        assert seconds[0] - seconds[1] > 0.8 * num_reads * 20e-3

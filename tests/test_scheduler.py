@@ -805,3 +805,62 @@ def test_one_that_wants_more_takes_all_that_fits() -> None:
             break
         scheduler.add(a_sequence(index))
     assert scheduler.num_waiting == 12  # memory for more than that, and seats for three
+
+
+def ran_on(world: World) -> Counter[int]:
+    """How many sequences began their prompt where."""
+    return Counter(s.r_worker for step in world.steps for s in step.prompts if s.start == 0)
+
+
+def test_a_device_keeps_nobody_from_r_workers() -> None:
+    """They may outlive what is predicted beyond any R-worker, and start there all the same, as without a device."""
+    steps = {}
+    for device in (0, 70):
+        scheduler = create_scheduler(
+            capacity_blocks=(40, 40, 40),
+            device_blocks=device,
+            predictor=Oracle(),
+            max_num_seqs=60,
+            start_policy="eager",
+        )
+        world = World(scheduler, 64, (40, 40, 40), device_blocks=device)
+        for i in range(60):
+            world.add(a_sequence(i, prompt=12, output=228, true=20))
+        world.run()
+        steps[device] = len(world.steps)
+        assert set(ran_on(world)) == ({0, 1, 2} | ({DEVICE} if device else set()))
+    assert steps[70] <= steps[0]
+
+
+def test_one_for_several_r_workers_does_not_wait_for_the_device() -> None:
+    scheduler = create_scheduler(capacity_blocks=(20, 20), device_blocks=30, start_policy="eager")
+    world = World(scheduler, 64, (20, 20), device_blocks=30)
+    world.add(a_sequence(0, prompt=60, output=50))
+    world.step()
+    world.add(a_sequence(1, prompt=90, output=10))
+    world.add(a_sequence(2, prompt=5, output=4))
+    for _ in range(4):
+        world.step()
+    assert world.sequences[0].r_worker == DEVICE
+    assert world.sequences[1].is_in_parts and (world.sequences[2].is_known or world.sequences[2].finish_reason)
+    world.run()
+
+
+def test_the_device_comes_before_parts() -> None:
+    scheduler = create_scheduler(capacity_blocks=(40, 40), device_blocks=100, min_part_tokens=8)
+    world = World(scheduler, 64, (40, 40), device_blocks=100)
+    world.add(a_sequence(0, prompt=60, output=5))
+    world.run()
+    assert set(ran_on(world)) == {DEVICE}
+
+
+def test_what_the_device_reads_is_no_load_of_r_workers() -> None:
+    """One above the limit starts where R-workers read nothing, whatever the device does."""
+    scheduler = create_scheduler(capacity_blocks=(50,), device_blocks=10, max_kv_load=30, start_policy="eager")
+    world = World(scheduler, 64, (50,), device_blocks=10)
+    world.add(a_sequence(0, prompt=5, output=30))
+    world.step()
+    world.add(a_sequence(1, prompt=45, output=5))
+    world.step()
+    assert world.sequences[1].r_worker == 0
+    world.run()

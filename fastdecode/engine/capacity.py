@@ -11,6 +11,8 @@ from cpu_attention import KVLayout, LayerShape, available_memory_bytes, format_b
 from fastdecode.engine.config import EngineConfig
 from fastdecode.errors import ConfigError
 from fastdecode.modelling.calibration import read_calibration
+from fastdecode.modelling.emulation import PREFIX
+from fastdecode.modelling.simulation.devices import MEMORY
 from fastdecode.scheduling.config import SchedulerConfig
 from fastdecode.scheduling.predictor import Learned, MaxTokens
 from fastdecode.scheduling.scheduler import Scheduler
@@ -30,9 +32,12 @@ def kv_layout(config: EngineConfig, facts: ModelFacts) -> KVLayout:
     return KVLayout(tuple(LayerShape(s.num_kv_heads, s.head_dim) for s in facts.layers), dtype, config.block_tokens)
 
 
-def local_kv_bytes(config: EngineConfig, facts: ModelFacts, layout: KVLayout) -> int:
-    """The budget of each R-worker that is started on this machine.  Raises ConfigError if it is not there."""
-    free = available_memory_bytes()
+def local_kv_bytes(config: EngineConfig, facts: ModelFacts, layout: KVLayout, taken: int = 0) -> int:
+    """The budget of each R-worker that is started on this machine.  Raises ConfigError if it is not there.
+
+    taken: of this machine's memory, promised to others, and not used as yet.
+    """
+    free = available_memory_bytes() - taken
     if config.kv_cache_memory is None:
         # Never more than could be used.
         longest = config.max_model_len or facts.max_positions or (1 << 30)
@@ -71,8 +76,8 @@ def device_kv_bytes(config: EngineConfig, facts: ModelFacts, layout: KVLayout) -
         return 0
     if asked == 0:
         return 0
-    if facts.device.startswith("emulated"):
-        raise ConfigError("an emulated device has no memory for KV: leave device_kv_memory out, and have R-workers")
+    if facts.device.startswith(PREFIX):
+        return _emulated_kv_bytes(facts, asked)
     device = torch.device(facts.device)
     if device.type != "cpu" and config.kv_cache_dtype not in ("auto", facts.dtype):
         raise ConfigError(
@@ -90,6 +95,23 @@ def device_kv_bytes(config: EngineConfig, facts: ModelFacts, layout: KVLayout) -
             f"{facts.device}"
         )
     return asked
+
+
+def _emulated_kv_bytes(facts: ModelFacts, asked: int | None) -> int:
+    """Of a named GPU what weights in 16 bits leave.  Raises ConfigError."""
+    memory = MEMORY.get(facts.device.removeprefix(PREFIX))
+    if memory is None:
+        raise ConfigError(
+            f"{facts.device} has no memory for KV, only {', '.join(MEMORY)} do; leave device_kv_memory out, and have "
+            "R-workers"
+        )
+    room = int(_GPU_KV_SHARE * (memory.num_bytes - 2 * facts.num_parameters))
+    if room <= 0 or (asked or 0) > room:
+        raise ConfigError(
+            f"{facts.device} has {format_bytes(max(0, room))} for KV beside the weights, and device_kv_memory is "
+            f"{format_bytes(asked or 0)}"
+        )
+    return room if asked is None else asked
 
 
 def max_model_len(

@@ -201,6 +201,12 @@ class EngineConfig:
             raise ConfigError("r_worker_addresses names an R-worker twice")
         if not self.num_r_workers and self.transport != "inproc":
             raise ConfigError("transport is for R-workers, and num_r_workers=0 asks for none; leave one of them out")
+        if not self.num_r_workers and self.kv_cache_memory is not None:
+            raise ConfigError(
+                "kv_cache_memory is for R-workers, and num_r_workers=0 asks for none: set device_kv_memory"
+            )
+        if not self.num_r_workers and self.max_step_s is not None:
+            raise ConfigError("max_step_s bounds what R-workers read in a step, and num_r_workers=0 asks for none")
         if not self.num_r_workers and self.device_kv_memory == 0:
             raise ConfigError("num_r_workers=0 and device_kv_memory=0 leave no place for KV; raise one of them")
         is_network = self.transport == "tcp" or any(address.startswith("tcp://") for address in self.r_worker_addresses)

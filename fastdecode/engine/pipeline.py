@@ -46,6 +46,7 @@ class _Flight:
     transfer: Transfer | None = None  # of that call's q, k, v to the host
     in_use: list[np.ndarray] = field(default_factory=list)  # what was sent, until it is answered
     made_here: list[tuple[slice, torch.Tensor]] | None = None  # rows, and their o by the S-worker; None: not begun
+    on_device: list[tuple[slice, torch.Tensor]] = field(default_factory=list)  # of them, those launched already
 
     @property
     def lane(self) -> int:
@@ -144,6 +145,7 @@ class Pipeline:
 
     def forget_all(self) -> None:
         """Sequences on the S-worker's device, when all have ended; what R-workers hold is released by `settle`."""
+        self._sworker.forget_all_prompts()
         if self._device:
             self._device.forget_all()
 
@@ -162,13 +164,15 @@ class Pipeline:
     def _stage(self, flight: _Flight) -> None:
         """Its rows of R-workers are on their way, if it has some."""
         assert flight.call
-        if not flight.ticket.shares:
+        if flight.ticket.shares:
+            with self._timeline.span("stage", flight.lane, flight.call.layer):
+                flight.transfer = self._sworker.stage(flight.call, flight.step.queries, flight.step.stored)
+            self._computing.append(flight)
+        else:
             flight.made_here = None
             self._attending.append(flight)
-            return
-        with self._timeline.span("stage", flight.lane, flight.call.layer):
-            flight.transfer = self._sworker.stage(flight.call, flight.step.queries, flight.step.stored)
-        self._computing.append(flight)
+        if self._sworker.is_asynchronous:  # it is to have work while q, k, v are on their way
+            flight.on_device = self._attend_on_device(flight)
 
     def _send(self, flight: _Flight) -> None:
         assert flight.call and flight.transfer
@@ -188,10 +192,14 @@ class Pipeline:
         if flight.prompts:
             with self._timeline.span("prompt attention", flight.lane, flight.call.layer):
                 made += [(chunk.rows, self._sworker.attend_prompt(flight.call, chunk)) for chunk in flight.prompts]
-        if self._device and flight.has_device_rows:
-            with self._timeline.span("device attention", flight.lane, flight.call.layer):
-                made += self._device.attend(flight.step, flight.call)
-        return made
+        return made + (flight.on_device or self._attend_on_device(flight))
+
+    def _attend_on_device(self, flight: _Flight) -> list[tuple[slice, torch.Tensor]]:
+        assert flight.call
+        if not self._device or not flight.has_device_rows:
+            return []
+        with self._timeline.span("device attention", flight.lane, flight.call.layer):
+            return self._device.attend(flight.step, flight.call)
 
     def _collect(self, flight: _Flight) -> torch.Tensor:
         """o of all rows, each R-worker's put into its place as it comes.  # [T, num_q_heads, head_dim]"""

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 
 from cpu_attention import KVBudgetExceeded, KVLayout, num_usable_cores
 from fastdecode.engine.capacity import device_kv_bytes, kv_layout, local_kv_bytes, prompt_kv_bytes
 from fastdecode.engine.config import EngineConfig
 from fastdecode.errors import ConfigError, DeviceKVFailed, ModelError, RWorkerFailed
-from fastdecode.holders.device import DeviceHolder, HostStore, TorchStore
+from fastdecode.holders.device import DeviceHolder, EmulatedStore, HostStore, TorchStore
 from fastdecode.holders.launch import RWorkers, find_r_workers, read_key_file, start_r_workers
 from fastdecode.holders.launch_mpi import mpi_addresses
 from fastdecode.holders.rpool import RPool
 from fastdecode.modelling.emulation import PREFIX, emulated_sworker
+from fastdecode.modelling.simulation.devices import MEMORY, DeviceMemory
 from fastdecode.observe.timeline import NoTimeline, Timeline
 from gpu_sworker import DeviceKVFull, EmulatedSWorker, ModelFacts, SWorker, SWorkerError
 from transport import Hello, LayerSpec, Welcome, keep_freed_memory
@@ -58,11 +60,12 @@ def open_runtime(config: EngineConfig, timeline: Timeline | None = None) -> Runt
                 transport=config.transport,
                 num_workers=config.num_r_workers,
                 threads_each=config.r_worker_threads,
-                kv_cache_bytes_each=local_kv_bytes(config, sworker.facts, layout),
+                kv_cache_bytes_each=local_kv_bytes(config, sworker.facts, layout, device.host_bytes if device else 0),
                 key_file=config.key_file,
             )
         cleanup.callback(workers.close)
         rpool = RPool(workers.handles, config.worker_timeout_s, timeline or NoTimeline())
+        rpool.is_needed = device is None
         cleanup.callback(rpool.close)
         welcomes = open_session(
             rpool,
@@ -94,17 +97,26 @@ def _load_sworker(config: EngineConfig) -> SWorker | EmulatedSWorker:
 def _open_device(config: EngineConfig, sworker: SWorker | EmulatedSWorker, layout: KVLayout) -> DeviceHolder | None:
     """Raises ConfigError."""
     num_bytes = device_kv_bytes(config, sworker.facts, layout)
-    if not num_bytes or isinstance(sworker, EmulatedSWorker):
+    if not num_bytes:
         return None
+    if isinstance(sworker, EmulatedSWorker):
+        memory = MEMORY[config.device.removeprefix(PREFIX)]
+        layer_bytes = layout.token_bytes / len(sworker.facts.layers)
+        num_blocks = num_bytes // layout.block_bytes
+        return DeviceHolder(EmulatedStore(num_blocks, sworker.spend, partial(_attention_seconds, memory, layer_bytes)))
     try:
         if sworker.device.type == "cpu":
-            cores = num_usable_cores()
-            threads = config.r_worker_threads or cores
+            threads = config.r_worker_threads or num_usable_cores()
             hello = _hello(sworker.facts, layout, num_bytes)
-            return DeviceHolder(HostStore(hello, kv_bytes=num_bytes, num_threads=threads))
+            return DeviceHolder(HostStore(hello, kv_bytes=num_bytes, num_threads=threads), host_bytes=num_bytes)
         return DeviceHolder(TorchStore(sworker.device_kv(num_bytes, layout.block_tokens), sworker.facts.layers))
     except (DeviceKVFull, DeviceKVFailed) as error:
         raise ConfigError(f"{error}: set another device_kv_memory") from error
+
+
+def _attention_seconds(memory: DeviceMemory, token_bytes: float, num_tokens: int) -> float:
+    """Of one layer of an emulated device.  token_bytes: of a token's K and V in the layer."""
+    return memory.attention_seconds(num_tokens * token_bytes)
 
 
 def _hello(facts: ModelFacts, layout: KVLayout, kv_cache_bytes: int | None) -> Hello:

@@ -48,6 +48,7 @@ class Connections:
         self._awaited: set[int] = set()  # lost, or new, and looked for
         self._num_blocks: dict[int, int] = {}  # of each that has been welcome
         self._last_layer = 0
+        self.is_needed = True  # False: KV has another place, too, and steps are possible without anybody
         self._held: dict[int, set[int]] = {}  # R-worker -> sequences it may know; written before it is told
         self.totals = PoolTotals({worker: WorkerTotals() for worker in self._workers})
 
@@ -73,8 +74,8 @@ class Connections:
 
     @property
     def is_able(self) -> bool:
-        """Steps are possible: somebody serves, or there was nobody ever."""
-        return bool(self._alive or not self._workers)
+        """Steps are possible: somebody serves, or there was nobody ever, or KV has another place."""
+        return bool(self._alive or not self._workers or not self.is_needed)
 
     @property
     def held(self) -> list[tuple[int, int]]:
@@ -88,7 +89,7 @@ class Connections:
     def drop(self, worker: int) -> bool:
         """A lost one: nothing is sent to it any more, and nothing of it is waited for.  It may return.
 
-        Whether the others go on without it, or somebody may come back whom to wait for.
+        Whether something goes on without it, or somebody may come back whom to wait for.
         """
         lost = self._workers[worker]
         if worker in self._alive:
@@ -99,7 +100,7 @@ class Connections:
             # At the end: interrupted before, all of it is done again.
             self._alive = [other for other in self._alive if other != worker]
             self.totals.num_lost += 1
-        return not lost.is_vital and bool(self._alive or self._awaited)
+        return not lost.is_vital and bool(self._alive or self._awaited or not self.is_needed)
 
     def invite(self, find: Callable[[int], RWorkerHandle]) -> None:
         """A new one, found under the number it will have; `take_joined` tells when it is there.  In any thread."""

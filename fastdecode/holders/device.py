@@ -5,12 +5,12 @@
     attend(layer)     their K and V are written, their queries answered
 
 Where the device is a processor, an R-worker in the S-worker's thread does it, with its kernels; a GPU has a store of
-its own.  What the scheduler calls R-worker `DEVICE` is here.
+its own, and an emulated one takes its time.  What the scheduler calls R-worker `DEVICE` is here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -48,13 +48,17 @@ class Store(Protocol):
     def attend(self, key: int, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """Of the rows begun last under `key`, the next layer; q may be none.  # like q"""
 
+    def reset(self) -> None:
+        """Nothing is there any more, whatever this was in the middle of."""
+
     def close(self) -> None: ...
 
 
 class DeviceHolder:
-    def __init__(self, store: Store) -> None:
-        self._store = store
-        self._held: set[int] = set()  # sequences
+    def __init__(self, store: Store, host_bytes: int = 0) -> None:
+        """host_bytes: that it will have taken of this machine's memory when it is full."""
+        self._store, self.host_bytes = store, host_bytes
+        self._held: set[int] = set()  # sequences it may know; written before it is told
 
     @property
     def num_blocks(self) -> int:
@@ -63,8 +67,8 @@ class DeviceHolder:
     def admit(self, admissions: Iterable[Admission]) -> None:
         own = {admission.seq_id: admission.max_tokens for admission in admissions if admission.r_worker == DEVICE}
         if own:
-            self._store.admit(own)
             self._held |= own.keys()
+            self._store.admit(own)
 
     def fork(self, forkings: Iterable[Forking]) -> None:
         """Sequences that were admitted begin with tokens of others."""
@@ -76,8 +80,8 @@ class DeviceHolder:
         """R-worker -> sequences that nothing in flight uses any more; others than those held are ignored."""
         own = self._held.intersection(released.get(DEVICE, ()))
         if own:
-            self._store.release(sorted(own))
             self._held -= own
+            self._store.release(sorted(own))
 
     def cut(self, cut: Mapping[int, Mapping[int, int]]) -> None:
         """R-worker -> sequence that has ended -> how many tokens of it stay."""
@@ -91,7 +95,9 @@ class DeviceHolder:
             self._store.rewind(own)
 
     def forget_all(self) -> None:
-        self.release({DEVICE: self._held})
+        """After an interrupt anywhere, too; and it may be called again."""
+        self._store.reset()
+        self._held.clear()
 
     def begin(self, step: Step) -> bool:
         """Room for the step's tokens.  Whether it has rows here."""
@@ -146,7 +152,12 @@ class HostStore:
         """Raises DeviceKVFailed with the reason if there is no memory, or no kernel for such heads."""
         self._worker = RWorker(kv_cache_bytes=kv_bytes, num_threads=num_threads, cores=cores)
         self._steps: dict[int, int] = {}
-        welcome = self._worker.handle(_SESSION, hello)
+        self._hello, self.num_blocks = hello, 0
+        self.reset()
+
+    def reset(self) -> None:
+        """A new session: its store is empty, and it remembers no failure."""
+        welcome = self._worker.handle(_SESSION, self._hello)
         if not isinstance(welcome, Welcome):
             raise DeviceKVFailed(f"K and V on the S-worker's device: {welcome}")
         self.num_blocks = welcome.num_blocks
@@ -186,10 +197,62 @@ class HostStore:
         self._worker.handle(_SESSION, message)
 
 
+class EmulatedStore:
+    """That of an emulated device: it takes the time of reading, and keeps how much there would be to read."""
+
+    def __init__(
+        self, num_blocks: int, spend: Callable[[float], None], attention_seconds: Callable[[int], float]
+    ) -> None:
+        """spend: takes the device's time; attention_seconds: of one layer over so many tokens' KV."""
+        self.num_blocks, self._spend, self._attention_seconds = num_blocks, spend, attention_seconds
+        self._stored: dict[int, int] = {}  # sequence -> tokens
+        self._reads: dict[int, int] = {}  # by key, tokens' KV that the rows begun last read
+
+    def admit(self, max_tokens: Mapping[int, int]) -> None:
+        assert not self._stored.keys() & max_tokens.keys()
+        self._stored |= dict.fromkeys(max_tokens, 0)
+
+    def fork(self, children: Sequence[int], parents: Sequence[int], num_tokens: Sequence[int]) -> None:
+        for child, parent, count in zip(children, parents, num_tokens, strict=True):
+            assert self._stored[child] == 0 and count <= self._stored[parent]
+            self._stored[child] = count
+
+    def release(self, seq_ids: Sequence[int]) -> None:
+        for seq_id in seq_ids:
+            del self._stored[seq_id]
+
+    def rewind(self, num_tokens: Mapping[int, int]) -> None:
+        for seq_id, count in num_tokens.items():
+            assert count <= self._stored[seq_id]
+            self._stored[seq_id] = count
+
+    def begin(
+        self, key: int, step: int, seq_ids: np.ndarray, starts: np.ndarray, counts: np.ndarray, queries: np.ndarray
+    ) -> None:
+        for seq_id, start, count in zip(seq_ids.tolist(), starts.tolist(), counts.tolist(), strict=True):
+            assert self._stored[seq_id] == start, "positions follow one another"
+            self._stored[seq_id] = start + count
+        self._reads[key] = int((starts + counts)[queries > 0].sum())
+
+    def attend(self, key: int, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        if self._reads[key]:
+            self._spend(self._attention_seconds(self._reads[key]))
+        return q
+
+    def reset(self) -> None:
+        self._stored.clear()
+
+    def close(self) -> None:
+        self.reset()
+
+
 class TorchStore:
     """A store of tensors, on any device."""
 
     def __init__(self, kv: DeviceKV, layers: Sequence[AttentionSpec]) -> None:
+        """Raises DeviceKVFailed if not even one block fits."""
+        if kv.num_blocks < 1:
+            raise DeviceKVFailed(f"K and V on {kv.device} have a budget of less than a block of {kv.block_bytes} bytes")
         self._kv, self._layers, self.num_blocks = kv, layers, kv.num_blocks
         self._rows: dict[int, DeviceRows] = {}
 
@@ -210,6 +273,7 @@ class TorchStore:
         self, key: int, step: int, seq_ids: np.ndarray, starts: np.ndarray, counts: np.ndarray, queries: np.ndarray
     ) -> None:
         ids, new = seq_ids.tolist(), counts.tolist()
+        assert [self._kv.num_tokens(i) for i in ids] == starts.tolist(), "positions follow one another"
         self._kv.extend(dict(zip(ids, new, strict=True)))
         self._rows[key] = self._kv.rows(ids, new, queries.tolist())
 
@@ -220,8 +284,12 @@ class TorchStore:
             return q
         return finished(self._kv.attend(layer, rows, q), self._layers[layer].sinks)
 
-    def close(self) -> None:
+    def reset(self) -> None:
+        self._kv.clear()
         self._rows.clear()
+
+    def close(self) -> None:
+        self.reset()
 
 
 def _ids(seq_ids: Iterable[int]) -> np.ndarray:

@@ -76,10 +76,16 @@ class KVCredits:
 
     @property
     def most(self) -> int:
-        """Blocks that a sequence may have: all R-workers together, or the device; if there is none, as the R-worker
+        """Blocks that a sequence may have: all R-workers together, or the device; if there is neither, as the R-worker
         had that was lost last, which may come back."""
         of_device = self._accounts[DEVICE].capacity if DEVICE in self._accounts else 0
-        return max(sum(account.capacity for account in self._r_workers) or self._lost_last, of_device)
+        return max(sum(account.capacity for account in self._r_workers), of_device) or self._lost_last
+
+    def describe(self) -> str:
+        """How much a sequence may have, and which option says so."""
+        if DEVICE in self._accounts and self._accounts[DEVICE].capacity == self.most:
+            return f"the S-worker's device has {self.most} by device_kv_memory"
+        return f"the R-workers have {self.most} in all by kv_cache_memory"
 
     @property
     def tokens(self) -> tuple[int, ...]:
@@ -160,14 +166,16 @@ class KVCredits:
 
     def fitting(self, demand: Demand, max_kv_tokens: int, shared: abc.Mapping[int, Shared] = _NONE) -> list[int]:
         """The R-workers where it fits.  shared: what of it they have, where that is something."""
-        now, last, most = self.blocks(demand.first), self.blocks(demand.last), self.blocks(max_kv_tokens)
-        if not self.fits_one(max_kv_tokens):
-            most = last  # it could end on none of them; if it outlives its prediction, it is to start again in parts
+        now, last, longest = self.blocks(demand.first), self.blocks(demand.last), self.blocks(max_kv_tokens)
+        is_for_parts = not self.fits_one(max_kv_tokens)
         with_slack = self.with_slack(demand)
 
-        def fits(account: _Account, shared: Shared) -> bool:
+        def fits(worker: int, account: _Account, shared: Shared) -> bool:
+            # It could outlive every prediction, and must be able to end where it is; or, if no R-worker could hold it
+            # then, to start again in parts.
+            most = last if is_for_parts and worker != DEVICE else longest
             if most > account.capacity:
-                return False  # it could outlive every prediction, and must be able to end where it is
+                return False
             if account.num_sequences == 0:
                 return True
             if account.held + now - shared.num_blocks > account.capacity:
@@ -179,7 +187,11 @@ class KVCredits:
                 return max(map(account.projection.peak, own)) <= self.tokens_of(account.capacity - account.in_parts)
             return False
 
-        return [worker for worker, account in self._accounts.items() if fits(account, shared.get(worker, _NOT_SHARED))]
+        return [
+            worker
+            for worker, account in self._accounts.items()
+            if fits(worker, account, shared.get(worker, _NOT_SHARED))
+        ]
 
     def lightest(
         self, workers: abc.Iterable[int], until_mean: Demand | None, shared: abc.Mapping[int, Shared] = _NONE
@@ -208,7 +220,7 @@ class KVCredits:
 
     def fits_one(self, num_tokens: int) -> bool:
         """Whether any R-worker could hold so many alone."""
-        return self.blocks(num_tokens) <= max(account.capacity for account in self._accounts.values())
+        return self.blocks(num_tokens) <= max((account.capacity for account in self._r_workers), default=0)
 
     def parts(self, num_tokens: int, least_tokens: int, first: int | None = None) -> tuple[Part, ...] | None:
         """Where a sequence of so many tokens, at its end, would lie in parts, so that the most that an R-worker has to

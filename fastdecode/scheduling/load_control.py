@@ -142,26 +142,25 @@ class LoadControl:
 
         shared: what of it R-workers have already, where that is something; layout: parts that have more of it.
         """
+        workers = self._open(prospect, is_urgent, shared)
+        most = max((shared[w].num_tokens for w in workers if w in shared), default=0)
+        if DEVICE in workers and layout is None and shared.get(DEVICE, _NOT_SHARED).num_tokens >= most:
+            return whole_on(DEVICE)
         if parts := self._as_there(prospect, layout) or self._divided(prospect, shared):
             return parts if not self._started or self._may_start(prospect, is_urgent) else None
-        worker = self._worker(prospect, is_urgent, shared)
+        worker = self._credits.lightest([w for w in workers if w != DEVICE] or workers, prospect.mean, shared)
         return None if worker is None else whole_on(worker)
 
-    def _worker(self, prospect: Prospect, is_urgent: bool, shared: Mapping[int, Shared]) -> int | None:
-        """That it would lie on whole; None: on none in this step."""
+    def _open(self, prospect: Prospect, is_urgent: bool, shared: Mapping[int, Shared]) -> list[int]:
+        """R-workers, and the device, that it could start on in this step."""
         workers = self._credits.fitting(prospect.limit, prospect.max_kv_tokens, shared)
         if self._started:
             workers = [w for w in workers if w == DEVICE or self._within_limit(prospect, shared.get(w, _NOT_SHARED))]
         if self._started and not is_urgent:
             if not self._batch_open:
-                return None
+                return []
             workers = [w for w in workers if self._keeps_pace(prospect, w, shared.get(w, _NOT_SHARED))]
-        if DEVICE in workers:
-            most = max((shared[w].num_tokens for w in workers if w in shared), default=0)
-            if shared.get(DEVICE, _NOT_SHARED).num_tokens >= most:
-                return DEVICE
-            workers.remove(DEVICE)  # what others have of it need not be computed again
-        return self._credits.lightest(workers, prospect.mean, shared)
+        return workers
 
     def _as_there(self, prospect: Prospect, layout: Layout | None) -> tuple[Part, ...] | None:
         """The layout's parts, if there is one, and room."""
@@ -266,8 +265,8 @@ class LoadControl:
         assert self._max_kv_tokens == sum(started.max_kv_tokens for started in self._started.values())
 
     def _within_limit(self, prospect: Prospect, shared: Shared) -> bool:
-        if self._total is None or self._max_kv_load is None:
-            return True
+        if not self._total or self._max_kv_load is None:
+            return True  # or nothing is read
         own = prospect.limit.sharing(self._credits.tokens_of(shared.num_blocks), shared.until)
         return max(map(self._total.peak, own)) <= self._max_kv_load
 

@@ -168,8 +168,8 @@ class Scheduler:
             size = self._config.block_tokens
             raise RequestError(
                 "kv_budget_exceeded",
-                f"prompt + output is {max_kv_tokens} tokens of KV = {needed} blocks of {size}; the R-workers have "
-                f"{self._credits.most} in all: raise kv_cache_memory or lower max_tokens",
+                f"prompt + output is {max_kv_tokens} tokens of KV = {needed} blocks of {size}; "
+                f"{self._credits.describe()}: raise it or lower max_tokens",
             )
 
     @property
