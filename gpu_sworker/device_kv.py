@@ -29,6 +29,7 @@ import torch
 from gpu_sworker.device_attention import attend_tokens
 from gpu_sworker.errors import DeviceKVFull, DeviceKVMisused
 from gpu_sworker.memory import untouched_memory
+from gpu_sworker.paged_attention import paged_kernel
 from gpu_sworker.partial_state import PartialState
 from gpu_sworker.probe import AttentionSpec
 
@@ -48,7 +49,7 @@ class _Reading:
     queries: slice  # among those of the rows
     num_tokens: int
     first_slot: int | None  # of consecutive blocks; None: they are not
-    blocks: torch.Tensor  # [num_blocks] int64, on the device
+    blocks: torch.Tensor  # [num_blocks] int32, on the device
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,15 @@ class DeviceRows:
     num_tokens: int  # whose K and V are written
     num_queries: int
     slots: slice | torch.Tensor  # of those tokens: block * block_tokens + offset
-    readings: tuple[_Reading, ...]
+    readings: tuple[_Reading, ...]  # of the sequences that have queries
+    # Once more what they are about, on the device, for all of them to attend in one call:
+    tables: torch.Tensor  # [num_readings, max_blocks] int32, 0 beyond a sequence's own blocks
+    lengths: torch.Tensor  # [num_readings] int32, tokens
+
+    @property
+    def are_decodes(self) -> bool:
+        """One query each, of more than one sequence."""
+        return len(self.readings) == self.num_queries > 1
 
 
 class DeviceKV:
@@ -206,7 +215,7 @@ class DeviceKV:
         """
         if len(set(seq_ids)) < len(seq_ids):
             raise DeviceKVMisused("a sequence comes twice among the rows")
-        slots, readings, first_query = [np.zeros(0, np.int64)], [], 0
+        slots, asking = [np.zeros(0, np.int64)], []
         for seq_id, count, queries in zip(seq_ids, num_tokens, num_queries, strict=True):
             stored = self._find(seq_id)
             if not (0 <= count <= stored.num_tokens and 0 <= queries <= stored.num_tokens):
@@ -218,16 +227,23 @@ class DeviceKV:
             positions = np.arange(stored.num_tokens - count, stored.num_tokens)
             slots.append(blocks[positions // self.block_tokens] * self.block_tokens + positions % self.block_tokens)
             if queries:
-                is_one_piece = bool((np.diff(blocks) == 1).all())
-                readings.append(
-                    _Reading(
-                        slice(first_query, first_query + queries),
-                        stored.num_tokens,
-                        int(blocks[0]) * self.block_tokens if is_one_piece else None,
-                        torch.from_numpy(blocks).to(self.device),
-                    )
+                asking.append((queries, stored.num_tokens, blocks))
+        host_tables = np.zeros((len(asking), max((len(blocks) for *_, blocks in asking), default=0)), np.int32)
+        for row, (*_, blocks) in enumerate(asking):
+            host_tables[row, : len(blocks)] = blocks
+        tables = torch.from_numpy(host_tables).to(self.device)  # all at once: a copy waits for the device
+        readings, first_query = [], 0
+        for row, (queries, length, blocks) in enumerate(asking):
+            is_one_piece = bool((np.diff(blocks) == 1).all())
+            readings.append(
+                _Reading(
+                    slice(first_query, first_query + queries),
+                    length,
+                    int(blocks[0]) * self.block_tokens if is_one_piece else None,
+                    tables[row, : len(blocks)],
                 )
-                first_query += queries
+            )
+            first_query += queries
         where = np.concatenate(slots)
         in_order = bool((np.diff(where) == 1).all())
         begin = int(where[0]) if len(where) else 0
@@ -236,6 +252,8 @@ class DeviceKV:
             first_query,
             slice(begin, begin + len(where)) if in_order else torch.from_numpy(where).to(self.device),
             tuple(readings),
+            tables,
+            torch.tensor([length for _, length, _ in asking], dtype=torch.int32, device=self.device),
         )
 
     def write(
@@ -257,11 +275,17 @@ class DeviceKV:
         rows: DeviceRows,
         q: torch.Tensor,  # [rows.num_queries, num_q_heads, head_dim]
     ) -> PartialState:
-        """Of each query over its sequence up to itself, K and V of new tokens being written; without sinks."""
+        """Of each query over its sequence up to itself, K and V of new tokens being written; without sinks.
+
+        In one call for all where there is a kernel for it, else sequence by sequence.
+        """
         spec = self._layers[layer]
         assert q.shape == (rows.num_queries, spec.num_q_heads, spec.head_dim), q.shape
         if len(rows.readings) == 1:
             return attend_tokens(q, *self._read(layer, rows.readings[0]), spec)
+        attend_paged = paged_kernel(q.device, q.dtype, spec) if rows.are_decodes else None
+        if attend_paged is not None:
+            return attend_paged(q, self._data[layer], rows.tables, rows.lengths, spec)
         state = PartialState(torch.empty_like(q), torch.empty(q.shape[:2], dtype=torch.float32, device=q.device))
         for reading in rows.readings:
             part = attend_tokens(q[reading.queries], *self._read(layer, reading), spec)
