@@ -13,7 +13,8 @@ from test_load import mixed_jobs
 
 from bench.paper_figures import FIGURES, load_stabilising, splitfuse
 from fastdecode.cli import main
-from fastdecode.modelling.simulation.cost import WholeCost, flat_cost
+from fastdecode.modelling.perf_model import PerfModel
+from fastdecode.modelling.simulation.cost import SplitCost, WholeCost, flat_cost
 from fastdecode.modelling.simulation.latency import keeps_rate, summary
 from fastdecode.modelling.simulation.simulator import Served, Simulation, simulate
 from fastdecode.modelling.simulation.workload import Arrivals, Job, make_jobs
@@ -125,6 +126,26 @@ def test_splitfuse_as_published() -> None:
     assert fused["gap_ms"]["p50"] == pytest.approx(first["gap_ms"]["p50"], rel=0.1)  # type: ignore[index]
 
 
+def test_kv_on_the_device() -> None:
+    """It is read by the device, at its rate and beside no wire; R-workers read what does not fit there."""
+    jobs = [Job(1, 100, 100)] * 8
+    cost = SplitCost(PerfModel((1, 8), (0.01, 0.01), 1e-4, num_layers=1, r_fixed_seconds=0.02), 1e-5)
+    seconds = {}
+    for device, r_workers in ((0, 1), (4, 1), (8, 1), (8, 0)):
+        config = SchedulerConfig(
+            max_num_seqs=8, max_num_batched_tokens=64, num_lanes=1, block_tokens=100,
+            capacity_blocks=(8,) * r_workers, device_blocks=device, start_policy="eager",
+        )  # fmt: skip
+        simulation = simulate(Scheduler(config, Oracle()), jobs, Arrivals((0.0,) * 8), cost, r_workers)
+        assert max(record.device_kv_tokens for record in simulation.steps) == 100 * device
+        assert max(record.load for record in simulation.steps) == 100 * (8 - device)
+        seconds[device, r_workers] = simulation.seconds
+    # 100 steps of 8 sequences that read 1 to 100 tokens: 40,400 tokens in all, less where the prompt's step reads none.
+    assert seconds[8, 0] == pytest.approx(100 * 0.01 + 40_400 * 1e-5, rel=0.01)
+    assert seconds[0, 1] == pytest.approx(100 * 0.03 + 40_400 * 1e-4, rel=0.01)
+    assert seconds[4, 1] == pytest.approx(100 * 0.03 + 20_200 * (1e-4 + 1e-5), rel=0.01)
+
+
 def test_order() -> None:
     """Shortest jobs first wait less on average, longest more; nobody is passed by more than the window."""
     jobs = make_jobs(400, "lognormal:300:1.0:4000", "8", None, np.random.default_rng(0))
@@ -221,6 +242,8 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["--kv-tokens", "16"], "no request fits"),
         (["--calibration", "nothing.json"], "no calibration"),
         (["--accuracy", "2"], "shares"),
+        (["--r-workers", "0"], "give --device-kv-tokens"),
+        (["--device-kv-tokens", "999", "--profile", "a100-opt-13b"], "does not tell how fast the device reads"),
     ],
 )
 def test_mistakes_are_told(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -49,7 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--profile", choices=sorted(PROFILES), default="a10-8xepyc-llama-7b", help="step times from the papers"
     )
     cost.add_argument("--calibration", metavar="FILE", help="step times of a machine, by `fastdecode calibrate`")
-    machine.add_argument("--r-workers", type=int, default=8, help="how many")
+    machine.add_argument("--r-workers", type=int, default=8, help="how many; 0: all KV is on the S-worker's device")
+    machine.add_argument("--device-kv-tokens", type=int, default=0, help="that the device holds, before R-workers do")
     machine.add_argument("--kv-tokens", type=int, default=65536, help="that each R-worker holds")
 
     policy = parser.add_argument_group("scheduler")
@@ -111,14 +112,18 @@ def _cost(args: argparse.Namespace) -> Cost:
 
 def _simulate(args: argparse.Namespace, start_policy: str, cost: Cost) -> Simulation:
     least = {name: 1 for name in (
-        "requests", "r_workers", "start_interval", "max_num_seqs", "max_num_batched_tokens", "micro_batches",
+        "requests", "start_interval", "max_num_seqs", "max_num_batched_tokens", "micro_batches",
         "block_tokens", "order_window", "max_tokens", "max_kv_load",
-    )} | {"kv_tokens": args.block_tokens}  # fmt: skip
+    )} | {"kv_tokens": args.block_tokens, "r_workers": 0, "device_kv_tokens": 0}  # fmt: skip
     for name, low in least.items():
         if getattr(args, name) is not None and getattr(args, name) < low:
             raise ConfigError(f"--{name.replace('_', '-')} must be {low} or more, got {getattr(args, name)}")
     if not 0 <= args.accuracy <= 1 or not 0 <= args.length_quantile <= 1:
         raise ConfigError("--accuracy and --length-quantile are shares from 0 to 1")
+    if not args.r_workers and args.device_kv_tokens < args.block_tokens:
+        raise ConfigError("with no R-workers all KV is on the device; give --device-kv-tokens")
+    if args.device_kv_tokens and not (isinstance(cost, SplitCost) and cost.device_kv_token_seconds):
+        raise ConfigError(f"{args.calibration or args.profile} does not tell how fast the device reads KV of its own")
     generator = np.random.default_rng(args.seed)
     jobs = make_jobs(args.requests, args.prompt_tokens, args.output_tokens, args.max_tokens, generator)
     arrivals = parse_arrivals(args.arrivals, generator, args.requests)
@@ -129,6 +134,7 @@ def _simulate(args: argparse.Namespace, start_policy: str, cost: Cost) -> Simula
             num_lanes=args.micro_batches,
             block_tokens=args.block_tokens,
             capacity_blocks=(args.kv_tokens // args.block_tokens,) * args.r_workers,
+            device_blocks=args.device_kv_tokens // args.block_tokens,
             kv_policy=args.kv_policy,
             start_policy=start_policy,
             start_interval=args.start_interval,

@@ -71,8 +71,15 @@ class PerfModel:
         """E(B), tokens per second through one block of the S-Part."""
         return batch / self.s_seconds(batch)
 
-    def step_seconds(self, micro_batches: list[tuple[float, float]], num_r_workers: int) -> float:
+    def step_seconds(
+        self,
+        micro_batches: list[tuple[float, float]],
+        num_r_workers: int,
+        device_seconds: Sequence[float] | None = None,
+    ) -> float:
         """A step of micro-batches, each (tokens, load), that pass the layers in turn.
+
+        device_seconds: of each and of one block, for the device's attention to KV of its own, which comes to T(B).
 
         One alone alternates between S and R; with more the busier of the two sets the pace, unless one micro-batch's
         own way through both is longer:   S: A B A B      R: _ A B A B
@@ -80,8 +87,9 @@ class PerfModel:
         Where both take about as long, whatever varies makes each wait for the other: the pace is then the p-norm of
         the two with p = `overlap`, 2^(1/p) times the busier one at most.
         """
-        s = [self.s_seconds(tokens) for tokens, _ in micro_batches]
-        r = [self.r_seconds(load, num_r_workers) for _, load in micro_batches]
+        more = device_seconds or [0.0] * len(micro_batches)
+        s = [self.s_seconds(tokens) + seconds for (tokens, _), seconds in zip(micro_batches, more, strict=True)]
+        r = [self.r_seconds(load, num_r_workers) if num_r_workers else 0.0 for _, load in micro_batches]
         both = sum(s), sum(r)
         pace = max(both)
         if pace > 0 and self.overlap is not None:

@@ -54,6 +54,7 @@ def round_record(
     num_running: int,
     num_waiting: int,
     kv_tokens: tuple[int, ...],
+    device_kv_tokens: int = 0,
 ) -> StepRecord:
     """Of the steps of all lanes that were scheduled together, as if they were one."""
     return StepRecord(
@@ -66,6 +67,7 @@ def round_record(
         num_waiting=num_waiting,
         num_preempted=sum(step.num_preempted for step in steps),
         kv_tokens=kv_tokens,
+        device_kv_tokens=device_kv_tokens,
         num_sampled=sum(step.num_sampled for step in steps),
     )
 

@@ -17,6 +17,7 @@ from typing import Protocol
 import numpy as np
 
 from fastdecode.modelling.perf_model import PerfModel
+from fastdecode.modelling.simulation.devices import MEMORY
 from fastdecode.scheduling.parts import lengths
 from fastdecode.scheduling.plan import Step
 
@@ -30,18 +31,21 @@ class Work:
     kv_tokens: tuple[int, ...]  # [num_r_workers] read by decodes
     prompt_tokens: int
     prompt_pairs: float  # sum over chunks of end² - start²: twice the query-key pairs
+    device_kv_tokens: int = 0  # read by decodes on the S-worker's device
 
     @classmethod
     def of(cls, step: Step, num_r_workers: int) -> Work:
-        decodes, whole = step.decodes, slice(step.decodes.num_whole)
+        decodes, whole = step.decodes, slice(step.num_device_decodes, step.decodes.num_whole)
+        on_device = int((decodes.positions[: step.num_device_decodes] + 1).sum())
         kv_tokens = np.bincount(decodes.r_workers[whole], decodes.positions[whole] + 1, minlength=num_r_workers)
         for row in range(decodes.num_whole, len(decodes)):
             for worker, num_tokens in lengths(step.parts[int(decodes.seq_ids[row])], int(decodes.positions[row]) + 1):
                 kv_tokens[worker] += num_tokens
         pairs = sum(segment.end**2 - segment.start**2 for segment in step.prompts)
         return cls(
-            step.num_tokens, len(decodes), tuple(kv_tokens.astype(int).tolist()), step.num_prompt_tokens, float(pairs)
-        )
+            step.num_tokens, len(decodes), tuple(kv_tokens.astype(int).tolist()), step.num_prompt_tokens, float(pairs),
+            on_device,
+        )  # fmt: skip
 
 
 class Cost(Protocol):
@@ -54,11 +58,14 @@ class SplitCost:
     """By the performance model.  The slowest R-worker sets the pace of the R-Part."""
 
     model: PerfModel
+    device_kv_token_seconds: float | None = None  # of the device, for a token of KV that it keeps, in one block
 
     def round_seconds(self, steps: Sequence[Step], num_r_workers: int) -> float:
         works = [Work.of(step, num_r_workers) for step in steps]
         return self.model.step_seconds(
-            [(work.num_tokens, max(work.kv_tokens) * num_r_workers) for work in works], num_r_workers
+            [(work.num_tokens, max(work.kv_tokens, default=0) * num_r_workers) for work in works],
+            num_r_workers,
+            [work.device_kv_tokens * (self.device_kv_token_seconds or 0.0) for work in works],
         )
 
 
@@ -91,13 +98,15 @@ class WholeCost:
 
 
 def _a10_and_epycs(
-    num_layers: int, step_ms: Sequence[float], kv_token_seconds: float, r_fixed_seconds: float
+    num_layers: int, hidden: int, step_ms: Sequence[float], kv_token_seconds: float, r_fixed_seconds: float
 ) -> SplitCost:
     """step_ms: of the paper's figure 10, shortest steps (p1) at 64, 128, 256, 512 sequences a micro-batch of two, so
-    with the copies and the network that its implementation has in series with the S-Part."""
+    with the copies and the network that its implementation has in series with the S-Part.  hidden: numbers of K, and
+    of V, of a token in a block, in 16 bits; what the A10 reads of it, `MEMORY` tells."""
     seconds = tuple(ms / 1e3 / (2 * num_layers) for ms in step_ms)
     return SplitCost(
-        PerfModel((64, 128, 256, 512), seconds, kv_token_seconds, num_layers, r_fixed_seconds, overlap=3.3)
+        PerfModel((64, 128, 256, 512), seconds, kv_token_seconds, num_layers, r_fixed_seconds, overlap=3.3),
+        device_kv_token_seconds=4 * hidden / MEMORY["a10"].bytes_per_s,
     )
 
 
@@ -105,8 +114,8 @@ def _a10_and_epycs(
 # of figure 15 (1.85 ms a layer and micro-batch of the 13b, 4/5 of it for the 7b).  overlap: the one number that is
 # fitted, on the steady steps of the same figures; with a perfect overlap they would be 10-20 % shorter.
 PROFILES: dict[str, Cost] = {
-    "a10-8xepyc-llama-7b": _a10_and_epycs(32, (108, 134, 205, 310), 121e-9, 1.5e-3),
-    "a10-8xepyc-llama-13b": _a10_and_epycs(40, (178, 222, 347, 563), 137e-9, 1.85e-3),
+    "a10-8xepyc-llama-7b": _a10_and_epycs(32, 4096, (108, 134, 205, 310), 121e-9, 1.5e-3),
+    "a10-8xepyc-llama-13b": _a10_and_epycs(40, 5120, (178, 222, 347, 563), 137e-9, 1.85e-3),
     "a100-tp4-opt-66b": WholeCost((29.44, 0.1514, 8.32e-6), (30.76, 4.52e-4, 0.0633), (27.47, 4.05e-4, 0.125)),
     "a100-opt-13b": WholeCost((18.10, 0.1019, 7.12e-6), (19.93, 6.27e-4, 0.0385), (7.17, 5.80e-4, 0.158)),
 }

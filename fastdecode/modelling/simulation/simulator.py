@@ -80,6 +80,7 @@ def simulate(
             num_running=scheduler.num_running,
             num_waiting=scheduler.num_waiting,
             kv_tokens=scheduler.kv_tokens,
+            device_kv_tokens=scheduler.device_kv_tokens,
         )
         for admission in (admission for step in steps for admission in step.admissions):
             one = live[admission.seq_id][1]
