@@ -51,6 +51,22 @@ def test_the_next_turn_computes_what_is_new() -> None:
     assert len(two.output_token_ids) == 4
 
 
+def test_a_turn_that_outgrows_the_last_part_gets_one_more() -> None:
+    """Where there is room for it, and what is there stays where it is."""
+    world = a_world(capacity=(14, 14, 14))
+    begun(world, after(world, tuple(range(900, 940)), output=12))  # one of them is taken for a while
+    parts = begun(world, after(world, FIRST))
+    world.run()
+    turn = (*FIRST, *(OTHER,) * 4, *range(500, 530))
+    two = after(world, turn)
+    more = begun(world, two)
+    assert len(parts) == 2 and more[:2] == parts and len(more) == 3 and two.num_found >= len(FIRST)
+    world.run()
+    three = after(world, (*turn, 8))
+    assert begun(world, three) == more and three.num_found > len(FIRST) + 20
+    world.run()
+
+
 def test_those_that_run_together_hold_it_once() -> None:
     """Each alone would take more than half of all that there is."""
     world = a_world(capacity=(20, 20))

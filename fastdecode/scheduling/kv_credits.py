@@ -239,16 +239,28 @@ class KVCredits:
             first_token += self.tokens_of(num_blocks)
         return tuple(parts)
 
-    def have_room(self, parts: tuple[Part, ...], num_tokens: int, num_used: abc.Mapping[int, int]) -> bool:
-        """For a sequence of so many tokens at its end, in these parts.
+    def extended(
+        self, parts: tuple[Part, ...], num_tokens: int, num_used: abc.Mapping[int, int]
+    ) -> tuple[Part, ...] | None:
+        """These parts for a sequence of so many tokens at its end, and one more where the last one's R-worker has not
+        room for all the rest; None: there is none.
 
         num_used: R-worker -> blocks of it that are another's
         """
         room = self._room()
-        return all(
-            self.blocks(length) - num_used.get(worker, 0) <= room.get(worker, 0)
-            for worker, length in lengths(parts, num_tokens)
-        )
+        missing = 0
+        for (worker, length), part in zip(lengths(parts, num_tokens), parts, strict=True):
+            missing = self.blocks(length) - num_used.get(worker, 0) - room.get(worker, 0)
+            if missing > 0 and part is not parts[-1]:
+                return None
+        if missing <= 0:
+            return parts
+        begin = self.tokens_of(self.blocks(num_tokens) - missing)
+        others = [worker for worker in room if all(worker != part.r_worker for part in parts)]
+        most = max(others, key=lambda worker: room[worker], default=None)
+        if most is None or room[most] < missing or begin <= parts[-1].first_token:
+            return None
+        return (*parts, Part(most, begin))
 
     def start(
         self,

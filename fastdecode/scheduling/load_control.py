@@ -163,11 +163,9 @@ class LoadControl:
         return workers
 
     def _as_there(self, prospect: Prospect, layout: Layout | None) -> tuple[Part, ...] | None:
-        """The layout's parts, if there is one, and room."""
+        """The layout's parts, if there is one, and room; perhaps with one more behind them."""
         num_tokens = min(prospect.limit.last, prospect.max_kv_tokens)
-        if layout is None or not self._credits.have_room(layout.parts, num_tokens, layout.num_used):
-            return None
-        return layout.parts
+        return layout and self._credits.extended(layout.parts, num_tokens, layout.num_used)
 
     def _divided(self, prospect: Prospect, shared: Mapping[int, Shared]) -> tuple[Part, ...] | None:
         """Its parts, if it is to be divided and there is room for them; the first one where most of it is."""
