@@ -132,8 +132,8 @@ class Counting:
             stack.enter_context(mock.patch.object(WriteArena, "write", self._arena(WriteArena.write)))
             stack.enter_context(mock.patch.object(transport.codec, "bytearray", self._bytearray, create=True))
             stack.enter_context(mock.patch.object(transport.zeromq, "send", self._zmq(transport.zeromq.send)))
-            as_tensor, pad = gpu_sworker.staging._tensor, gpu_sworker.sworker.pad
-            stack.enter_context(mock.patch.object(gpu_sworker.staging, "_tensor", self._numpy("copy", as_tensor)))
+            as_tensor, pad = gpu_sworker.staging.as_tensor, gpu_sworker.sworker.pad
+            stack.enter_context(mock.patch.object(gpu_sworker.staging, "as_tensor", self._numpy("copy", as_tensor)))
             stack.enter_context(mock.patch.object(gpu_sworker.sworker, "pad", self._pad(pad)))
             yield
 
