@@ -41,22 +41,17 @@ _MAX_HEAD_DIM, _MAX_GROUP = 256, 64  # more do not fit into a program's register
 PagedAttention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, AttentionSpec], PartialState]
 
 
-def attend_paged(
+def attend_paged_plainly(
     q: torch.Tensor,  # [num_sequences, num_q_heads, head_dim]
     data: torch.Tensor,  # [K or V, num_blocks, block_tokens, num_kv_heads, head_dim], of q's dtype
     tables: torch.Tensor,  # [num_sequences, max_blocks] int32; beyond a sequence's own blocks any that exist
     lengths: torch.Tensor,  # [num_sequences] int32
     spec: AttentionSpec,  # whose sinks are not for here
 ) -> PartialState:
-    """Each query, its sequence's last token, over the keys it sees: by the kernel where there is one, else plainly."""
-    attend = paged_kernel(q.device, q.dtype, spec) or attend_paged_plainly
-    return attend(q, data, tables, lengths, spec)
+    """Each query, its sequence's last token, over the keys it sees.
 
-
-def attend_paged_plainly(
-    q: torch.Tensor, data: torch.Tensor, tables: torch.Tensor, lengths: torch.Tensor, spec: AttentionSpec
-) -> PartialState:
-    """The definition of `attend_paged`; takes the memory of all K and V in float32, as often as the longest is long."""
+    Takes the memory of all K and V in float32, as often as the longest is long.
+    """
     assert q.shape == (len(tables), spec.num_q_heads, spec.head_dim), q.shape
     assert data.shape[3:] == (spec.num_kv_heads, spec.head_dim), data.shape
     dtype = torch.promote_types(q.dtype, torch.float32)

@@ -23,7 +23,7 @@ import torch
 from gpu_sworker import AttentionSpec, DeviceKV, PartialState, attend_tokens_plainly
 from gpu_sworker import paged_attention as paged
 from gpu_sworker.device_kv import token_bytes
-from gpu_sworker.paged_attention import PagedAttention, attend_paged, attend_paged_plainly, paged_kernel
+from gpu_sworker.paged_attention import PagedAttention, attend_paged_plainly, paged_kernel
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -93,7 +93,7 @@ def test_attention_is_that_of_each_sequence(
     generator = np.random.default_rng(heads[2])
     lengths = [1, *generator.integers(1, 120, 3).tolist(), 64]
     case = Paged(lengths, make_spec(heads, window, softcap), dtype, block_tokens=int(generator.integers(1, 40)))
-    assert_equal(case.attend(attend_paged), case.expected())
+    assert_equal(case.attend(attend_paged_plainly), case.expected())
 
 
 @pytest.mark.parametrize("window", [None, 5])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from test_scheduler import BLOCK_TOKENS, OTHER, World, create_scheduler, siblings
+from scheduler_world import BLOCK_TOKENS, OTHER, World, create_scheduler, siblings
 
 from fastdecode.scheduling.parts import Part
 from fastdecode.scheduling.request import Sequence

@@ -12,6 +12,7 @@ from fastdecode.engine.config import EngineConfig
 from fastdecode.errors import ConfigError
 from fastdecode.modelling.calibration import read_calibration
 from fastdecode.modelling.emulation import PREFIX
+from fastdecode.modelling.memory_plan import KV_SHARE
 from fastdecode.modelling.simulation.devices import MEMORY
 from fastdecode.scheduling.config import SchedulerConfig
 from fastdecode.scheduling.predictor import Learned, MaxTokens
@@ -23,8 +24,7 @@ logger = logging.getLogger(__name__)
 
 _SCORES_BYTES = 256 << 20  # of float32 logits that score tokens of prompts, in a step
 _LEAST_SCORED_ROWS = 64
-_KV_SHARE = 0.4  # of the free memory, for R-workers started here without a budget; the S-Part may need the rest
-_GPU_KV_SHARE = 0.8  # of what is free on a GPU with the model there; activations and logits need the rest
+_HOST_KV_SHARE = 0.4  # of the free memory, for R-workers started here without a budget; the S-Part may need the rest
 
 
 def kv_layout(config: EngineConfig, facts: ModelFacts) -> KVLayout:
@@ -42,7 +42,7 @@ def local_kv_bytes(config: EngineConfig, facts: ModelFacts, layout: KVLayout, ta
         # Never more than could be used.
         longest = config.max_model_len or facts.max_positions or (1 << 30)
         usable = config.max_num_seqs * layout.num_blocks(longest) * layout.block_bytes
-        return min(int(_KV_SHARE * free) // config.num_r_workers, usable)
+        return min(int(_HOST_KV_SHARE * free) // config.num_r_workers, usable)
     if config.kv_cache_memory * config.num_r_workers > free:
         raise ConfigError(
             f"kv_cache_memory {format_bytes(config.kv_cache_memory)} x {config.num_r_workers} R-workers is more than "
@@ -72,9 +72,7 @@ def prompt_kv_bytes(config: EngineConfig) -> int | None:
 def device_kv_bytes(config: EngineConfig, facts: ModelFacts, layout: KVLayout) -> int:
     """The budget of sequences on the S-worker's device; 0: none stay there.  Raises ConfigError if it is not there."""
     asked = config.device_kv_memory
-    if asked is None and config.num_r_workers:
-        return 0
-    if asked == 0:
+    if asked == 0 or (asked is None and config.num_r_workers):
         return 0
     if facts.device.startswith(PREFIX):
         return _emulated_kv_bytes(facts, asked)
@@ -88,7 +86,7 @@ def device_kv_bytes(config: EngineConfig, facts: ModelFacts, layout: KVLayout) -
     if asked is None:
         longest = config.max_model_len or facts.max_positions or (1 << 30)
         usable = config.max_num_seqs * layout.num_blocks(longest) * layout.block_bytes
-        return min(int((_KV_SHARE if device.type == "cpu" else _GPU_KV_SHARE) * free), usable)
+        return min(int((_HOST_KV_SHARE if device.type == "cpu" else KV_SHARE) * free), usable)
     if asked > free:
         raise ConfigError(
             f"device_kv_memory {format_bytes(asked)} is more than the {format_bytes(free)} that are free on "
@@ -105,7 +103,7 @@ def _emulated_kv_bytes(facts: ModelFacts, asked: int | None) -> int:
             f"{facts.device} has no memory for KV, only {', '.join(MEMORY)} do; leave device_kv_memory out, and have "
             "R-workers"
         )
-    room = int(_GPU_KV_SHARE * (memory.num_bytes - 2 * facts.num_parameters))
+    room = int(KV_SHARE * (memory.num_bytes - 2 * facts.num_parameters))
     if room <= 0 or (asked or 0) > room:
         raise ConfigError(
             f"{facts.device} has {format_bytes(max(0, room))} for KV beside the weights, and device_kv_memory is "
