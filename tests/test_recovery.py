@@ -125,7 +125,7 @@ def assert_at_rest(llm: LLM, r_workers: list[RWorker]) -> None:
 
 @contextmanager
 def three_workers(case: Case, **options: Any) -> Iterator[LLM]:
-    with LLM(case.directory, num_r_workers=3, skip_tokenizer_init=True, worker_timeout_s=2, **options) as llm:
+    with LLM(case.directory, num_r_workers=3, skip_tokenizer_init=True, worker_timeout_s=60, **options) as llm:
         yield llm
 
 
