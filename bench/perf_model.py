@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from bench.end_to_end import make_model
 from cpu_attention import available_cores, cpu_name
 from fastdecode import LLM, EngineConfig, SamplingParams, __version__, calibrate_model
+from fastdecode.modelling.perf_model import LaneWork
 from fastdecode.observe.step_log import read_step_log
 
 WINDOW = 32  # steps whose median is compared
@@ -50,7 +51,7 @@ def main() -> None:
                 window = steps[begin : begin + WINDOW]
                 load = round(statistics.mean(record.load for record in window))
                 measured = statistics.median(record.seconds for record in window)
-                told = model.step_seconds([(batch, load)], 1)
+                told = model.step_seconds([LaneWork(batch, load)], 1)
                 print(f"{batch:10}{load:11}{measured * 1e3:13.2f}{told * 1e3:10.2f}{told / measured:15.2f}")
                 rows.append({"sequences": batch, "kv_tokens": load, "measured_s": measured, "told_s": told})
     ratios = [row["told_s"] / row["measured_s"] for row in rows]

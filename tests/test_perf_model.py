@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastdecode.modelling.perf_model import PerfModel, sls_peak
+from fastdecode.modelling.perf_model import LaneWork, PerfModel, sls_peak
 
 # Of an A10 (T of one block at 512 tokens) and one socket (R), read off the paper's figures 13 and 15.
 LLAMA_7B = PerfModel((512,), (2.97e-3,), 110e-9, 32)
@@ -36,11 +36,24 @@ def test_balance() -> None:
 
 def test_steps() -> None:
     model = PerfModel((1, 100), (1.0, 2.0), 0.01, 3)
-    assert model.step_seconds([(100, 400)], 2) == pytest.approx(3 * (2 + 2))  # one alone: S, then R
-    assert model.step_seconds([(100, 400), (100, 400)], 2) == pytest.approx(3 * 4)  # two: both always busy
-    assert model.step_seconds([(100, 400), (100, 400)], 1) == pytest.approx(3 * 8)  # R binds
+    assert model.step_seconds([LaneWork(100, 400)], 2) == pytest.approx(3 * (2 + 2))  # one alone: S, then R
+    assert model.step_seconds([LaneWork(100, 400)] * 2, 2) == pytest.approx(3 * 4)  # two: both always busy
+    assert model.step_seconds([LaneWork(100, 400)] * 2, 1) == pytest.approx(3 * 8)  # R binds
     assert model.step_seconds([], 1) == 0
     assert model.largest_load(3 * 4, 2) == 800
+
+
+def test_steps_with_kv_on_the_device() -> None:
+    model = PerfModel(
+        (1, 100), (1.0, 2.0), 0.01, 3, 0.25, r_row_seconds=0.01, device_kv_token_seconds=0.005, device_fixed_seconds=0.5
+    )
+    assert model.step_seconds([LaneWork(100, device_kv_tokens=100)], 0) == pytest.approx(3 * (2 + 1))
+    assert model.step_seconds([LaneWork(100)], 2) == pytest.approx(3 * 2)  # nothing goes to R-workers, nobody waits
+    mixed = LaneWork(100, load=400, device_kv_tokens=100, num_r_rows=75)
+    assert model.step_seconds([mixed], 2) == pytest.approx(3 * (2 + 0.25 + 0.75 + 2))  # the device reads meanwhile
+    assert model.step_seconds([mixed] * 2, 2) == pytest.approx(3 * 6)  # 2·(2 + 1) here, 2·3 there
+    with pytest.raises(ValueError, match="below 0"):
+        PerfModel((1,), (1.0,), 1.0, 1, r_row_seconds=-1.0)
 
 
 def test_sls_peak() -> None:

@@ -10,7 +10,7 @@ from fastdecode.commands.engine_flags import add_engine_flags, engine_options, r
 from fastdecode.engine.config import EngineConfig
 from fastdecode.errors import ConfigError
 from fastdecode.modelling.calibration import Calibration, write_calibration
-from fastdecode.modelling.perf_model import sls_peak
+from fastdecode.modelling.perf_model import LaneWork, sls_peak
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,7 +51,7 @@ def _print_advice(calibration: Calibration, output: str, length: int) -> None:
     model, workers = calibration.perf_model, calibration.num_r_workers
     batch, interval = model.saturating_batch(), max(1, length // 16)
     peak = sls_peak(2 * batch, length, interval)
-    seconds = model.step_seconds([(batch, peak / 2)] * 2, workers)
+    seconds = model.step_seconds([LaneWork(batch, peak / 2)] * 2, workers)
     r_ns, fixed_us = model.kv_token_seconds * 1e9, model.r_fixed_seconds * 1e6
     print(f"{output}: {calibration.model} on {calibration.device}, {workers} R-workers")
     print(f"R = {r_ns:.1f} ns per KV token, block and R-worker, and {fixed_us:.0f} us for the wire")

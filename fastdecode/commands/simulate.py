@@ -122,7 +122,7 @@ def _simulate(args: argparse.Namespace, start_policy: str, cost: Cost) -> Simula
         raise ConfigError("--accuracy and --length-quantile are shares from 0 to 1")
     if not args.r_workers and args.device_kv_tokens < args.block_tokens:
         raise ConfigError("with no R-workers all KV is on the device; give --device-kv-tokens")
-    if args.device_kv_tokens and not (isinstance(cost, SplitCost) and cost.device_kv_token_seconds):
+    if args.device_kv_tokens and not (isinstance(cost, SplitCost) and cost.model.device_kv_token_seconds):
         raise ConfigError(f"{args.calibration or args.profile} does not tell how fast the device reads KV of its own")
     generator = np.random.default_rng(args.seed)
     jobs = make_jobs(args.requests, args.prompt_tokens, args.output_tokens, args.max_tokens, generator)

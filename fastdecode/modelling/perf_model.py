@@ -9,6 +9,9 @@ R-worker's seconds per KV token.  B is always the batch that goes through a stag
     (8)       saturating_batch      E(B) = B / T(B): the batch beyond which it hardly grows
     (11)      r_workers             P = S·R·E(B) / 2: what keeps up with it
     (5, 6)    sls_peak              B·(S + F) / 2: the load where starts are staggered
+
+The paper's S-worker keeps no KV.  One that keeps some reads it, which comes to T(B); and what goes to R-workers and
+back takes the link so long for each row.
 """
 
 from __future__ import annotations
@@ -17,6 +20,16 @@ import bisect
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
+
+
+class LaneWork(NamedTuple):
+    """What a lane's step asks for in each block."""
+
+    num_tokens: float  # through the S-Part
+    load: float = 0.0  # KV tokens that the R-workers read together; what counts is that they wait for the slowest
+    device_kv_tokens: float = 0.0  # that the S-worker's device reads
+    num_r_rows: float = 0.0  # of its tokens those that R-workers attend for
 
 
 @dataclass(frozen=True)
@@ -27,6 +40,9 @@ class PerfModel:
     num_layers: int  # N
     r_fixed_seconds: float = 0.0  # of the R-Part of one block, whatever the load: the wire, the calls
     overlap: float | None = None  # how well S and R overlap where both are busy, see step_seconds; None: perfectly
+    r_row_seconds: float = 0.0  # of the S-worker's link, for q, k, v and o of a row in one block
+    device_kv_token_seconds: float | None = None  # of the device, for a token of KV it keeps; None: it keeps none
+    device_fixed_seconds: float = 0.0  # of its attention in one block, if it has any
 
     def __post_init__(self) -> None:
         if not self.batches or len(self.batches) != len(self.seconds) or self.batches[0] < 1:
@@ -35,8 +51,11 @@ class PerfModel:
             raise ValueError(f"the batches of T(B) must rise: {self.batches}")
         if any(b < a for a, b in zip(self.seconds, self.seconds[1:], strict=False)):
             raise ValueError(f"a larger batch cannot take less time: {self.seconds}; see PerfModel.measured")
-        if min(self.seconds) <= 0 or self.kv_token_seconds <= 0 or self.num_layers < 1 or self.r_fixed_seconds < 0:
+        if min(self.seconds) <= 0 or self.kv_token_seconds <= 0 or self.num_layers < 1:
             raise ValueError("times and the number of layers must be above 0")
+        of_device = self.device_kv_token_seconds or 0.0, self.device_fixed_seconds
+        if min(self.r_fixed_seconds, self.r_row_seconds, *of_device) < 0:
+            raise ValueError("no time may be below 0")
 
     @classmethod
     def measured(
@@ -63,38 +82,42 @@ class PerfModel:
         share = (batch - batches[i - 1]) / (batches[i] - batches[i - 1])
         return seconds[i - 1] + share * (seconds[i] - seconds[i - 1])
 
-    def r_seconds(self, load: float, num_r_workers: int) -> float:
-        """Of one block, for `load` KV tokens spread evenly."""
-        return self.r_fixed_seconds + self.kv_token_seconds * load / num_r_workers
+    def r_seconds(self, load: float, num_r_workers: int, num_rows: float = 0.0) -> float:
+        """Of one block, for `load` KV tokens spread evenly, and so many rows on their way there and back."""
+        return self.r_fixed_seconds + self.r_row_seconds * num_rows + self.kv_token_seconds * load / num_r_workers
+
+    def device_seconds(self, kv_tokens: float) -> float:
+        """Of one block's attention to KV on the device; none is no work."""
+        if not kv_tokens:
+            return 0.0
+        assert self.device_kv_token_seconds is not None, "this device keeps no KV"
+        return self.device_fixed_seconds + self.device_kv_token_seconds * kv_tokens
 
     def efficiency(self, batch: float) -> float:
         """E(B), tokens per second through one block of the S-Part."""
         return batch / self.s_seconds(batch)
 
-    def step_seconds(
-        self,
-        micro_batches: list[tuple[float, float]],
-        num_r_workers: int,
-        device_seconds: Sequence[float] | None = None,
-    ) -> float:
-        """A step of micro-batches, each (tokens, load), that pass the layers in turn.
+    def step_seconds(self, lanes: Sequence[LaneWork], num_r_workers: int) -> float:
+        """A step of lanes that pass the layers in turn.
 
-        device_seconds: of each and of one block, for the device's attention to KV of its own, which comes to T(B).
-
-        One alone alternates between S and R; with more the busier of the two sets the pace, unless one micro-batch's
-        own way through both is longer:   S: A B A B      R: _ A B A B
+        One alone alternates between S and R; with more the busier of the two sets the pace, unless one lane's own way
+        through both is longer:   S: A B A B      R: _ A B A B.    The device attends to its own KV while R-workers do.
 
         Where both take about as long, whatever varies makes each wait for the other: the pace is then the p-norm of
         the two with p = `overlap`, 2^(1/p) times the busier one at most.
         """
-        more = device_seconds or [0.0] * len(micro_batches)
-        s = [self.s_seconds(tokens) + seconds for (tokens, _), seconds in zip(micro_batches, more, strict=True)]
-        r = [self.r_seconds(load, num_r_workers) if num_r_workers else 0.0 for _, load in micro_batches]
-        both = sum(s), sum(r)
-        pace = max(both)
+        s_sum = r_sum = way = 0.0
+        for lane in lanes:
+            s, device = self.s_seconds(lane.num_tokens), self.device_seconds(lane.device_kv_tokens)
+            r = 0.0
+            if num_r_workers and (lane.load or lane.num_r_rows):
+                r = self.r_seconds(lane.load, num_r_workers, lane.num_r_rows)
+            s_sum, r_sum = s_sum + s + device, r_sum + r
+            way = max(way, s + max(device, r))
+        pace = max(s_sum, r_sum)
         if pace > 0 and self.overlap is not None:
-            pace *= sum((part / pace) ** self.overlap for part in both) ** (1 / self.overlap)
-        return self.num_layers * max(pace, max((a + b for a, b in zip(s, r, strict=True)), default=0.0))
+            pace *= ((s_sum / pace) ** self.overlap + (r_sum / pace) ** self.overlap) ** (1 / self.overlap)
+        return self.num_layers * max(pace, way)
 
     def largest_batch(self, length: int, latency_s: float) -> int:
         """(7): the largest B whose sequences of `length` tokens take at most `latency_s`; 0 if none does."""

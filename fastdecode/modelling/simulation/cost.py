@@ -16,7 +16,7 @@ from typing import Protocol
 
 import numpy as np
 
-from fastdecode.modelling.perf_model import PerfModel
+from fastdecode.modelling.perf_model import LaneWork, PerfModel
 from fastdecode.modelling.simulation.devices import MEMORY
 from fastdecode.scheduling.parts import lengths
 from fastdecode.scheduling.plan import Step
@@ -32,6 +32,7 @@ class Work:
     prompt_tokens: int
     prompt_pairs: float  # sum over chunks of end² - start²: twice the query-key pairs
     device_kv_tokens: int = 0  # read by decodes on the S-worker's device
+    num_r_rows: int = 0  # that go to R-workers and come back
 
     @classmethod
     def of(cls, step: Step, num_r_workers: int) -> Work:
@@ -44,7 +45,7 @@ class Work:
         pairs = sum(segment.end**2 - segment.start**2 for segment in step.prompts)
         return cls(
             step.num_tokens, len(decodes), tuple(kv_tokens.astype(int).tolist()), step.num_prompt_tokens, float(pairs),
-            on_device,
+            on_device, len(decodes) - step.num_device_decodes,
         )  # fmt: skip
 
 
@@ -58,15 +59,14 @@ class SplitCost:
     """By the performance model.  The slowest R-worker sets the pace of the R-Part."""
 
     model: PerfModel
-    device_kv_token_seconds: float | None = None  # of the device, for a token of KV that it keeps, in one block
 
     def round_seconds(self, steps: Sequence[Step], num_r_workers: int) -> float:
-        works = [Work.of(step, num_r_workers) for step in steps]
-        return self.model.step_seconds(
-            [(work.num_tokens, max(work.kv_tokens, default=0) * num_r_workers) for work in works],
-            num_r_workers,
-            [work.device_kv_tokens * (self.device_kv_token_seconds or 0.0) for work in works],
-        )
+        return self.model.step_seconds([_lane_work(Work.of(step, num_r_workers)) for step in steps], num_r_workers)
+
+
+def _lane_work(work: Work) -> LaneWork:
+    load = max(work.kv_tokens, default=0) * len(work.kv_tokens)
+    return LaneWork(work.num_tokens, load, work.device_kv_tokens, work.num_r_rows)
 
 
 @dataclass(frozen=True)
@@ -105,9 +105,11 @@ def _a10_and_epycs(
     of V, of a token in a block, in 16 bits; what the A10 reads of it, `MEMORY` tells."""
     seconds = tuple(ms / 1e3 / (2 * num_layers) for ms in step_ms)
     return SplitCost(
-        PerfModel((64, 128, 256, 512), seconds, kv_token_seconds, num_layers, r_fixed_seconds, overlap=3.3),
-        device_kv_token_seconds=4 * hidden / MEMORY["a10"].bytes_per_s,
-    )
+        PerfModel(
+            (64, 128, 256, 512), seconds, kv_token_seconds, num_layers, r_fixed_seconds, overlap=3.3,
+            device_kv_token_seconds=4 * hidden / MEMORY["a10"].bytes_per_s,
+        )
+    )  # fmt: skip
 
 
 # R at eight sockets: from the last steps without load stabilising (figures 11, 12: 622 ms, 897 ms), less the network
