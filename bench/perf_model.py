@@ -22,8 +22,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from bench.end_to_end import make_model
 from cpu_attention import available_cores, cpu_name
 from fastdecode import LLM, EngineConfig, SamplingParams, __version__, calibrate_model
-from fastdecode.modelling.perf_model import LaneWork
 from fastdecode.observe.step_log import read_step_log
+from fastdecode.scheduling.times import LaneWork
 
 WINDOW = 32  # steps whose median is compared
 

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastdecode.modelling.perf_model import LaneWork, PerfModel, sls_peak
+from fastdecode.modelling.perf_model import PerfModel, sls_peak
+from fastdecode.scheduling.times import LaneWork
 
 # Of an A10 (T of one block at 512 tokens) and one socket (R), read off the paper's figures 13 and 15.
 LLAMA_7B = PerfModel((512,), (2.97e-3,), 110e-9, 32)

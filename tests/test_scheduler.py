@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from scheduler_world import OTHER, World, a_sequence, create_scheduler, pass_step, siblings
 
 from fastdecode.errors import RequestError
+from fastdecode.modelling.perf_model import PerfModel
 from fastdecode.scheduling.kv_credits import KV_POLICIES
 from fastdecode.scheduling.load_control import START_POLICIES
 from fastdecode.scheduling.parts import DEVICE
@@ -35,6 +36,12 @@ PREDICTORS = {
     "oracle": Oracle,
     "noisy": lambda: NoisyOracle(0.5),
     "learned": lambda: Learned(least=2),
+}
+TIMES: dict[str, PerfModel | None] = {  # of blocks, where the device, the R-workers, or neither is the better place
+    "unknown": None,
+    "device": PerfModel((1, 8), (1.0, 2.0), 1.0, 1, r_fixed_seconds=5.0, device_kv_token_seconds=0.001),
+    "R-workers": PerfModel((1, 8), (1.0, 1.1), 0.001, 1, device_kv_token_seconds=0.1),
+    "both": PerfModel((1, 4, 8), (1.0, 2.0, 3.0), 0.05, 1, 0.1, 3.0, 0.01, 0.02, 0.1),
 }
 
 
@@ -62,6 +69,7 @@ PREDICTORS = {
     scored_rows=st.integers(1, 50),
     prompt_room=st.integers(0, 12),
     sharing=st.sampled_from(SHARING),
+    times=st.sampled_from(["unknown", *TIMES]),
 )
 def test_whatever_comes(
     sizes: list[tuple[int, int, int | None, int, bool, int, str | None, tuple[int, ...]]],
@@ -86,6 +94,7 @@ def test_whatever_comes(
     scored_rows: int,
     prompt_room: int,
     sharing: str,
+    times: str,
 ) -> None:
     """Budgets are kept in every step (see World), nobody running is skipped, no credit leaks, everything ends.
 
@@ -113,6 +122,7 @@ def test_whatever_comes(
         prompt_kv_blocks=prompt_room,
         prompt_kv_block_tokens=3,
         sharing=sharing,
+        times=TIMES[times],
     )
     world = World(scheduler, budget, capacity, split_fuse, scored_rows, device[0])
     coming: list[tuple[int, Sequence]] = []

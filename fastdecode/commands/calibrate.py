@@ -10,7 +10,8 @@ from fastdecode.commands.engine_flags import add_engine_flags, engine_options, r
 from fastdecode.engine.config import EngineConfig
 from fastdecode.errors import ConfigError
 from fastdecode.modelling.calibration import Calibration, write_calibration
-from fastdecode.modelling.perf_model import LaneWork, sls_peak
+from fastdecode.modelling.perf_model import sls_peak
+from fastdecode.scheduling.times import LaneWork
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -62,6 +62,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="several are run one after the other, on the same requests",
     )
     policy.add_argument("--kv-policy", choices=KV_POLICIES, default=SchedulerConfig.kv_policy, help="when KV suffices")
+    policy.add_argument(
+        "--placement",
+        choices=("planned", "device-first"),
+        default="planned",
+        help="what the device keeps, and over how many lanes steps go: by the step times, or as much as fits, and all",
+    )
     policy.add_argument("--start-interval", type=int, default=1, help="steps between starts")
     policy.add_argument("--max-kv-load", type=int, help="KV tokens that a step may read; without it, what is held")
     policy.add_argument("--max-num-seqs", type=int, default=1024, help="sequences that run at most")
@@ -143,6 +149,7 @@ def _simulate(args: argparse.Namespace, start_policy: str, cost: Cost) -> Simula
             order=args.order,
             order_window=args.order_window,
             split_fuse=not args.prefill_first,
+            times=cost.model if isinstance(cost, SplitCost) and args.placement == "planned" else None,
         ),
         _predictor(args),
     )

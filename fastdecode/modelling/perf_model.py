@@ -20,16 +20,8 @@ import bisect
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
-
-class LaneWork(NamedTuple):
-    """What a lane's step asks for in each block."""
-
-    num_tokens: float  # through the S-Part
-    load: float = 0.0  # KV tokens that the R-workers read together; what counts is that they wait for the slowest
-    device_kv_tokens: float = 0.0  # that the S-worker's device reads
-    num_r_rows: float = 0.0  # of its tokens those that R-workers attend for
+from fastdecode.scheduling.times import LaneWork
 
 
 @dataclass(frozen=True)

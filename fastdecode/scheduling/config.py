@@ -3,6 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
+
+from fastdecode.scheduling.times import Times
+
+
+class LaneLimits(NamedTuple):
+    """Of a lane's step, at most."""
+
+    tokens: int
+    seats: int  # sequences
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,20 +40,19 @@ class SchedulerConfig:
     prompt_kv_blocks: int = 1 << 40  # on the S-worker, for prompts that come in chunks
     prompt_kv_block_tokens: int = 16
     sharing: str = "samples"  # of KV, see `prefixes`
+    times: Times | None = None  # of blocks; None: nobody knows, the device is taken first, and all lanes always
     split_fuse: bool = True  # False: prompts go whole, in steps of their own, before anything else (vLLM of 2023)
 
-    @property
-    def lane_tokens(self) -> int:
-        """Of a lane's step, at most."""
-        return -(-self.max_num_batched_tokens // self.num_lanes)
-
-    @property
-    def lane_seats(self) -> int:
-        """Sequences of a lane, at most: an eighth of its tokens is kept for prompts, which decodes cannot starve so."""
-        seats = -(-self.max_num_seqs // self.num_lanes)
-        return max(1, min(seats, self.lane_tokens - -(-self.lane_tokens // 8))) if self.split_fuse else seats
+    def lane_limits(self, num_lanes: int) -> LaneLimits:
+        """Of each of so many that are in use: an eighth of its tokens is kept for prompts, which decodes cannot starve
+        so.
+        """
+        tokens, seats = -(-self.max_num_batched_tokens // num_lanes), -(-self.max_num_seqs // num_lanes)
+        if self.split_fuse:
+            seats = max(1, min(seats, tokens - -(-tokens // 8)))
+        return LaneLimits(tokens, seats)
 
     @property
     def num_seats(self) -> int:
-        """Sequences that run at most."""
-        return min(self.max_num_seqs, self.num_lanes * self.lane_seats)
+        """Sequences that run at most, over however many lanes."""
+        return min(self.max_num_seqs, *(n * self.lane_limits(n).seats for n in {1, self.num_lanes}))

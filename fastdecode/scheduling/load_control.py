@@ -37,6 +37,7 @@ from fastdecode.scheduling.kv_credits import KVCredits
 from fastdecode.scheduling.layouts import Layout
 from fastdecode.scheduling.load import Demand, Projection, Shared, SteadyStream
 from fastdecode.scheduling.parts import DEVICE, Part, whole_on
+from fastdecode.scheduling.placement import Placement, Room, Share
 from fastdecode.scheduling.predictor import Prediction
 from fastdecode.scheduling.prefix_tree import Change
 from fastdecode.scheduling.prospects import Prospect
@@ -74,10 +75,12 @@ class LoadControl:
         start_interval: int,
         max_kv_load: int | None,
         min_part_tokens: int | None = None,
+        placement: Placement | None = None,
     ) -> None:
         """max_kv_load: W_lim, KV tokens of all R-workers together; start_interval: F, in steps.
 
         min_part_tokens: of a sequence that is divided though it fits on one R-worker; None: none is.
+        placement: None: the device first, and as much on R-workers as they hold.
         """
         assert start_policy in START_POLICIES
         self._min_part_tokens, self._waiting_kv_tokens = min_part_tokens, 0
@@ -87,7 +90,9 @@ class LoadControl:
         # Where memory is the limit every R-worker has its own, and keeps its own pace; and so does the device.
         self._by_memory = max_kv_load is None or max_kv_load >= sum(credits.capacity_tokens)
         self._streams: dict[int | None, SteadyStream] = {}  # by R-worker; None: of all of them together
-        self._limit = self._filling = 0
+        self._placement = placement
+        self._limit = 0
+        self._filling: float = 0.0
         self.measure_memory()
         self._started: dict[int, _Started] = {}
         self._max_kv_tokens = 0  # of all that have started
@@ -105,13 +110,26 @@ class LoadControl:
         """Again, when an R-worker was lost or has come."""
         capacities, memory = self._credits.capacities, sum(self._credits.capacity_tokens)
         self._limit = memory if self._max_kv_load is None else min(self._max_kv_load, memory)
-        self._filling = self._limit + capacities.get(DEVICE, 0)
-        for key, limit in capacities.items() if self._by_memory else ((None, self._limit),):
-            self._streams.setdefault(key, SteadyStream(limit, self._start_interval)).limit = limit
+        on_device, planned = float(capacities.get(DEVICE, 0)), math.inf
+        if self._placement:
+            on_device, planned = min(on_device, self._placement.plan.device), self._placement.plan.r_workers
+        self._filling = min(self._limit, planned) + on_device
+        limits: dict[int | None, float] = {None: self._filling - on_device}
+        if self._by_memory:
+            share = min(1.0, planned / max(memory, 1))  # of each R-worker's memory
+            limits = {worker: share * capacity for worker, capacity in capacities.items()}
+            limits |= {DEVICE: on_device} if DEVICE in capacities else {}
+        for key, limit in limits.items():
+            pace = max(1, int(limit)) if limit else self._limit  # where nobody is to start, that is not told by a pace
+            self._streams.setdefault(key, SteadyStream(pace, self._start_interval)).limit = pace
 
-    def begin_step(self, step: int, waiting_kv_tokens: int, first: Prospect | None) -> None:
-        """waiting_kv_tokens: that all that wait may come to hold; first: who would start first."""
+    def begin_step(self, step: int, waiting_kv_tokens: int, first: Prospect | None, num_sequences: int) -> None:
+        """waiting_kv_tokens: that all that wait may come to hold; first: who would start first; num_sequences: that
+        run, or could if there were room.
+        """
         self._step, self._waiting_kv_tokens = step, waiting_kv_tokens
+        if self._placement:
+            self._plan(self._placement, first, num_sequences)
         self._much_waits = self._fillings_exceed(1 if self._much_waits else _PAYS_FROM, waiting_kv_tokens)
         self._paced = self._policy == "steady" and self._much_waits and self._recent.are_alike
         if not self._started:
@@ -145,7 +163,9 @@ class LoadControl:
         workers = self._open(prospect, is_urgent, shared)
         most = max((shared[w].num_tokens for w in workers if w in shared), default=0)
         if DEVICE in workers and layout is None and shared.get(DEVICE, _NOT_SHARED).num_tokens >= most:
-            return whole_on(DEVICE)
+            is_long = bool(self._placement and self._placement.is_long(_share(prospect)))
+            if most or not is_long or workers == [DEVICE]:
+                return whole_on(DEVICE)
         if parts := self._as_there(prospect, layout) or self._divided(prospect, shared):
             return parts if not self._started or self._may_start(prospect, is_urgent) else None
         worker = self._credits.lightest([w for w in workers if w != DEVICE] or workers, prospect.mean, shared)
@@ -154,6 +174,8 @@ class LoadControl:
     def _open(self, prospect: Prospect, is_urgent: bool, shared: Mapping[int, Shared]) -> list[int]:
         """R-workers, and the device, that it could start on in this step."""
         workers = self._credits.fitting(prospect.limit, prospect.max_kv_tokens, shared)
+        if self._placement and self._started and not is_urgent:
+            workers = self._planned(self._placement, prospect, workers)
         if self._started:
             workers = [w for w in workers if w == DEVICE or self._within_limit(prospect, shared.get(w, _NOT_SHARED))]
         if self._started and not is_urgent:
@@ -189,7 +211,32 @@ class LoadControl:
 
     def _may_start(self, prospect: Prospect, is_urgent: bool) -> bool:
         """Beside others, in parts."""
+        if self._placement and not is_urgent:
+            some = next(worker for worker in self._credits.capacities if worker != DEVICE)
+            if not self._placement.allowed([some], _share(prospect), self._could_be_on_device(prospect)):
+                return False
         return (self._batch_open or is_urgent) and self._within_limit(prospect, _NOT_SHARED)
+
+    def _plan(self, placement: Placement, first: Prospect | None, num_sequences: int) -> None:
+        """Where what runs and waits is best kept, as far as it is another place than before."""
+        of_r_workers = self._credits.capacity_tokens
+        num_r_workers = sum(capacity > 0 for capacity in of_r_workers)
+        on_device = self._credits.capacities.get(DEVICE, 0)
+        room = Room(on_device, sum(of_r_workers), num_r_workers, num_sequences)
+        placement.begin_step(first and (first.mean or first.limit), room)
+        self.measure_memory()
+
+    def _planned(self, placement: Placement, prospect: Prospect, workers: list[int]) -> list[int]:
+        """Of those where it fits the ones that are to have it."""
+        is_for_device = self._could_be_on_device(prospect)
+        if is_for_device and DEVICE not in workers:
+            placement.full(is_device=True)
+        if workers in ([], [DEVICE]):
+            placement.full(is_device=False)
+        return placement.allowed(workers, _share(prospect), is_for_device)
+
+    def _could_be_on_device(self, prospect: Prospect) -> bool:
+        return self._credits.capacities.get(DEVICE, 0) >= prospect.max_kv_tokens
 
     def start(
         self,
@@ -213,6 +260,8 @@ class LoadControl:
         if self._total is not None and worker != DEVICE:
             self._total.add(prospect.limit)
         self._started[seq_id] = _Started(worker, prospect.limit, cost, prospect.max_kv_tokens)
+        if self._placement:
+            self._placement.start(seq_id, worker == DEVICE, _share(prospect))
         self._max_kv_tokens += prospect.max_kv_tokens
         self._pay(changes)
 
@@ -224,6 +273,8 @@ class LoadControl:
         """A sequence has outlived its prediction by so many steps."""
         demand = self._started[seq_id].demand
         self._change(seq_id, demand._replace(end=demand.end + steps))
+        if self._placement:
+            self._placement.change(seq_id, Share.of(self._started[seq_id].demand))
 
     def end(self, seq_id: int, changes: Changes = ()) -> None:
         """It has ended, by itself or not; the step at hand was its last, or the one before.
@@ -235,6 +286,8 @@ class LoadControl:
         if self._total is not None and started.worker != DEVICE:
             self._total.remove(started.demand)
         self._credits.end(seq_id, num_shared(changes))
+        if self._placement:
+            self._placement.end(seq_id)
         self._pay(changes)
         if started.spent is not None:
             took = self._measured(started.demand._replace(end=max(self._step, started.demand.start)))
@@ -260,6 +313,8 @@ class LoadControl:
     def check_integrity(self) -> None:
         read = [started for started in self._started.values() if started.worker != DEVICE]
         assert self._total is None or len(self._total) == len(read)
+        if self._placement:
+            self._placement.check_integrity(self._started)
         assert self._max_kv_tokens == sum(started.max_kv_tokens for started in self._started.values())
 
     def _within_limit(self, prospect: Prospect, shared: Shared) -> bool:
@@ -286,6 +341,10 @@ class LoadControl:
     def _measured(self, demand: Demand) -> Demand:
         """In the units of the limit: where memory sets it, part of that goes to blocks half full."""
         return demand if self._limit == self._max_kv_load else self._credits.with_slack(demand)
+
+
+def _share(prospect: Prospect) -> Share:
+    return Share.of(prospect.mean or prospect.limit)
 
 
 def num_shared(changes: Changes) -> dict[int, int]:

@@ -9,7 +9,8 @@ prompts, cut where the step's budget ends.  Sequences join and leave between any
               └──────preempted─────────┘ a guess was wrong, and its R-worker is full
 
 Lanes take turns: `schedule(lane)` while it has no step under way, `commit` when that has ended.  Memory, load and the
-queue are common to all of them.  Load is counted in rounds, in each of which every lane has one step.
+queue are common to all of them.  Load is counted in rounds, in each of which every lane has one step.  Where times are
+known, one lane has all while nothing is hidden by several: the others hand over what they have, and have no steps.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from fastdecode.scheduling.kv_credits import KVCredits
 from fastdecode.scheduling.lane import Lane, hand_over
 from fastdecode.scheduling.load_control import LoadControl, num_shared
 from fastdecode.scheduling.parts import DEVICE, lengths, reached
+from fastdecode.scheduling.placement import Placement
 from fastdecode.scheduling.plan import Decodes, Step, in_row_order
 from fastdecode.scheduling.predictor import Learned, Predictor
 from fastdecode.scheduling.prefix_tree import Change
@@ -68,12 +70,15 @@ class Scheduler:
         self._preempted: dict[int, list[int]] = {}  # likewise, by the next step
         self._num_preempted = 0  # since the last step; some are to be found again, and not freed
         self._credits = KVCredits(config.kv_policy, capacity_blocks, config.block_tokens, config.device_blocks)
+        self._placement = Placement(config.times, config.num_lanes) if config.times else None
+        self._num_lanes = config.num_lanes  # in use
         self._load = LoadControl(
             self._credits,
             start_policy=config.start_policy,
             start_interval=config.start_interval,
             max_kv_load=config.max_kv_load,
             min_part_tokens=config.min_part_tokens,
+            placement=self._placement,
         )
         self._prompt_room = PromptRoom(config.prompt_kv_blocks, config.prompt_kv_block_tokens)
         # Where positions go by how long a prompt is, KV of one is of no use to a longer one.
@@ -177,6 +182,16 @@ class Scheduler:
         return len(self._lanes)
 
     @property
+    def num_lanes_in_use(self) -> int:
+        """Those that others have handed over to, or all."""
+        return self._num_lanes
+
+    @property
+    def num_plans(self) -> int:
+        """Of where KV is kept, that were made."""
+        return self._placement.num_plans if self._placement else 0
+
+    @property
     def under_way(self) -> list[int]:
         """Lanes whose step is."""
         return [lane.index for lane in self._lanes if lane.step]
@@ -187,6 +202,10 @@ class Scheduler:
         """
         lane = self._lanes[index]
         assert lane.step is None, "a lane has one step at a time"
+        if index == 0 and self._placement:
+            self._use_lanes(self._placement)
+        if index >= self._num_lanes:
+            return None
         self._balance(lane)
         self._count()
         if not self._preempt(self._round_of(lane)):
@@ -250,6 +269,7 @@ class Scheduler:
         gone, lane.leaving = lane.leaving, {}
         for sequence in gone.values():
             self._let_go(sequence, self._freed)
+        self._close(lane)
         return [sequence for sequence in finished if sequence.seq_id not in gone]
 
     def remove(self, sequences: Iterable[Sequence]) -> dict[int, list[int]]:
@@ -361,7 +381,7 @@ class Scheduler:
         self._prompt_room.check_integrity({seq_id for lane in self._lanes for seq_id in lane.prefilling})
         for lane in self._lanes:
             lane.check_integrity()
-            assert len(lane) <= self._config.lane_seats
+            assert len(lane) <= self._config.lane_limits(1 if self._placement else len(self._lanes)).seats
 
     def _round_of(self, lane: Lane) -> int:
         """Which one the lane's coming step is in: it has one in each."""
@@ -369,10 +389,26 @@ class Scheduler:
 
     def _balance(self, giver: Lane) -> None:
         """A lane that has more than another hands some over: they are in the other's next step."""
-        if len(self._lanes) == 1:
+        if self._num_lanes == 1:
             return
         taker = min((lane for lane in self._lanes if lane is not giver), key=len)
-        hand_over(giver.surplus(taker, self._config.lane_seats - len(taker)), giver, taker)
+        most = self._config.lane_limits(self._num_lanes).seats - len(taker)
+        hand_over(giver.surplus(taker, most), giver, taker)
+
+    def _use_lanes(self, placement: Placement) -> None:
+        """As many as are best for what runs, from the first one's coming step on."""
+        of_r_workers = self._credits.tokens
+        num_r_workers = sum(capacity > 0 for capacity in self._credits.capacity_tokens)
+        load = max(of_r_workers, default=0) * num_r_workers
+        self._num_lanes = placement.num_lanes(self._credits.device_tokens, load, num_r_workers)
+        self._starts.use_lanes(self._num_lanes)
+        for lane in self._lanes[self._num_lanes :]:
+            self._close(lane)
+
+    def _close(self, lane: Lane) -> None:
+        """One that is not in use has nothing, once its step has ended."""
+        if lane.index >= self._num_lanes and lane.step is None:
+            hand_over(list(lane), lane, self._lanes[0])
 
     def _count(self) -> None:
         """What R-workers hold, in the steps under way and in those to come."""

@@ -57,7 +57,12 @@ class Starts:
         self._config, self._waiting, self._running = config, waiting, running
         self._load, self._credits, self._prospects = load, credits, prospects
         self._prompt_room, self._prefixes = prompt_room, prefixes
+        self.use_lanes(config.num_lanes)
         self.num_places = config.num_seats  # sequences that ran when a step with budget left let others wait; or all
+
+    def use_lanes(self, num_lanes: int) -> None:
+        """So many share what runs."""
+        self._num_lanes, self._lane = num_lanes, self._config.lane_limits(num_lanes)
 
     def has_place(self, first: Sequence, number: int) -> bool:
         """Or nobody has to make one for it."""
@@ -76,7 +81,7 @@ class Starts:
 
     @property
     def _whole_step(self) -> _Left:
-        return _Left(self._config.lane_tokens, self._config.max_scored_rows)
+        return _Left(self._lane.tokens, self._config.max_scored_rows)
 
     def prompts(self, lane: Lane, number: int) -> tuple[list[Segment], list[Admission]]:
         """Goes on with the prompt that is on its way, then lets waiting sequences start, as far as the budget goes.
@@ -98,7 +103,10 @@ class Starts:
             elif left.tokens > 0 and not self._prefixes.is_to_wait(sequence):
                 prompts.append(self._chunk(sequence, left, admissions))
         self._load.begin_step(
-            number, self._waiting.max_kv_tokens, self._prospect(first, left, number) if first else None
+            number,
+            self._waiting.max_kv_tokens,
+            self._prospect(first, left, number) if first else None,
+            min(len(self._running) + len(self._waiting), config.num_seats),
         )
         is_for_others = False
         while left.tokens > 0 and len(self._running) < config.num_seats:
@@ -127,8 +135,8 @@ class Starts:
     @property
     def _share(self) -> int:
         """Sequences that a lane has, at most, so that what waits is left for the others, too."""
-        fair = -(-(len(self._running) + len(self._waiting)) // self._config.num_lanes)
-        return min(fair, self._config.lane_seats)
+        fair = -(-(len(self._running) + len(self._waiting)) // self._num_lanes)
+        return min(fair, self._lane.seats)
 
     def _chunk(self, sequence: Sequence, left: _Left, admissions: list[Admission]) -> Segment:
         """The next tokens of its prompt, as many as there may be; takes them from what is left."""
@@ -191,7 +199,7 @@ class Starts:
         last_chunk = step
         if self._config.split_fuse:
             # Each later step has at least this for its prompt: nothing that starts after it goes before it.
-            each = max(1, self._config.lane_tokens - len(self._running) // self._config.num_lanes)
+            each = max(1, self._lane.tokens - len(self._running) // self._num_lanes)
             now = left.tokens
             if sequence.num_scored < sequence.num_to_score:
                 each, now = min(each, self._config.max_scored_rows), min(now, left.scored_rows)

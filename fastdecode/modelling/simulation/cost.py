@@ -16,10 +16,11 @@ from typing import Protocol
 
 import numpy as np
 
-from fastdecode.modelling.perf_model import LaneWork, PerfModel
+from fastdecode.modelling.perf_model import PerfModel
 from fastdecode.modelling.simulation.devices import MEMORY
 from fastdecode.scheduling.parts import lengths
 from fastdecode.scheduling.plan import Step
+from fastdecode.scheduling.times import LaneWork
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,261 @@
+"""Who is kept on the S-worker's device, who on R-workers, and over how many lanes a step goes.  Pure.
+
+By the times of a block, X tokens come per second of n_D sequences on the device and n_R on R-workers:
+
+    X(n_D, n_R, lanes) = (n_D + n_R) / seconds of a step
+
+    one lane     S-work │ max(attention on the device, R-work)          GPU-only where n_R = 0
+    more         the busier of S-worker and R-workers sets the pace     S-work for smaller batches, which takes longer
+
+The plan is where X is largest: looked for among all pairs that memory and those who wait allow, for what starts now is
+like what started before.  From it come the device's and the R-workers' limits, in KV tokens as they are on average over
+a sequence's life; the second is W_lim, which hides under the device's work.  A limit that memory sets first is none.
+
+      n_R ▲ memory of R-workers                   CPUs have much to give: all of it, the device perhaps nothing
+          │     ·X                                both full, or up to where R-work is as long as S-work
+          │            ·X                         CPUs have less than their messages cost: n_R = 0
+          └───────────────► n_D
+
+Greedy choices, one sequence at a time, do not get there: the first one on R-workers pays for all messages, many
+together may be worth it.  A plan is kept until another one is better by `_WORTH_A_CHANGE`, so that nothing flips.
+
+Where both have room, what is longer than others goes to R-workers: a row's way there and back costs the same for all.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from fastdecode.scheduling.load import Demand
+from fastdecode.scheduling.parts import DEVICE
+from fastdecode.scheduling.times import LaneWork, Times
+
+_WORTH_A_CHANGE = 1.03  # of tokens per second
+_LANES_DWELL = 16  # rounds, at least, between two changes of the lanes
+_SAME = math.log(1.1)  # what differs by less is no reason for another plan
+_RECENT = 128  # starts that tell what the next ones will be like
+_COARSE = (9, 17)  # pairs looked at first
+_FINE = 5
+
+
+class Share(NamedTuple):
+    """What a sequence asks for in a step, on average over its life."""
+
+    kv_tokens: float
+    num_tokens: float  # through the S-Part: its prompt's, too
+
+    @classmethod
+    def of(cls, demand: Demand) -> Share:
+        steps = demand.end - demand.start + 1
+        return cls(demand.area / steps, 1 + demand.first / steps)
+
+
+class Room(NamedTuple):
+    """KV tokens that there are, and who could run."""
+
+    device: float
+    r_workers: float
+    num_r_workers: int
+    num_sequences: int
+
+
+class Plan(NamedTuple):
+    device: float  # KV tokens, at most
+    r_workers: float  # of all together: W_lim
+    tokens_per_s: float
+
+
+def step_seconds(
+    times: Times, num_r_workers: int, num_lanes: int, num_on_device: float, num_on_r_workers: float, share: Share
+) -> float:
+    """Of so many sequences alike, spread evenly."""
+    lane = LaneWork(
+        (num_on_device + num_on_r_workers) * share.num_tokens / num_lanes,
+        num_on_r_workers * share.kv_tokens / num_lanes,
+        num_on_device * share.kv_tokens / num_lanes,
+        num_on_r_workers / num_lanes,
+    )
+    return times.step_seconds([lane] * num_lanes, num_r_workers)
+
+
+def tokens_per_s(
+    times: Times, num_r_workers: int, most_lanes: int, num_on_device: float, num_on_r_workers: float, share: Share
+) -> float:
+    """X, over as many lanes as are best."""
+    if num_on_device + num_on_r_workers <= 0:
+        return 0.0
+    choices = {1, most_lanes} if num_on_r_workers else {1}
+    seconds = min(
+        step_seconds(times, num_r_workers, lanes, num_on_device, num_on_r_workers, share) for lanes in choices
+    )
+    return (num_on_device + num_on_r_workers) / seconds
+
+
+def best_plan(times: Times, most_lanes: int, room: Room, share: Share) -> Plan:
+    """Where X is largest.  A limit that is not reached by what memory holds is infinite."""
+    most_device = min(room.num_sequences, room.device / share.kv_tokens)
+    most_r = min(room.num_sequences, room.r_workers / share.kv_tokens) if room.num_r_workers else 0.0
+    if most_device + most_r <= 0:
+        return Plan(math.inf, math.inf, 0.0)
+
+    def look(on_device: Iterable[float], on_r_workers: Sequence[float]) -> tuple[float, float, float]:
+        return max(
+            (tokens_per_s(times, room.num_r_workers, most_lanes, device, min(r, room.num_sequences - device), share),
+             device, min(r, room.num_sequences - device))
+            for device in on_device for r in on_r_workers
+        )  # fmt: skip
+
+    steps = [most / (number - 1) for most, number in zip((most_device, most_r), _COARSE, strict=True)]
+    best = look(*(_spread(0, most, number) for most, number in zip((most_device, most_r), _COARSE, strict=True)))
+    for _ in range(2):
+        around = [
+            _spread(max(0.0, at - step), min(most, at + step), _FINE)
+            for at, step, most in zip(best[1:], steps, (most_device, most_r), strict=True)
+        ]
+        best = max(best, look(*around))
+        steps = [step / (_FINE - 1) * 2 for step in steps]
+    x, device, r_workers = best
+    is_all = device + r_workers >= room.num_sequences - 0.5
+    return Plan(
+        math.inf if device >= most_device - 0.5 or (is_all and not r_workers) else device * share.kv_tokens,
+        math.inf if r_workers >= most_r - 0.5 and most_r else r_workers * share.kv_tokens,
+        x,
+    )
+
+
+def _spread(low: float, high: float, number: int) -> list[float]:
+    return [low + (high - low) * i / (number - 1) for i in range(number)] if high > low else [low]
+
+
+class Placement:
+    """Keeps the plan, and what runs by it."""
+
+    def __init__(self, times: Times, most_lanes: int) -> None:
+        self._times, self._most_lanes = times, most_lanes
+        self._shares: dict[int, tuple[bool, Share]] = {}  # sequence -> whether it is on the device
+        self._counts = {True: 0, False: 0}  # by that,
+        self._kv = {True: 0.0, False: 0.0}  # and tokens on average
+        self._num_tokens = 0.0  # through the S-Part in a step, likewise
+        self._recent: deque[Share] = deque(maxlen=_RECENT)
+        self._sums = [0.0, 0.0]  # of the recent ones
+        self._full_at: dict[bool, float] = {}  # where memory let nobody else in
+        self._made_for: tuple[int, ...] = ()
+        self._plan = Plan(math.inf, math.inf, 0.0)
+        self.num_plans = 0  # made, the first one too
+        self._num_lanes, self._rounds_before = 1, _LANES_DWELL
+
+    @property
+    def plan(self) -> Plan:
+        return self._plan
+
+    def begin_step(self, first: Demand | None, room: Room) -> None:
+        """Makes another plan if things have changed.  first: of who would start first, if anybody waits."""
+        share = self._typical(first)
+        if share is None or not room.device:  # or there is nothing to choose
+            return
+        room = room._replace(
+            device=min(room.device, self._full_at.get(True, math.inf)),
+            r_workers=min(room.r_workers, self._full_at.get(False, math.inf)),
+        )
+        key = (room.num_r_workers, *(round(math.log(max(x, 1)) / _SAME) for x in (*room, *share)))
+        if key == self._made_for:
+            return
+        self._made_for = key
+        plan = best_plan(self._times, self._most_lanes, room, share)
+        if plan.tokens_per_s > _WORTH_A_CHANGE * self._worth(room, share):
+            self._plan = plan
+            self.num_plans += 1
+
+    def allowed(self, workers: Iterable[int], share: Share, is_for_device: bool) -> list[int]:
+        """Of these, R-workers or the device, those that the plan has room on.
+
+        is_for_device: it could start there at another time.  Who could not does not wait for ever: it starts once
+        R-workers have nothing to read.
+        """
+        half = share.kv_tokens / 2
+        on_device = self._kv[True] + half <= self._plan.device
+        on_r_workers = self._kv[False] + half <= self._plan.r_workers or not (is_for_device or self._counts[False])
+        return [worker for worker in workers if (on_device if worker == DEVICE else on_r_workers)]
+
+    def is_long(self, share: Share) -> bool:
+        """Longer than most, so that R-workers come first."""
+        typical = self._typical(None)
+        return typical is not None and share.kv_tokens > 1.1 * typical.kv_tokens
+
+    def full(self, is_device: bool) -> None:
+        """Memory had no room for one more there."""
+        self._full_at[is_device] = self._kv[is_device]
+
+    def start(self, seq_id: int, is_device: bool, share: Share) -> None:
+        if len(self._recent) == _RECENT:
+            self._count_recent(self._recent[0], -1)
+        self._recent.append(share)
+        self._count_recent(share, 1)
+        self._add(seq_id, is_device, share)
+        if self._kv[is_device] > self._full_at.get(is_device, math.inf):
+            self._full_at[is_device] = self._kv[is_device]
+
+    def change(self, seq_id: int, share: Share) -> None:
+        """It lives longer than was thought."""
+        is_device, _ = self._shares[seq_id]
+        self.end(seq_id)
+        self._add(seq_id, is_device, share)
+
+    def end(self, seq_id: int) -> None:
+        is_device, share = self._shares.pop(seq_id)
+        self._counts[is_device] -= 1
+        self._kv[is_device] -= share.kv_tokens
+        self._num_tokens -= share.num_tokens
+        if not self._shares:
+            self._kv, self._num_tokens = {True: 0.0, False: 0.0}, 0.0  # without what rounding has left
+
+    def num_lanes(self, device_kv_tokens: int, load: int, num_r_workers: int) -> int:
+        """Over how many the coming step is to go.  To be asked once in a round.
+
+        device_kv_tokens, load: read in it, of R-workers as many times the fullest one as there are of them.
+        """
+        self._rounds_before += 1
+        if self._most_lanes == 1 or not self._shares or self._rounds_before < _LANES_DWELL:
+            return self._num_lanes
+        num_r_rows, seconds = self._counts[False], {}
+        for lanes in (1, self._most_lanes):
+            work = LaneWork(self._num_tokens / lanes, load / lanes, device_kv_tokens / lanes, num_r_rows / lanes)
+            seconds[lanes] = self._times.step_seconds([work] * lanes, num_r_workers)
+        other = 1 if self._num_lanes > 1 else self._most_lanes
+        if _WORTH_A_CHANGE * seconds[other] < seconds[self._num_lanes]:
+            self._num_lanes, self._rounds_before = other, 0
+        return self._num_lanes
+
+    def check_integrity(self, running: Iterable[int]) -> None:
+        assert self._shares.keys() == set(running)
+        for is_device in (True, False):
+            kv = sum(share.kv_tokens for where, share in self._shares.values() if where == is_device)
+            assert math.isclose(self._kv[is_device], kv, rel_tol=1e-6, abs_tol=1e-3)
+
+    def _worth(self, room: Room, share: Share) -> float:
+        """X of the plan there is, as things are now."""
+        if not self.num_plans:
+            return 0.0
+        device = min(room.num_sequences, min(self._plan.device, room.device) / share.kv_tokens)
+        r_workers = min(room.num_sequences - device, min(self._plan.r_workers, room.r_workers) / share.kv_tokens)
+        if not room.num_r_workers:
+            r_workers = 0.0
+        return tokens_per_s(self._times, room.num_r_workers, self._most_lanes, device, r_workers, share)
+
+    def _typical(self, first: Demand | None) -> Share | None:
+        n = len(self._recent)
+        if n:
+            return Share(self._sums[0] / n, self._sums[1] / n)
+        return Share.of(first) if first else None
+
+    def _count_recent(self, share: Share, sign: int) -> None:
+        self._sums = [total + sign * value for total, value in zip(self._sums, share, strict=True)]
+
+    def _add(self, seq_id: int, is_device: bool, share: Share) -> None:
+        self._shares[seq_id] = is_device, share
+        self._counts[is_device] += 1
+        self._kv[is_device] += share.kv_tokens
+        self._num_tokens += share.num_tokens
