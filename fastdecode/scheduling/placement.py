@@ -34,9 +34,12 @@ from fastdecode.scheduling.parts import DEVICE
 from fastdecode.scheduling.times import LaneWork, Times
 
 _WORTH_A_CHANGE = 1.03  # of tokens per second
+# Of GPU-only: while a batch begins and ends R-workers pay less than in the steady state that is planned for.
+_WORTH_R_WORKERS = 1.05
 _LANES_DWELL = 16  # rounds, at least, between two changes of the lanes
 _SAME = math.log(1.1)  # what differs by less is no reason for another plan
 _RECENT = 128  # starts that tell what the next ones will be like
+_SLACK = 1.03  # of a limit, for lengths that are not the same
 _COARSE = (9, 17)  # pairs looked at first
 _FINE = 5
 
@@ -95,19 +98,24 @@ def tokens_per_s(
 
 
 def best_plan(times: Times, most_lanes: int, room: Room, share: Share) -> Plan:
-    """Where X is largest.  A limit that is not reached by what memory holds is infinite."""
+    """Where X is largest.  A limit that is not reached by what memory holds is infinite.
+
+    Rather all on the device than something that is hardly better; and rather all on R-workers, or both full, which
+    need no limit, than a pair between them.
+    """
     most_device = min(room.num_sequences, room.device / share.kv_tokens)
     most_r = min(room.num_sequences, room.r_workers / share.kv_tokens) if room.num_r_workers else 0.0
     if most_device + most_r <= 0:
         return Plan(math.inf, math.inf, 0.0)
 
     def look(on_device: Iterable[float], on_r_workers: Sequence[float]) -> tuple[float, float, float]:
-        return max(
-            (tokens_per_s(times, room.num_r_workers, most_lanes, device, min(r, room.num_sequences - device), share),
-             device, min(r, room.num_sequences - device))
-            for device in on_device for r in on_r_workers
-        )  # fmt: skip
+        pairs = [(device, min(r, room.num_sequences - device)) for device in on_device for r in on_r_workers]
+        return max((tokens_per_s(times, room.num_r_workers, most_lanes, *pair, share), *pair) for pair in pairs)
 
+    x, device, r_workers = look([most_device], [0.0])
+    full = look([0.0, most_device], [most_r])
+    if full[0] > _WORTH_R_WORKERS * x:
+        x, device, r_workers = full
     steps = [most / (number - 1) for most, number in zip((most_device, most_r), _COARSE, strict=True)]
     best = look(*(_spread(0, most, number) for most, number in zip((most_device, most_r), _COARSE, strict=True)))
     for _ in range(2):
@@ -117,11 +125,11 @@ def best_plan(times: Times, most_lanes: int, room: Room, share: Share) -> Plan:
         ]
         best = max(best, look(*around))
         steps = [step / (_FINE - 1) * 2 for step in steps]
-    x, device, r_workers = best
-    is_all = device + r_workers >= room.num_sequences - 0.5
+    if best[0] > (_WORTH_A_CHANGE if r_workers else _WORTH_R_WORKERS) * x:
+        x, device, r_workers = best
     return Plan(
-        math.inf if device >= most_device - 0.5 or (is_all and not r_workers) else device * share.kv_tokens,
-        math.inf if r_workers >= most_r - 0.5 and most_r else r_workers * share.kv_tokens,
+        math.inf if device >= most_device - 0.5 else _SLACK * device * share.kv_tokens,
+        math.inf if r_workers >= most_r - 0.5 and most_r else _SLACK * r_workers * share.kv_tokens,
         x,
     )
 

@@ -9,6 +9,7 @@ Decode attention is taken to read KV at 0.7 of that rate, and to take 10 us of a
 
 from __future__ import annotations
 
+import itertools
 from typing import NamedTuple
 
 from fastdecode.modelling.perf_model import PerfModel
@@ -40,9 +41,10 @@ MEMORY = {
 
 
 def gpu_model(device: str, block_parameters: int, num_layers: int) -> PerfModel:
-    """T(B) of one of DEVICES for blocks of so many weights; R of such a model means nothing."""
-    seconds = [
-        2 * block_parameters * batch / (tflops * 1e12)
-        for batch, tflops in zip(_BATCHES, _S_PART_TFLOPS[device], strict=True)
-    ]
+    """T(B) of one of DEVICES for blocks of so many weights; R of such a model means nothing.
+
+    Where a figure says that a batch takes longer than its halves, it is taken to be cut.
+    """
+    tflops = itertools.accumulate(_S_PART_TFLOPS[device], max)
+    seconds = [2 * block_parameters * batch / (rate * 1e12) for batch, rate in zip(_BATCHES, tflops, strict=True)]
     return PerfModel.measured(_BATCHES, seconds, kv_token_seconds=1.0, num_layers=num_layers)
