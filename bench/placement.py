@@ -150,19 +150,19 @@ def modes(cell: Cell, num_requests: int) -> dict[str, Run]:
     return {"full offload": run(cell, num_requests, device_blocks=0), "both": run(cell, num_requests)}
 
 
-def brute_force(cell: Cell, num_requests: int) -> tuple[float, dict[str, object]]:
-    """Tokens per second of the best of fixed choices, and which one that is."""
+def brute_force(cell: Cell, num_requests: int, **options: object) -> tuple[float, dict[str, object]]:
+    """Tokens per second of the best of fixed choices, and which one that is.  options: of the scheduler, beside."""
     best: tuple[float, dict[str, object]] = (0.0, {})
     most = cell.socket_blocks * BLOCK_TOKENS * cell.sockets
-    needed = MAX_NUM_SEQS * (PROMPT_TOKENS + cell.output_tokens)
+    needed = int(options.get("max_num_seqs", MAX_NUM_SEQS)) * (PROMPT_TOKENS + cell.output_tokens)  # type: ignore[call-overload]
     loads = sorted({min(most, int(needed * share)) for share in (0.03, 0.06, 0.12, 0.25, 0.5, 1.0)})
     for lanes, share, load in product((1, 2), (0.0, 0.5, 1.0), loads):
         choice: dict[str, object] = {
             "num_lanes": lanes, "device_blocks": int(share * cell.device_blocks), "max_kv_load": load,
         }  # fmt: skip
-        tokens_per_s = run(cell, num_requests, times=None, **choice).tokens_per_s
+        tokens_per_s = run(cell, num_requests, **options, times=None, **choice).tokens_per_s
         best = max(best, (tokens_per_s, choice), key=lambda one: one[0])
-    alone = run(replace(cell, sockets=0), num_requests, num_lanes=1, times=None).tokens_per_s
+    alone = run(replace(cell, sockets=0), num_requests, num_lanes=1, times=None, **options).tokens_per_s
     return max(
         best, (alone, {"num_lanes": 1, "device_blocks": cell.device_blocks, "max_kv_load": 0}), key=lambda o: o[0]
     )

@@ -123,13 +123,15 @@ class LoadControl:
             pace = max(1, int(limit)) if limit else self._limit  # where nobody is to start, that is not told by a pace
             self._streams.setdefault(key, SteadyStream(pace, self._start_interval)).limit = pace
 
-    def begin_step(self, step: int, waiting_kv_tokens: int, first: Prospect | None, num_sequences: int) -> None:
-        """waiting_kv_tokens: that all that wait may come to hold; first: who would start first; num_sequences: that
-        run, or could if there were room.
+    def begin_step(
+        self, step: int, waiting_kv_tokens: int, first: Prospect | None, num_in_all: int, num_seats: int
+    ) -> None:
+        """waiting_kv_tokens: that all that wait may come to hold; first: who would start first; num_in_all: sequences
+        that run or wait.
         """
         self._step, self._waiting_kv_tokens = step, waiting_kv_tokens
         if self._placement:
-            self._plan(self._placement, first, num_sequences)
+            self._plan(self._placement, first, num_in_all, num_seats)
         self._much_waits = self._fillings_exceed(1 if self._much_waits else _PAYS_FROM, waiting_kv_tokens)
         self._paced = self._policy == "steady" and self._much_waits and self._recent.are_alike
         if not self._started:
@@ -217,12 +219,12 @@ class LoadControl:
                 return False
         return (self._batch_open or is_urgent) and self._within_limit(prospect, _NOT_SHARED)
 
-    def _plan(self, placement: Placement, first: Prospect | None, num_sequences: int) -> None:
+    def _plan(self, placement: Placement, first: Prospect | None, num_in_all: int, num_seats: int) -> None:
         """Where what runs and waits is best kept, as far as it is another place than before."""
         of_r_workers = self._credits.capacity_tokens
         num_r_workers = sum(capacity > 0 for capacity in of_r_workers)
         on_device = self._credits.capacities.get(DEVICE, 0)
-        room = Room(on_device, sum(of_r_workers), num_r_workers, num_sequences)
+        room = Room(on_device, sum(of_r_workers), num_r_workers, min(num_in_all, num_seats), num_in_all)
         placement.begin_step(first and (first.mean or first.limit), room)
         self.measure_memory()
 

@@ -34,8 +34,6 @@ from fastdecode.scheduling.parts import DEVICE
 from fastdecode.scheduling.times import LaneWork, Times
 
 _WORTH_A_CHANGE = 1.03  # of tokens per second
-# Of GPU-only: while a batch begins and ends R-workers pay less than in the steady state that is planned for.
-_WORTH_R_WORKERS = 1.05
 _LANES_DWELL = 16  # rounds, at least, between two changes of the lanes
 _SAME = math.log(1.1)  # what differs by less is no reason for another plan
 _RECENT = 128  # starts that tell what the next ones will be like
@@ -62,7 +60,15 @@ class Room(NamedTuple):
     device: float
     r_workers: float
     num_r_workers: int
-    num_sequences: int
+    num_sequences: int  # that run, or could if there were room
+    num_in_all: int  # those too that there are no seats for
+
+    @property
+    def margin(self) -> float:
+        """By how much R-workers have to be worth more than the device alone.  They are planned for the steady state,
+        and pay less while a batch begins and ends: of a short one that is a large part.
+        """
+        return 1.05 + round(0.05 * self.num_sequences / max(1, self.num_in_all), 2)
 
 
 class Plan(NamedTuple):
@@ -114,7 +120,7 @@ def best_plan(times: Times, most_lanes: int, room: Room, share: Share) -> Plan:
 
     x, device, r_workers = look([most_device], [0.0])
     full = look([0.0, most_device], [most_r])
-    if full[0] > _WORTH_R_WORKERS * x:
+    if full[0] > room.margin * x:
         x, device, r_workers = full
     steps = [most / (number - 1) for most, number in zip((most_device, most_r), _COARSE, strict=True)]
     best = look(*(_spread(0, most, number) for most, number in zip((most_device, most_r), _COARSE, strict=True)))
@@ -125,7 +131,7 @@ def best_plan(times: Times, most_lanes: int, room: Room, share: Share) -> Plan:
         ]
         best = max(best, look(*around))
         steps = [step / (_FINE - 1) * 2 for step in steps]
-    if best[0] > (_WORTH_A_CHANGE if r_workers else _WORTH_R_WORKERS) * x:
+    if best[0] > (_WORTH_A_CHANGE if r_workers else room.margin) * x:
         x, device, r_workers = best
     return Plan(
         math.inf if device >= most_device - 0.5 else _SLACK * device * share.kv_tokens,
@@ -150,7 +156,7 @@ class Placement:
         self._recent: deque[Share] = deque(maxlen=_RECENT)
         self._sums = [0.0, 0.0]  # of the recent ones
         self._full_at: dict[bool, float] = {}  # where memory let nobody else in
-        self._made_for: tuple[int, ...] = ()
+        self._made_for: tuple[float, ...] = ()
         self._plan = Plan(math.inf, math.inf, 0.0)
         self.num_plans = 0  # made, the first one too
         self._num_lanes, self._rounds_before = 1, _LANES_DWELL
@@ -168,7 +174,7 @@ class Placement:
             device=min(room.device, self._full_at.get(True, math.inf)),
             r_workers=min(room.r_workers, self._full_at.get(False, math.inf)),
         )
-        key = (room.num_r_workers, *(round(math.log(max(x, 1)) / _SAME) for x in (*room, *share)))
+        key = (room.margin, *(round(math.log(max(x, 1)) / _SAME) for x in (*room[:-1], *share)))
         if key == self._made_for:
             return
         self._made_for = key

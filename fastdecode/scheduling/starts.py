@@ -106,7 +106,8 @@ class Starts:
             number,
             self._waiting.max_kv_tokens,
             self._prospect(first, left, number) if first else None,
-            min(len(self._running) + len(self._waiting), config.num_seats),
+            len(self._running) + len(self._waiting),
+            config.num_seats,
         )
         is_for_others = False
         while left.tokens > 0 and len(self._running) < config.num_seats:

@@ -1,0 +1,147 @@
+"""Where KV is kept and over how many lanes steps go, by a model of both sides: in virtual time, never slower than either
+alone."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from scheduler_world import World, a_sequence, create_scheduler
+
+from bench.placement import Cell, brute_force, run
+from fastdecode.modelling.perf_model import PerfModel
+from fastdecode.scheduling.parts import DEVICE
+from fastdecode.scheduling.placement import Placement, Room, Share, best_plan, step_seconds, tokens_per_s
+
+SMALL: dict[str, Any] = {"max_num_seqs": 128, "max_num_batched_tokens": 1024}
+DEVICE_BEST = PerfModel((1, 64), (1.0, 2.0), 1.0, 1, r_fixed_seconds=5.0, device_kv_token_seconds=0.001)
+R_WORKERS_BEST = PerfModel((1, 64), (1.0, 1.1), 1e-4, 1, device_kv_token_seconds=0.1)
+EVEN = PerfModel((1, 4, 64), (1.0, 1.5, 4.0), 0.01, 1, 0.2, 3.3, 0.005, 0.004, 0.05)
+
+
+@pytest.mark.parametrize("times", [DEVICE_BEST, R_WORKERS_BEST, EVEN], ids=["device", "R-workers", "even"])
+@pytest.mark.parametrize("room", [Room(2000, 8000, 2, 64, 640), Room(400, 400, 1, 64, 64), Room(9000, 0, 0, 64, 64)])
+@pytest.mark.parametrize("kv_tokens", [3.0, 50.0, 700.0])
+def test_the_plan_is_as_good_as_all_pairs(times: PerfModel, room: Room, kv_tokens: float) -> None:
+    """But for what it is worth to need no R-workers, or no limit."""
+    share = Share(kv_tokens, 1.2)
+    most_device = min(room.num_sequences, room.device / kv_tokens)
+    most_r = min(room.num_sequences, room.r_workers / kv_tokens)
+    best = max(
+        tokens_per_s(times, room.num_r_workers, 2, device, min(r, room.num_sequences - device), share)
+        for device in np.linspace(0, most_device, 65).tolist()
+        for r in np.linspace(0, most_r, 65).tolist()
+    )
+    assert best <= room.margin * 1.03 * best_plan(times, 2, room, share).tokens_per_s
+
+
+def test_plans_at_the_ends() -> None:
+    share, room = Share(100.0, 1.1), Room(2000, 100_000, 4, 64, 6400)
+    assert best_plan(DEVICE_BEST, 2, room, share)[:2] == (math.inf, 0.0)
+    assert best_plan(R_WORKERS_BEST, 2, room, share)[:2] == (0.0, math.inf)
+    device, r_workers, _ = best_plan(EVEN, 2, room, share)
+    assert device == math.inf and 0 < r_workers < room.r_workers  # W_lim
+    hidden = r_workers / share.kv_tokens
+    s_seconds = EVEN.s_seconds((20 + hidden) * share.num_tokens) + EVEN.device_seconds(2000)
+    assert EVEN.r_seconds(r_workers, 4, hidden) <= 1.3 * s_seconds  # it hides under the device's work
+
+
+def test_one_lane_where_nothing_is_hidden() -> None:
+    """Two cost the weights twice; from where R-work is long they pay, and not a little earlier and later in turns."""
+    placement = Placement(EVEN, 2)
+    for seq_id in range(64):
+        placement.start(seq_id, False, Share(10.0, 1.0))
+    chosen = []
+    for load in [*range(0, 4000, 10), *range(4000, 0, -10)]:
+        chosen.append(placement.num_lanes(0, load, 1))
+    assert chosen[0] == 1 == chosen[-1] and max(chosen) == 2
+    assert int(np.count_nonzero(np.diff(chosen))) == 2
+    share = Share(1.0, 1.0)
+    assert step_seconds(EVEN, 1, 2, 0, 64, Share(50.0, 1.0)) < step_seconds(EVEN, 1, 1, 0, 64, Share(50.0, 1.0))
+    assert step_seconds(EVEN, 1, 2, 64, 0, share) > step_seconds(EVEN, 1, 1, 64, 0, share)
+
+
+@pytest.mark.parametrize("sockets", [1, 4, 10])
+@pytest.mark.parametrize("output_tokens", [64, 256])
+@pytest.mark.parametrize("model", ["7B MHA", "8B GQA"])
+@pytest.mark.parametrize("device", ["a10", "h100"])
+def test_never_slower_than_either_alone(device: str, model: str, output_tokens: int, sockets: int) -> None:
+    cell = Cell(device, model, output_tokens, sockets)
+    both = run(cell, 400, **SMALL)
+    alone = run(replace(cell, sockets=0), 400, num_lanes=1, times=None, **SMALL)
+    offload = run(cell, 400, device_blocks=0, **SMALL)
+    assert both.tokens_per_s >= 0.98 * alone.tokens_per_s
+    assert both.tokens_per_s >= 0.98 * offload.tokens_per_s
+    assert both.lane_changes <= 6
+
+
+def test_machinery_that_is_idle_costs_nothing() -> None:
+    """All fits on the device, and R-workers are there: the same steps as without them."""
+    cell = Cell("h100", "8B GQA", 256, 4)
+    both = run(cell, 300, **SMALL)
+    alone = run(replace(cell, sockets=0), 300, num_lanes=1, times=None, **SMALL)
+    assert both.mean_load == 0 and both.lane_changes == 0
+    assert both.seconds == pytest.approx(alone.seconds, rel=0.01)
+
+
+def test_near_the_best_of_fixed_choices() -> None:
+    cell = Cell("a10", "7B MHA", 64, 2)
+    best, choice = brute_force(cell, 300, **SMALL)
+    assert run(cell, 300, **SMALL).tokens_per_s >= 0.9 * best, choice
+
+
+def test_all_on_the_cpus() -> None:
+    """A device that holds less than any sequence keeps nobody from R-workers, whatever the plan is."""
+    for times in (DEVICE_BEST, R_WORKERS_BEST, EVEN):
+        scheduler = create_scheduler(capacity_blocks=(20, 20), device_blocks=2, num_lanes=2, times=times)
+        world = World(scheduler, 64, (20, 20), device_blocks=2)
+        for seq_id in range(12):
+            world.add(a_sequence(seq_id, prompt=12, output=8))
+        world.run()
+        assert all(DEVICE not in step.r_workers for step in world.steps)
+
+
+def test_no_flipping() -> None:
+    """In a steady stream of requests, at a load where both sides are about as good: the plan settles."""
+    scheduler = create_scheduler(
+        max_num_seqs=64,
+        capacity_blocks=(200, 200),
+        device_blocks=60,
+        num_lanes=2,
+        times=EVEN,
+        max_num_batched_tokens=200,
+    )
+    world, lanes, plans = World(scheduler, 200, (200, 200), device_blocks=60), [], []
+    generator = np.random.default_rng(0)
+    for number in range(600):
+        if number % 2 == 0:
+            length = int(generator.integers(20, 60))
+            world.add(a_sequence(len(world.sequences), prompt=20, output=length))
+        world.step()
+        lanes.append(scheduler.num_lanes_in_use)
+        plans.append(scheduler.num_plans)
+    world.run()
+    assert np.count_nonzero(np.diff(lanes[100:])) <= 4
+    assert plans[-1] - plans[100] <= 12
+
+
+@pytest.mark.parametrize("times", [DEVICE_BEST, R_WORKERS_BEST, EVEN], ids=["device", "R-workers", "even"])
+def test_nobody_starves(times: PerfModel) -> None:
+    """One that only an R-worker can hold, among an endless stream of those that the device serves better."""
+    scheduler = create_scheduler(max_num_seqs=8, capacity_blocks=(60,), device_blocks=24, num_lanes=2, times=times)
+    world = World(scheduler, 64, (60,), device_blocks=24)
+    giant = a_sequence(0, prompt=120, output=40)
+    world.add(a_sequence(1, prompt=8, output=8))
+    world.step()
+    world.add(giant)
+    for number in range(400):
+        if number % 3 == 0:
+            world.add(a_sequence(len(world.sequences), prompt=8, output=8))
+        world.step()
+        if giant.finish_reason:
+            break
+    assert giant.finish_reason and number < 300
+    world.run()
