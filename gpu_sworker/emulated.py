@@ -100,7 +100,7 @@ class EmulatedSWorker:
 
     def __init__(self, facts: ModelFacts, block_seconds: Callable[[int], float]) -> None:
         """block_seconds: of one block for a micro-batch of so many tokens, T(B)."""
-        self.facts, self._block_seconds = facts, block_seconds
+        self.facts, self.block_seconds = facts, block_seconds
         self.is_asynchronous = True
         self._staging = HostStaging()
         self._block_ns = (0, 0)  # the S-block launched last
@@ -121,7 +121,7 @@ class EmulatedSWorker:
     def forward(self, batch: FlatBatch) -> Generator[AttentionCall, torch.Tensor, torch.Tensor]:
         num_tokens = len(batch.token_ids)
         for layer, spec in enumerate(self.facts.layers):
-            self.spend(self._block_seconds(num_tokens))
+            self.spend(self.block_seconds(num_tokens))
             q = self._rows(spec.num_q_heads, spec.head_dim, num_tokens)
             kv = self._rows(spec.num_kv_heads, spec.head_dim, num_tokens)
             yield AttentionCall(layer, q, kv, kv, spec.scale, spec.softcap, None, spec.window, None, True, ())

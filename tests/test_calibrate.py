@@ -81,12 +81,20 @@ def test_a_step_too_short(demo_model: Path, tmp_path: Path) -> None:
         LLM(demo_model, max_step_s=1e-3, calibration=tmp_path / "c.json", skip_tokenizer_init=True)
 
 
-@pytest.mark.parametrize("options", [{"max_step_s": 0.1}, {"calibration": "c.json"}])
-def test_both_or_none(options: dict[str, object], demo_model: Path) -> None:
-    with pytest.raises(ConfigError, match="max_step_s needs calibration=FILE"):
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_step_s": 0.1}, "max_step_s needs calibration=FILE"),
+        ({"calibration": "c.json"}, "calibration is for max_step_s, or for placement"),
+        ({"placement": "planned"}, "set device_kv_memory"),
+        ({"placement": "best"}, "placement must be one of auto, planned, device-first"),
+    ],
+)
+def test_what_belongs_together(options: dict[str, object], message: str, demo_model: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
         LLM(demo_model, **options)
 
 
 def test_too_little_kv(demo_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["calibrate", str(demo_model), "--kv-cache-memory", "1MB"]) == 2
-    assert "too little KV to calibrate with" in capsys.readouterr().err
+    assert "too little KV to measure with" in capsys.readouterr().err

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from conftest import Case, quiet
 from scheduler_world import World, a_sequence, create_scheduler
 
 from bench.placement import Cell, brute_force, run
+from fastdecode import LLM, SamplingParams
+from fastdecode.modelling.calibration import Calibration, write_calibration
 from fastdecode.modelling.perf_model import PerfModel
+from fastdecode.observe.step_log import read_step_log
 from fastdecode.scheduling.parts import DEVICE
 from fastdecode.scheduling.placement import Placement, Room, Share, best_plan, step_seconds, tokens_per_s
 
@@ -145,3 +151,44 @@ def test_nobody_starves(times: PerfModel) -> None:
             break
     assert giant.finish_reason and number < 300
     world.run()
+
+
+@pytest.mark.parametrize("times", [DEVICE_BEST, R_WORKERS_BEST, EVEN], ids=["device", "R-workers", "even"])
+@pytest.mark.parametrize("transport", ["inproc", "shm"])
+def test_wherever_they_are_kept_tokens_are_the_same(
+    transport: str, times: PerfModel, case: Callable[[str], Case], tmp_path: Path
+) -> None:
+    """And over however many lanes a step goes."""
+    llama = case("llama")
+    with LLM(llama.directory, skip_tokenizer_init=True) as llm:
+        num_layers = len(llm.facts.layers)
+    path, log = tmp_path / "c.json", tmp_path / "steps.jsonl"
+    of_this_model = replace(times, num_layers=num_layers)
+    write_calibration(Calibration("llama", "a CPU", "float32", "float32", "here", 2, 1, "-", of_this_model), path)
+    with LLM(
+        llama.directory, calibration=path, device_kv_memory=768 * 480, num_r_workers=2, block_tokens=16,
+        kv_cache_memory=768 * 960, micro_batches=2, transport=transport, skip_tokenizer_init=True, step_log=log,
+    ) as llm:  # fmt: skip
+        for _ in range(2):
+            outputs = quiet(llm, llama.prompts, SamplingParams(temperature=0, max_tokens=32))
+            assert [output.outputs[0].token_ids for output in outputs] == llama.reference
+        assert llm._engine._scheduler.num_plans
+        llm._engine._scheduler.check_integrity()
+    steps = list(read_step_log(log))
+    of_device, of_r_workers = max(step.device_kv_tokens for step in steps), max(step.load for step in steps)
+    if times is DEVICE_BEST:
+        assert of_device and not of_r_workers
+    else:
+        assert of_r_workers and (of_device if times is EVEN else of_device < of_r_workers)
+
+
+def test_measured_at_the_start(case: Callable[[str], Case]) -> None:
+    llama = case("llama")
+    options: dict[str, Any] = {"device_kv_memory": "8MiB", "kv_cache_memory": "8MiB", "block_tokens": 16}
+    with LLM(llama.directory, placement="planned", skip_tokenizer_init=True, **options) as llm:
+        times = llm._engine._scheduler._config.times
+        assert isinstance(times, PerfModel) and times.num_layers == len(llm.facts.layers)
+        assert times.device_kv_token_seconds and times.device_seconds(1000) > 0
+        assert 1e-12 < times.kv_token_seconds < 1e-5 and times.batches[-1] == 4096
+        outputs = quiet(llm, llama.prompts, SamplingParams(temperature=0, max_tokens=32))
+        assert [output.outputs[0].token_ids for output in outputs] == llama.reference

@@ -13,10 +13,12 @@ from fastdecode.errors import ConfigError
 from fastdecode.modelling.calibration import read_calibration
 from fastdecode.modelling.emulation import PREFIX
 from fastdecode.modelling.memory_plan import KV_SHARE
+from fastdecode.modelling.perf_model import PerfModel
 from fastdecode.modelling.simulation.devices import MEMORY
 from fastdecode.scheduling.config import SchedulerConfig
 from fastdecode.scheduling.predictor import Learned, MaxTokens
 from fastdecode.scheduling.scheduler import Scheduler
+from fastdecode.scheduling.times import Times
 from gpu_sworker import PROMPT_KV_SHARE, KVRoom, ModelFacts, choose_device, free_bytes
 from transport import Welcome
 
@@ -143,10 +145,15 @@ def max_model_len(
 
 
 def make_scheduler(
-    config: EngineConfig, facts: ModelFacts, capacity_blocks: Sequence[int], prompt_kv: KVRoom, device_blocks: int = 0
+    config: EngineConfig,
+    facts: ModelFacts,
+    capacity_blocks: Sequence[int],
+    prompt_kv: KVRoom,
+    device_blocks: int = 0,
+    times: Times | None = None,
 ) -> Scheduler:
     """capacity_blocks: [num_r_workers]; prompt_kv: the S-worker's room for prompts; device_blocks: its room for
-    sequences that stay.  Raises ConfigError.
+    sequences that stay; times: of blocks, to place KV by.  Raises ConfigError.
     """
     sharing = _sharing(config, facts)
     return Scheduler(
@@ -171,6 +178,7 @@ def make_scheduler(
             sharing=sharing,
             prompt_kv_blocks=prompt_kv.num_blocks,
             prompt_kv_block_tokens=prompt_kv.block_tokens,
+            times=times,
             max_scored_rows=max(_SCORES_BYTES // (4 * facts.vocab_size), _LEAST_SCORED_ROWS),
         ),
         Learned() if config.length_predictor == "learned" else MaxTokens(),
@@ -191,15 +199,9 @@ def _sharing(config: EngineConfig, facts: ModelFacts) -> str:
 
 def max_kv_load(config: EngineConfig, facts: ModelFacts, num_r_workers: int) -> int | None:
     """W_lim: what the user sets, or what the R-workers read in the time a step may take.  Raises ConfigError."""
-    if config.max_step_s is None or config.calibration is None:
+    model = calibrated_times(config, facts)
+    if config.max_step_s is None or model is None:
         return config.max_kv_load
-    calibration = read_calibration(config.calibration)
-    model = calibration.perf_model
-    if model.num_layers != len(facts.layers):
-        raise ConfigError(
-            f"{config.calibration} was taken of a model of {model.num_layers} layers ({calibration.model}); this one "
-            f"has {len(facts.layers)}"
-        )
     load = model.largest_load(config.max_step_s, num_r_workers)
     if load < 1:
         raise ConfigError(
@@ -207,6 +209,20 @@ def max_kv_load(config: EngineConfig, facts: ModelFacts, num_r_workers: int) -> 
             f"{model.num_layers * model.r_fixed_seconds:.4f} s for a step that reads nothing"
         )
     return min(load, config.max_kv_load or load)
+
+
+def calibrated_times(config: EngineConfig, facts: ModelFacts) -> PerfModel | None:
+    """Those of the calibration, if there is one.  Raises ConfigError if it is of another model."""
+    if config.calibration is None:
+        return None
+    calibration = read_calibration(config.calibration)
+    model = calibration.perf_model
+    if model.num_layers != len(facts.layers):
+        raise ConfigError(
+            f"{config.calibration} was taken of a model of {model.num_layers} layers ({calibration.model}); this one "
+            f"has {len(facts.layers)}"
+        )
+    return model
 
 
 def describe_device(facts: ModelFacts, layout: KVLayout, num_blocks: int) -> str:

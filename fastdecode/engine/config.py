@@ -17,6 +17,7 @@ TRANSPORTS = ("inproc", "shm", "ipc", "tcp", "mpi")
 LENGTH_PREDICTORS = ("learned", "max-tokens")
 DTYPE_NAMES = ("auto", "float32", "float16", "bfloat16")
 LINEAR_KERNELS = ("auto", "plain", "onednn")
+PLACEMENTS = ("auto", "planned", "device-first")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +44,10 @@ class EngineConfig:
     device_kv_memory: bytes on the S-worker's device for KV of sequences that stay there, attended to without a wire;
         they go there first, and to R-workers when it is full. In the model's dtype on a GPU, else as on R-workers.
         None: none if there are R-workers, otherwise a share of what is free there.
+    placement: where KV is kept if there are both, the device's and R-workers'. ``planned``: where tokens per second are
+        most by a performance model of both, and over as many lanes as pay; the model is that of ``calibration`` or is
+        measured at the start, which takes seconds. ``device-first``: on the device as far as it goes. ``auto``: planned
+        on a GPU, or with a calibration that tells of the device.
     num_r_workers: how many to start on this machine; 0: none, all KV is on the S-worker's device.
     r_worker_threads: attention threads of each; None: this machine's cores, shared among them.
     transport: ``inproc`` (threads of this process), ``ipc`` or ``tcp`` (processes, ZeroMQ), ``mpi`` (ranks).
@@ -69,7 +74,7 @@ class EngineConfig:
     start_interval: steps from one start to the next, under steady.
     max_kv_load: KV tokens of all R-workers that a step may read, at most; None: what they hold.
     max_step_s: the same as a time: what R-workers read in that many seconds, by the calibration.
-    calibration: a file of ``fastdecode calibrate``, for max_step_s.
+    calibration: a file of ``fastdecode calibrate``, for max_step_s and placement.
     length_predictor: what is taken for the length of outputs that may end by themselves: ``learned`` from those that
         have ended, by prompt length, or ``max-tokens``.
     length_quantile: the share of outputs that are not to outlive the KV reserved for them.
@@ -97,6 +102,7 @@ class EngineConfig:
     enable_prefix_caching: bool | None = None
     prompt_kv_memory: int | None = None
     device_kv_memory: int | None = None
+    placement: str = "auto"
     num_r_workers: int = 1
     r_worker_threads: int | None = None
     transport: str = "inproc"
@@ -189,9 +195,17 @@ class EngineConfig:
             raise ConfigError(f"length_quantile is a share from 0 to 1, got {self.length_quantile}")
         if self.max_step_s is not None and not 0 < self.max_step_s <= 86400:
             raise ConfigError(f"max_step_s must be above 0 and at most 86400, got {self.max_step_s}")
-        if (self.max_step_s is None) != (self.calibration is None):
+        _one_of("placement", self.placement, PLACEMENTS)
+        if self.max_step_s is not None and self.calibration is None:
+            raise ConfigError("max_step_s needs calibration=FILE: `fastdecode calibrate` makes the file")
+        is_placed = bool(self.device_kv_memory) and self.placement != "device-first"
+        if self.calibration is not None and self.max_step_s is None and not is_placed:
             raise ConfigError(
-                "max_step_s needs calibration=FILE, and the other way round: `fastdecode calibrate` makes the file"
+                "calibration is for max_step_s, or for placement beside device_kv_memory: set one of them"
+            )
+        if self.placement == "planned" and not (self.device_kv_memory and self.num_r_workers):
+            raise ConfigError(
+                "placement=planned is between the device and R-workers: set device_kv_memory, and num_r_workers above 0"
             )
         if self.r_worker_addresses and self.num_r_workers != 1:
             raise ConfigError("give either num_r_workers (to start some) or r_worker_addresses (that run already)")

@@ -10,10 +10,13 @@ from typing import Any
 
 from fastdecode.api.sampling_params import SamplingParams
 from fastdecode.ending import Ending
-from fastdecode.engine.capacity import describe_device, describe_places, make_scheduler, max_model_len
+from fastdecode.engine.capacity import calibrated_times, describe_device, describe_places, make_scheduler, max_model_len
 from fastdecode.engine.config import EngineConfig
 from fastdecode.engine.engine import Engine
-from fastdecode.engine.runtime import open_runtime
+from fastdecode.engine.measuring import measure
+from fastdecode.engine.runtime import Runtime, open_runtime
+from fastdecode.errors import ConfigError
+from fastdecode.modelling.perf_model import PerfModel
 from fastdecode.observe.step_log import StepLog, StepRecord
 from fastdecode.observe.timeline import Timeline
 from fastdecode.text.tokenizer import Tokenizer
@@ -21,6 +24,7 @@ from gpu_sworker import EmulatedSWorker, ModelFacts, SWorker
 
 logger = logging.getLogger(__name__)
 
+_MEASURED_BATCHES = (1, 32, 128, 512, 2048)  # tokens, and the largest that there may be
 _SAMPLING_WISHES = ("top_p", "temperature", "top_k", "min_p")
 _UNSUPPORTED_WISHES = (
     "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids", "suppress_tokens", "begin_suppress_tokens",
@@ -67,6 +71,7 @@ def open_engine(config: EngineConfig, on_step: Callable[[StepRecord], None] | No
         tokenizer = None if config.skip_tokenizer_init else Tokenizer(config.tokenizer or config.model)
         facts = runtime.sworker.facts
         device_blocks = runtime.device.num_blocks if runtime.device else 0
+        times = _times(config, runtime)
         longest = max_model_len(config, facts, runtime.layout, runtime.welcomes, device_blocks)
         engine = Engine(
             sworker=runtime.sworker,
@@ -81,6 +86,7 @@ def open_engine(config: EngineConfig, on_step: Callable[[StepRecord], None] | No
                 [welcome.num_blocks for welcome in runtime.welcomes],
                 runtime.sworker.prompt_kv,
                 device_blocks,
+                times,
             ),
             device=runtime.device,
             on_step=_all_of(listeners),
@@ -94,6 +100,26 @@ def open_engine(config: EngineConfig, on_step: Callable[[StepRecord], None] | No
             logger.info("%s", line)
         default_params = _default_params(runtime.sworker)
         return OpenEngine(config, engine, tokenizer, facts, default_params, longest, places, cleanup.pop_all())
+
+
+def _times(config: EngineConfig, runtime: Runtime) -> PerfModel | None:
+    """To place KV by; None: on the device first.  Raises ConfigError, RWorkerError."""
+    if runtime.device is None or not runtime.welcomes or config.placement == "device-first":
+        return None
+    facts = runtime.sworker.facts
+    known = calibrated_times(config, facts)
+    if known is not None and known.device_kv_token_seconds is not None:
+        return known
+    if config.placement == "auto" and facts.device == "cpu":
+        return None
+    batches = [size for size in _MEASURED_BATCHES if size < config.max_num_batched_tokens]
+    try:
+        return measure(runtime, [*batches, config.max_num_batched_tokens], logger.info)
+    except ConfigError as error:
+        if config.placement == "planned":
+            raise
+        logger.warning("KV goes to the device first, for times to place it by could not be measured: %s", error)
+        return None
 
 
 def _all_of(listeners: list[Callable[[StepRecord], None]]) -> Callable[[StepRecord], None] | None:

@@ -176,8 +176,9 @@ class LoadControl:
     def _open(self, prospect: Prospect, is_urgent: bool, shared: Mapping[int, Shared]) -> list[int]:
         """R-workers, and the device, that it could start on in this step."""
         workers = self._credits.fitting(prospect.limit, prospect.max_kv_tokens, shared)
-        if self._placement and self._started and not is_urgent:
-            workers = self._planned(self._placement, prospect, workers)
+        if self._placement:
+            planned = self._planned(self._placement, prospect, workers)
+            workers = planned if planned or (self._started and not is_urgent) else workers
         if self._started:
             workers = [w for w in workers if w == DEVICE or self._within_limit(prospect, shared.get(w, _NOT_SHARED))]
         if self._started and not is_urgent:
