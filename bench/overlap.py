@@ -97,7 +97,8 @@ def run(args: argparse.Namespace, num_lanes: int, block_seconds: float) -> Steps
     return decode_steps(timeline)
 
 
-def decode_steps(timeline: Timeline) -> Steps:
+def decode_steps(timeline: Timeline, s_track: str = S_DEVICE) -> Steps:
+    """s_track: where S-blocks are, the S-worker's own if its device does not work by itself."""
     prefill_end = max(span.end_ns for span in timeline.spans if span.name == "prompt attention")
     # From one step of the first lane to its next all lanes have one.
     schedules = [span for span in timeline.spans if span.name == "schedule" and span.micro_batch == 0]
@@ -113,7 +114,7 @@ def decode_steps(timeline: Timeline) -> Steps:
     timeline.spans.clear()
     timeline.spans.extend(kept)
     return Steps(
-        s_ms=per_step(S_DEVICE, "S-block"),
+        s_ms=per_step(s_track, "S-block"),
         r_ms=max(per_step(track, "attention") for track in r_tracks),
         step_ms=statistics.median(end - begin for begin, end in steps) / 1e6,
         shares=timeline.shares(),

@@ -1,0 +1,190 @@
+"""bench/gpu: all of it runs on a processor, and no stage takes the others with it.  Not how fast: that is for a GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench.gpu import carry
+from bench.gpu.run import STAGES
+
+ROOT = Path(__file__).parents[1]
+RUN = ROOT / "bench" / "gpu" / "run.py"
+FINE = """
+import json, os, sys
+out = sys.argv[sys.argv.index("--out") + 1]
+json.dump({"is_complete": True, "figures": [], "left_out": [], "failures": [], "results": [os.environ["PYTHONPATH"]]},
+          open(out, "w"))
+"""
+CRASHING = "import os; print('about to'); os.abort()"
+# As one that waits for a device, with a process of its own, and hears of no signal but the last one.
+HANGING = """
+import faulthandler, signal, subprocess, sys
+faulthandler.register(signal.SIGUSR1)
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+print("child", child.pid, flush=True)
+def waits_for_the_device():
+    while True:
+        signal.pause()
+waits_for_the_device()
+"""
+
+
+def drive(*flags: object, timeout_s: float = 240) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(RUN), *map(str, flags)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout_s)
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+@pytest.fixture
+def kept() -> Iterator[None]:
+    """A dry run leaves the repository's results as they are."""
+    before = sorted((ROOT / "bench" / "results").rglob("*"))
+    yield
+    assert sorted((ROOT / "bench" / "results").rglob("*")) == before
+
+
+@pytest.mark.parametrize("stages", [[*STAGES][:4], [*STAGES][4:]], ids=lambda stages: "-".join(stages))
+def test_dry(stages: list[str], tmp_path: Path, kept: None) -> None:
+    finished = drive("--dry", "--out", tmp_path, "--stages", *stages)
+    assert finished.returncode == 0, finished.stdout[-3000:] + finished.stderr[-3000:]
+    summary = read(tmp_path / "summary.json")
+    assert summary["machine"]["name"] and summary["machine"]["versions"]["torch"] and summary["seconds"] < 540
+    assert [stage["stage"] for stage in summary["stages"]] == stages
+    for stage in stages:
+        record = read(tmp_path / f"{stage}.json")
+        assert record["state"] == "done" and record["is_complete"] and record["is_dry"]
+        assert record["machine"]["name"] == summary["machine"]["name"] and record["command"] and record["seconds"] > 0
+        assert record["results"] and not record["failures"] and not record["left_out"], record["failures"]
+        assert record["figures"]
+        for figure in record["figures"]:
+            assert figure["is_met"] is not False, figure
+            assert f"{stage}: {figure['name']}" in finished.stdout
+    found = {stage: read(tmp_path / f"{stage}.json") for stage in stages}
+    if "equality" in found:
+        ways = {(point["dtype"], point["way"]) for point in found["equality"]["results"]}
+        assert {("float32", way) for way in ("r-workers", "device", "mixed")} < ways
+    if "graphs" in found:
+        assert {point["captured"] for point in found["graphs"]["results"]} == {"not measured: no CUDA"}
+    if "modes" in found:
+        (point,) = [point for point in found["modes"]["results"] if "map_point" in point]
+        assert point["over_gpu_only"].keys() == {"hybrid", "full offload"} and not point["fits_device"]
+        assert (tmp_path / "modes.png").stat().st_size > 1000
+
+
+def test_stages_that_crash_and_hang(tmp_path: Path) -> None:
+    for name, program in (("crashing", CRASHING), ("hanging", HANGING), ("fine", FINE)):
+        (tmp_path / f"{name}.py").write_text(program)
+    stages = [tmp_path / f"{name}.py" for name in ("crashing", "hanging", "fine")]
+    out = tmp_path / "out"
+    finished = drive("--dry", "--out", out, "--stage-seconds", 5, "--stages", *stages)
+    assert finished.returncode == 1, finished.stderr
+    crashing, hanging, fine = (read(out / f"{stage.stem}.json") for stage in stages)
+    assert crashing["state"] == "failed" and crashing["exit_code"] == -6 and "about to" in crashing["output_tail"]
+    assert hanging["state"] == "timed out" and "hanging: timed out" in finished.stdout
+    assert 5 <= hanging["seconds"] < 30 and "waits_for_the_device" in hanging["output_tail"]
+    assert fine["state"] == "done" and str(ROOT) in fine["results"][0]
+    child = int(hanging["output_tail"].split("child ")[1].split()[0])
+    assert not is_running(child), "what a stage has started ends with it"
+    states = [stage["state"] for stage in read(out / "summary.json")["stages"]]
+    assert states == ["failed", "timed out", "done"]
+
+
+def is_running(pid: int) -> bool:
+    """A process that is no zombie."""
+    for _ in range(50):
+        try:
+            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except (FileNotFoundError, ProcessLookupError):
+            return False
+        if state == "Z":
+            return False
+        time.sleep(0.1)
+    return True
+
+
+def test_the_time_that_is_left_is_shared(tmp_path: Path) -> None:
+    """Three stages of one share: the first gets a third, and what it leaves is the others'."""
+    for name in "abc":
+        (tmp_path / f"{name}.py").write_text(FINE)
+    stages = [tmp_path / f"{name}.py" for name in "abc"]
+    assert drive("--dry", "--out", tmp_path, "--seconds", 300, "--stages", *stages).returncode == 0
+    first, second, third = (read(tmp_path / f"{name}.json")["deadline_s"] for name in "abc")
+    assert first <= 100 < second < third <= 300
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--dry", "--stages", "no_such"], "there is no stage 'no_such'; the stages are paged_attention, t_of_b"),
+        (["--stages", "copies"], "torch sees no CUDA device here; --dry"),
+    ],
+)
+def test_what_cannot_be_run(flags: list[str], said: str, kept: None) -> None:
+    finished = subprocess.run(
+        [sys.executable, str(RUN), *flags], capture_output=True, text=True, timeout=120,
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+    )  # fmt: skip
+    assert finished.returncode == 2 and said in finished.stderr
+
+
+def make_wheel(folder: Path, name: str, version: str) -> None:
+    information = f"{name}-{version}.dist-info"
+    with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as wheel:
+        wheel.writestr(f"{name}.py", f"VERSION = {version!r}\n")
+        wheel.writestr(f"{information}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+        wheel.writestr(f"{information}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{information}/RECORD", "")
+
+
+def test_installs_offline(tmp_path: Path) -> None:
+    """Stages find what was carried before anything else, and this repository behind it."""
+    wheels = tmp_path / "wheels"
+    wheels.mkdir()
+    make_wheel(wheels, "carried_to_a_bare_machine", "1.0")
+    (tmp_path / "looking.py").write_text("import carried_to_a_bare_machine\n" + FINE)
+    flags = ["--dry", "--install", wheels, "--work", tmp_path / "work", "--out", tmp_path / "out"]
+    finished = drive(*flags, "--stages", tmp_path / "looking.py")
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    first, second, *_ = read(tmp_path / "out" / "looking.json")["results"][0].split(os.pathsep)
+    assert Path(first) == tmp_path / "work" / "packages" and Path(second) == ROOT
+    assert "--no-index" in carry.install_command(wheels, tmp_path)
+    with pytest.raises(carry.CarryError, match="holds no wheel; `--wheels"):
+        carry.install(tmp_path / "out", tmp_path / "work")
+
+
+def test_what_is_carried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = carry.download_command(tmp_path)
+    assert "--no-deps" in command and command[command.index("--python-version") + 1] == "3.12"
+    names = {word.partition("==")[0] for word in command[-len(carry.CARRIED) :]}
+    assert names == set(carry.CARRIED) and all("==" in word for word in command[-len(carry.CARRIED) :])
+    required = {requirement.partition(">")[0] for requirement in carry.requirements()}
+    assert names < required
+    monkeypatch.setattr(carry, "_run", lambda command: (tmp_path / "large.whl").write_bytes(bytes(101)))
+    monkeypatch.setattr(carry, "MOST_BYTES", 100)
+    with pytest.raises(carry.CarryError, match="101 bytes of wheels"):
+        carry.download(tmp_path)
+
+
+def test_what_is_missing_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert carry.unmet(sys.path) == []
+    information = tmp_path / "transformers-5.17.0.dist-info"
+    information.mkdir()
+    (information / "METADATA").write_text("Metadata-Version: 2.1\nName: transformers\nVersion: 5.17.0\n")
+    assert carry.unmet([str(tmp_path), *sys.path]) == ["transformers>=5.21,<6 (5.17.0 is there)"]
+    assert "msgspec>=0.19,<1 (none is there)" in carry.unmet([str(tmp_path)])
+    monkeypatch.setattr(carry, "requirements", lambda: ["transformers>=5.17", "Transformers<5.17"])
+    assert carry.unmet([str(tmp_path)]) == ["Transformers<5.17 (5.17.0 is there)"]
