@@ -66,6 +66,7 @@ def main() -> None:
         print(f"{num_bytes / 2**20:.1f} MiB of wheels in {args.wheels}: {', '.join(carry.CARRIED)}")
         return
     began = time.monotonic()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the stage under way is to end with it
     with tempfile.TemporaryDirectory(prefix="fastdecode-gpu-") as own:
         work = args.work or Path(own)
         work.mkdir(parents=True, exist_ok=True)
@@ -83,26 +84,25 @@ def main() -> None:
         out = args.out or (Path(tempfile.mkdtemp(prefix="fastdecode-gpu-dry-")) if args.dry else _kept(machine))
         out.mkdir(parents=True, exist_ok=True)
         endings: list[Ending] = []
-        wanted = [(name, *_stage(name)) for name in args.stages]
-        for index, (_, stage, path, share) in enumerate(wanted):
+        wanted = [_stage(name) for name in args.stages]
+        for index, (stage, path, share) in enumerate(wanted):
             left = args.seconds - (time.monotonic() - began)
             deadline = max(1.0, left * share / sum(other for *_, other in wanted[index:]))
             deadline = min(deadline, args.stage_seconds or deadline)
-            ending = _run(stage, path, out, work, deadline, environment, args.dry)
-            endings.append(ending)
-            _complete(out, ending, machine, args.dry)
-            print(f"{stage}: {ending.state} after {ending.seconds:.0f} s of {deadline:.0f}", flush=True)
-            if ending.state != "done":
-                print(ending.output_tail[-1500:], flush=True)
-        summary = {
-            "is_dry": args.dry,
-            "machine": machine,
-            "unmet_requirements": unmet,
-            "seconds": round(time.monotonic() - began, 1),
-            "command": [sys.executable, *sys.argv],
-            "stages": [_summary(out, ending) for ending in endings],
-        }
-        _write(out / "summary.json", summary)
+            endings.append(_run(stage, path, out, work, deadline, environment, args.dry))
+            _complete(out, endings[-1], machine, args.dry)
+            print(f"{stage}: {endings[-1].state} after {endings[-1].seconds:.0f} s of {deadline:.0f}", flush=True)
+            if endings[-1].state != "done":
+                print(endings[-1].output_tail[-1500:], flush=True)
+            summary = {  # now, because whoever started this may have less patience
+                "is_dry": args.dry,
+                "machine": machine,
+                "unmet_requirements": unmet,
+                "seconds": round(time.monotonic() - began, 1),
+                "command": [sys.executable, *sys.argv],
+                "stages": [_summary(out, ending) for ending in endings],
+            }
+            _write(out / "summary.json", summary)
         print(_table(summary))
         print(f"{summary['seconds']} s; {out}")
     sys.exit(any(ending.state != "done" for ending in endings))
@@ -167,6 +167,7 @@ def _run(
     ]  # fmt: skip
     (out / f"{stage}.json").unlink(missing_ok=True)  # of an earlier run
     began = time.monotonic()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the stage under way is to end with it
     with tempfile.TemporaryFile("w+", errors="replace") as output:
         process = subprocess.Popen(
             command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
@@ -195,8 +196,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
             os.killpg(process.pid, number)
         except ProcessLookupError:  # nobody is left
             break
-        _wait(process)
-    process.wait()
+        _wait(process)  # one that a driver holds for ever is left behind
 
 
 def _wait(process: subprocess.Popen[bytes]) -> None:

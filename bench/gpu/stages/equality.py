@@ -159,7 +159,8 @@ def _fault_in_bf16(case: Case, tokens: list[list[int]], index: int, device: torc
     if position == min(len(got), len(wanted)):
         return f"prompt {index}: {len(got)} tokens where {len(wanted)} were due, equal so far"
     prefix = case.prompts[index] + wanted[:position]
-    rounded, exact = (_logits(_load(case.directory, dtype, device), prefix) for dtype in ("bfloat16", "float64"))
+    model = _load(case.directory, "bfloat16", device)
+    rounded, exact = _logits(model, prefix), _logits(model.double(), prefix)  # of the same weights
     noise = float((rounded - exact).abs().max())
     gap = float(exact.max() - torch.min(exact[got[position]], exact[wanted[position]]))
     if gap <= 2 * noise:

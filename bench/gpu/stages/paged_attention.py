@@ -106,7 +106,7 @@ def _measure_heads(
     def num_blocks(context: int, batch: int) -> int:
         return batch * -(-context // _BLOCK_TOKENS) * num_sets(context, batch)
 
-    free = (1 << 30) if report.is_dry else torch.cuda.mem_get_info(device)[0]
+    free = (1 << 30) if report.is_dry else _free_bytes(device)
     room = int(_POOL_SHARE * free) // block_bytes
     fitting = [point for point in points if num_blocks(*point) <= room]
     report.left_out += [f"heads {shape}, {p}: K and V do not fit the device" for p in points if p not in fitting]
@@ -149,6 +149,12 @@ def _measure_heads(
             "of copy",
             roof=1.0,
         )
+
+
+def _free_bytes(device: torch.device) -> int:
+    """What torch keeps of freed memory counted in."""
+    torch.cuda.empty_cache()
+    return int(torch.cuda.mem_get_info(device)[0])
 
 
 def _attend_all(
