@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -13,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from bench.gpu import carry
+from bench.gpu.report import Report
 from bench.gpu.run import STAGES
 
 ROOT = Path(__file__).parents[1]
@@ -101,6 +104,86 @@ def test_stages_that_crash_and_hang(tmp_path: Path) -> None:
     assert not is_running(child), "what a stage has started ends with it"
     states = [stage["state"] for stage in read(out / "summary.json")["stages"]]
     assert states == ["failed", "timed out", "done"]
+
+
+def test_a_driver_that_is_ended_ends_its_stage(tmp_path: Path) -> None:
+    """And what was there before is kept."""
+    (tmp_path / "fine.py").write_text(FINE)
+    (tmp_path / "hanging.py").write_text(HANGING)
+    flags = [
+        "--dry",
+        "--out",
+        str(tmp_path / "out"),
+        "--stages",
+        str(tmp_path / "fine.py"),
+        str(tmp_path / "hanging.py"),
+    ]
+    driver = subprocess.Popen([sys.executable, str(RUN), *flags], stdout=subprocess.PIPE, text=True)
+    assert driver.stdout and driver.stdout.readline().startswith("fine: done")
+    deadline = time.monotonic() + 60
+    while not (stages := processes_of(str(tmp_path / "hanging.py"), besides=driver.pid)):
+        assert time.monotonic() < deadline, "the second stage begins"
+        time.sleep(0.05)
+    driver.terminate()
+    assert driver.wait(60) == 143
+    assert not any(is_running(stage) for stage in stages)
+    assert [stage["stage"] for stage in read(tmp_path / "out" / "summary.json")["stages"]] == ["fine"]
+
+
+def processes_of(argument: str, besides: int) -> list[int]:
+    """That have the argument on their command line."""
+    found = []
+    for place in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (place / "cmdline").read_bytes().decode(errors="replace").split("\0")
+        except (FileNotFoundError, ProcessLookupError, PermissionError):
+            continue
+        found += [int(place.name)] if argument in words and int(place.name) != besides else []
+    return found
+
+
+def report_to(path: Path, seconds: float = 60) -> Report:
+    return Report("stage", argparse.Namespace(out=path, work=path.parent, seconds=seconds, dry=True))
+
+
+def test_a_point_that_fails_takes_no_other_with_it(tmp_path: Path) -> None:
+    out = tmp_path / "stage.json"
+    with report_to(out) as report:
+        for number in range(3):
+            with report.surviving(f"point {number}"):
+                report.add(number=number, ratio=1 / (number - 1))
+        with report.surviving("large"):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 68.7 GiB")
+        assert not read(out)["is_complete"]
+    record = read(out)
+    assert [point["number"] for point in record["results"]] == [0, 2] and record["is_complete"]
+    (failure,) = record["failures"]
+    assert failure["what"] == "point 1" and "ZeroDivisionError" in failure["error"]
+    assert record["left_out"] == ["large: no memory (CUDA out of memory. Tried to allocate 68.7 GiB)"]
+
+
+def test_a_stage_that_raises_leaves_what_it_had(tmp_path: Path) -> None:
+    out = tmp_path / "stage.json"
+    with pytest.raises(KeyError), report_to(out, seconds=0) as report:
+        report.add(number=1)
+        assert not report.has_time("the second point")
+        raise KeyError("weights")
+    record = read(out)
+    assert not record["is_complete"] and record["results"] == [{"number": 1}]
+    assert record["failures"][0]["what"] == "the stage" and "KeyError: 'weights'" in record["failures"][0]["error"]
+    assert record["left_out"] == ["the second point: no time left"]
+
+
+def test_figures_are_held_to_goals(tmp_path: Path) -> None:
+    """Those of speed not in a dry run, and one that was not measured to none."""
+    with report_to(tmp_path / "stage.json") as report:
+        report.hold("speed", 0.1, "share", at_least=0.7)
+        report.hold("low", 0.1, "share", at_least=0.7, is_of_speed=False)
+        report.hold("just", 1.3, "", at_most=1.3, is_of_speed=False)
+        report.hold("not measured", None, "", at_least=1.0, is_of_speed=False)
+    assert [(f.goal, f.is_met) for f in report.figures] == [
+        (">= 0.7", None), (">= 0.7", False), ("<= 1.3", True), (">= 1", None),
+    ]  # fmt: skip
 
 
 def is_running(pid: int) -> bool:

@@ -44,7 +44,9 @@ class Figure:
 
 
 def arguments(description: str | None) -> argparse.Namespace:
-    """Those of every stage, from the command line."""
+    """Those of every stage, from the command line of its process, which tells from now on where it hangs or crashes."""
+    faulthandler.enable()
+    faulthandler.register(signal.SIGUSR1)  # by which the driver asks
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="where the JSON goes")
     parser.add_argument(
@@ -68,8 +70,6 @@ class Report:
     is_complete: bool = False
 
     def __enter__(self) -> Self:
-        faulthandler.enable()
-        faulthandler.register(signal.SIGUSR1)  # by which the driver asks where a stage hangs
         transformers_logging.disable_progress_bar()
         self._began = time.monotonic()
         self._machine = describe(self.args.dry)

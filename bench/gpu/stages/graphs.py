@@ -32,7 +32,7 @@ from gpu_sworker.paged_attention import attend_by_kernel, attend_paged_plainly
 _MODEL = "8b"
 _BATCHES, _TINY_BATCHES = (1, 256, 16, 64), (1, 3)
 _CONTEXT, _TINY_CONTEXT = 1024, 70
-_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}  # ‖logits - S-worker's‖ / ‖S-worker's‖
+_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}  # ‖logits - S-worker's‖ / ‖S-worker's‖
 _POINT_SECONDS = 4.0
 
 
