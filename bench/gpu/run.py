@@ -7,7 +7,8 @@
 Each stage of bench/gpu/stages is a process with a deadline of its own, its share of the time that is left; one that
 fails or hangs is told of, and the others go on.  Each writes RESULTS/<stage>.json as it goes, the driver
 RESULTS/summary.json and a table.  Without --out they go to bench/results/gpu-<the device's name>/, of a dry run to a
-folder for temporary files.  Exit code: 0 if every stage came to its end, 1 if one did not, 2 for what cannot be run.
+folder for temporary files.  Exit code: 0 if every stage came to its end, 1 if one did not, 2 for what cannot be run,
+128 and the signal's number if it was ended.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +44,7 @@ STAGES = {
 }
 _OTHER_SHARE = 60  # of a stage that is given by its path
 _PROBE_TIMEOUT_S = 90.0
+_GLANCE_S = 0.05
 _GRACE_S = 2.0  # from the question where it hangs to SIGTERM, and from there to SIGKILL
 _TAIL = 6000  # characters of a stage's output
 
@@ -66,7 +69,9 @@ def main() -> None:
         print(f"{num_bytes / 2**20:.1f} MiB of wheels in {args.wheels}: {', '.join(carry.CARRIED)}")
         return
     began = time.monotonic()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the stage under way is to end with it
+    asked: list[int] = []  # signals, by which this is to end; between two lines one would lose a stage just begun
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: asked.append(number))
     with tempfile.TemporaryDirectory(prefix="fastdecode-gpu-") as own:
         work = args.work or Path(own)
         work.mkdir(parents=True, exist_ok=True)
@@ -89,11 +94,14 @@ def main() -> None:
             left = args.seconds - (time.monotonic() - began)
             deadline = max(1.0, left * share / sum(other for *_, other in wanted[index:]))
             deadline = min(deadline, args.stage_seconds or deadline)
-            endings.append(_run(stage, path, out, work, deadline, environment, args.dry))
-            _complete(out, endings[-1], machine, args.dry)
-            print(f"{stage}: {endings[-1].state} after {endings[-1].seconds:.0f} s of {deadline:.0f}", flush=True)
-            if endings[-1].state != "done":
-                print(endings[-1].output_tail[-1500:], flush=True)
+            ending = _run(stage, path, out, work, deadline, environment, args.dry, asked)
+            if asked:
+                sys.exit(128 + asked[0])
+            endings.append(ending)
+            _complete(out, ending, machine, args.dry)
+            print(f"{stage}: {ending.state} after {ending.seconds:.0f} s of {deadline:.0f}", flush=True)
+            if ending.state != "done":
+                print(ending.output_tail[-1500:], flush=True)
             summary = {  # now, because whoever started this may have less patience
                 "is_dry": args.dry,
                 "machine": machine,
@@ -158,28 +166,30 @@ def _kept(machine: dict[str, Any]) -> Path:
 
 
 def _run(
-    stage: str, path: Path, out: Path, work: Path, deadline_s: float, environment: dict[str, str], dry: bool
+    stage: str,
+    path: Path,
+    out: Path,
+    work: Path,
+    deadline_s: float,
+    environment: dict[str, str],
+    dry: bool,
+    asked: Sequence[int],
 ) -> Ending:
-    """A session of its own, so that what it has started ends with it."""
+    """A session of its own, so that what it has started ends with it.  asked: ends it when something is in it."""
     command = [
         sys.executable, str(path), "--out", str(out / f"{stage}.json"), "--work", str(work),
         "--seconds", f"{deadline_s:.1f}", *(["--dry"] if dry else []),
     ]  # fmt: skip
     (out / f"{stage}.json").unlink(missing_ok=True)  # of an earlier run
     began = time.monotonic()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the stage under way is to end with it
     with tempfile.TemporaryFile("w+", errors="replace") as output:
         process = subprocess.Popen(
             command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
         )
-        state = "done"
-        try:
-            if process.wait(deadline_s):
-                state = "failed"
-        except subprocess.TimeoutExpired:
-            state = "timed out"
-        finally:
-            _end(process)
+        while process.poll() is None and time.monotonic() - began < deadline_s and not asked:
+            time.sleep(_GLANCE_S)
+        state = "timed out" if process.poll() is None else "failed" if process.returncode else "done"
+        _end(process)
         seconds = time.monotonic() - began
         output.seek(0)
         tail = output.read()[-_TAIL:]
