@@ -32,6 +32,7 @@ from gpu_sworker.memory import untouched_memory
 from gpu_sworker.paged_attention import paged_kernel
 from gpu_sworker.partial_state import PartialState
 from gpu_sworker.probe import AttentionSpec
+from gpu_sworker.staging import on_device
 
 
 @dataclass
@@ -231,7 +232,7 @@ class DeviceKV:
         host_tables = np.zeros((len(asking), max((len(blocks) for *_, blocks in asking), default=0)), np.int32)
         for row, (*_, blocks) in enumerate(asking):
             host_tables[row, : len(blocks)] = blocks
-        tables = torch.from_numpy(host_tables).to(self.device)  # all at once: a copy waits for the device
+        tables = on_device(host_tables, self.device)
         readings, first_query = [], 0
         for row, (queries, length, blocks) in enumerate(asking):
             is_one_piece = bool((np.diff(blocks) == 1).all())
@@ -250,10 +251,10 @@ class DeviceKV:
         return DeviceRows(
             len(where),
             first_query,
-            slice(begin, begin + len(where)) if in_order else torch.from_numpy(where).to(self.device),
+            slice(begin, begin + len(where)) if in_order else on_device(where, self.device),
             tuple(readings),
             tables,
-            torch.tensor([length for _, length, _ in asking], dtype=torch.int32, device=self.device),
+            on_device(np.array([length for _, length, _ in asking], np.int32), self.device),
         )
 
     def write(
@@ -341,7 +342,7 @@ class DeviceKV:
                 sources.append(source)
                 targets.append(target)
         if sources:
-            source_index, target_index = (torch.tensor(blocks, device=self.device) for blocks in (sources, targets))
+            source_index, target_index = (on_device(np.array(blocks), self.device) for blocks in (sources, targets))
             for data in self._data:
                 data[:, target_index] = data[:, source_index]
 

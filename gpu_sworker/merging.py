@@ -20,7 +20,5 @@ def merge_parts(
     parts: which of the rows (rising), their o [n, num_q_heads, head_dim] over a part of the keys, without sinks, and
     lse [n, num_q_heads] float32 there.  Every row is in some part.
     """
-    states = [
-        (torch.from_numpy(rows), PartialState(staging.to_device(o), staging.to_device(lse))) for rows, o, lse in parts
-    ]
+    states = [(rows, PartialState(staging.to_device(o), staging.to_device(lse))) for rows, o, lse in parts]
     return finished(merge_rows(states), spec.sinks)

@@ -138,6 +138,9 @@ def load(
         except (OSError, SafetensorError) as error:
             raise ModelNotFound(f"the weights in {directory} cannot be loaded: {first_line(error)}") from error
     _check_loaded(directory, model, info)
+    # Nothing is padded here, and GPT-2 would look for padding in every forward, which waits for the device.
+    for one in (model.config, model.config.get_text_config(decoder=True)):
+        one.pad_token_id = None
     with foreign_errors(lambda what: UnsupportedModel(config.model_type, f"its weights do not go to {device}: {what}")):
         return model.to(device).eval()
 

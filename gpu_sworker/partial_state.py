@@ -14,7 +14,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache, reduce
 
+import numpy as np
 import torch
+
+from gpu_sworker.staging import on_device
 
 
 @dataclass(frozen=True)
@@ -44,15 +47,19 @@ def merge(states: Sequence[PartialState]) -> PartialState:
     return PartialState(o.to(states[0].o.dtype), total)
 
 
-def merge_rows(parts: Sequence[tuple[torch.Tensor, PartialState]]) -> PartialState:
-    """Of rows that each part has some of: which ones, and their state there.  Every row is in some part."""
+def merge_rows(parts: Sequence[tuple[np.ndarray, PartialState]]) -> PartialState:
+    """Of rows that each part has some of: which ones, [n] int64 and rising, and their state there.
+
+    Every row is in some part.
+    """
     num_rows = 1 + max(int(rows[-1]) for rows, _ in parts)
     if all(len(rows) == num_rows for rows, _ in parts):
         return merge([state for _, state in parts])
     first = parts[0][1]
     o = first.o.new_zeros((num_rows, *first.o.shape[1:]))
     lse = first.lse.new_full((num_rows, first.lse.shape[1]), -torch.inf)
-    for rows, state in parts:
+    for numbers, state in parts:
+        rows = on_device(numbers, o.device)
         merged = merge([PartialState(o[rows], lse[rows]), state])
         o[rows], lse[rows] = merged.o, merged.lse
     return PartialState(o, lse)

@@ -37,7 +37,7 @@ class AttentionSpec:
 
 
 def probe(forward: Forward, num_layers: int) -> tuple[AttentionSpec, ...]:
-    """Runs `forward` (made with ``probing=True`` over NUM_PROBE_TOKENS tokens) and describes each layer.
+    """Runs `forward` (of a model set to PROBED_ATTENTION_NAME, over NUM_PROBE_TOKENS tokens) and describes each layer.
 
     Raises NotSplittable.
     """

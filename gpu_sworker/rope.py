@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from transformers import PretrainedConfig
 
+from gpu_sworker.staging import on_device
 from gpu_sworker.suspension import current_forward
 
 _BY_LENGTH = ("dynamic", "longrope")
@@ -84,7 +85,7 @@ class _PerSequenceRope:
         lengths, order, sizes = self._groups(kind, layer_type)
         if len(lengths) == 1:
             return self._alone(kind, lengths[0], x, position_ids, arguments)
-        sorted_ids = position_ids[..., torch.from_numpy(order).to(position_ids.device)]
+        sorted_ids = position_ids[..., on_device(order, position_ids.device)]
         forward = current_forward()
         is_newest = np.split((forward.lengths == forward.positions + 1)[order], np.cumsum(sizes)[:-1])
         tables = []
@@ -93,7 +94,7 @@ class _PerSequenceRope:
                 tables += [self._of_newest(kind, length, x, ids[..., :1], arguments)] * len(newest)
             else:
                 tables.append(self._alone(kind, length, x, ids, arguments))
-        back = torch.from_numpy(np.argsort(order)).to(position_ids.device)
+        back = on_device(np.argsort(order), position_ids.device)
         return tuple(torch.cat(parts, dim=-2)[..., back, :] for parts in zip(*tables, strict=True))
 
     def _of_newest(

@@ -15,6 +15,8 @@ from typing import NamedTuple, Self, TypeAlias, overload
 import numpy as np
 import torch
 
+from gpu_sworker.staging import on_device
+
 _SCORED_AT_A_TIME = 64  # rows
 
 TokenIds = np.ndarray | Sequence[int]
@@ -113,7 +115,7 @@ def sample(logits: torch.Tensor, rows: SamplingRows) -> Sampled:
         faults = torch.where(has_choice | ~is_sound, faults, RowFault.NOTHING_LEFT)
     random = np.flatnonzero(rows.temperature > 0)
     if len(random):
-        where = torch.from_numpy(random).to(logits.device)
+        where = on_device(random, logits.device)
         token_ids[where] = _draw(logits if len(random) == len(logits) else logits[where], rows, random)
     on_host = torch.stack((token_ids, faults)).cpu().numpy()  # together: each by itself would wait for the device
     return Sampled(on_host[0], _logprobs(raw, token_ids, rows.num_logprobs), on_host[1])
@@ -134,7 +136,7 @@ def _constrained(logits: torch.Tensor, rows: SamplingRows) -> torch.Tensor:
     if rows.biases:
         added = np.concatenate([values for _, _, values in rows.biases]).astype(np.float32)
         where = _pairs([(row, ids) for row, ids, _ in rows.biases], device)
-        logits[where] += torch.from_numpy(added).to(device)
+        logits[where] += on_device(added, device)
     if rows.penalties:
         _apply_penalties(logits, rows.penalties)
     return logits
@@ -144,7 +146,7 @@ def _pairs(of_rows: list[tuple[int, TokenIds]], device: torch.device) -> tuple[t
     """Row and token id of each, behind one another."""
     places = np.repeat([row for row, _ in of_rows], [len(ids) for _, ids in of_rows])
     ids = np.concatenate([np.asarray(ids, np.int64) for _, ids in of_rows])
-    return torch.from_numpy(places).to(device), torch.from_numpy(ids).to(device)
+    return on_device(places, device), on_device(ids, device)
 
 
 def score(logits: torch.Tensor, token_ids: torch.Tensor, num_logprobs: np.ndarray) -> list[TokenLogprobs]:
@@ -223,7 +225,7 @@ def _draw(logits: torch.Tensor, rows: SamplingRows, random: np.ndarray) -> torch
     device = logits.device
 
     def column(values: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(values[random]).to(device)[:, None]
+        return on_device(values[random], device)[:, None]
 
     logits = logits / column(rows.temperature)
     top_k, top_p, min_p = rows.top_k[random], rows.top_p[random], rows.min_p[random]
@@ -258,11 +260,11 @@ def _apply_penalties(logits: torch.Tensor, penalties: list[Penalties]) -> None:
     sizes = [len(of_row.token_ids) for of_row in penalties]
 
     def per_token(values: list[float]) -> torch.Tensor:
-        return torch.from_numpy(np.repeat(np.array(values, np.float32), sizes)).to(device)
+        return on_device(np.repeat(np.array(values, np.float32), sizes), device)
 
     rows = np.repeat([of_row.row for of_row in penalties], sizes)
-    places = torch.from_numpy(rows * vocab + np.concatenate([of_row.token_ids for of_row in penalties])).to(device)
-    counts = torch.from_numpy(np.concatenate([of_row.counts for of_row in penalties]).astype(np.float32)).to(device)
+    places = on_device(rows * vocab + np.concatenate([of_row.token_ids for of_row in penalties]), device)
+    counts = on_device(np.concatenate([of_row.counts for of_row in penalties]).astype(np.float32), device)
     flat = logits.view(-1)
     values = flat[places]
     if any(of_row.repetition != 1 for of_row in penalties):
@@ -280,7 +282,7 @@ def _logprobs(logits: torch.Tensor, token_ids: torch.Tensor, wanted: np.ndarray)
     rows = np.flatnonzero(wanted >= 0)
     if len(rows):
         if len(rows) < len(wanted):
-            where = torch.from_numpy(rows).to(logits.device)
+            where = on_device(rows, logits.device)
             logits, token_ids = logits[where], token_ids[where]
         for row, result in zip(rows.tolist(), score(logits, token_ids, wanted[rows]), strict=True):
             results[row] = result

@@ -160,13 +160,12 @@ class CudaStaging:
             for tensor in tensors:
                 tensor.record_stream(self._out)
                 source = tensor.detach().contiguous()
-                pinned.append(torch.empty(source.shape, dtype=source.dtype, pin_memory=True))
-                pinned[-1].copy_(source, non_blocking=True)
+                pinned.append(pinned_memory(source.shape, source.dtype).copy_(source, non_blocking=True))
             copied.record(self._out)
         return _CudaTransfer(pinned, self._began, computed, copied)
 
     def to_device(self, array: np.ndarray) -> torch.Tensor:
-        pinned = torch.empty(array.shape, dtype=torch.float32, pin_memory=True)
+        pinned = pinned_memory(array.shape, torch.float32)
         _copy(array, pinned)
         return pinned.to(self._device, non_blocking=True)
 
@@ -187,7 +186,7 @@ class CudaGathering:
 
     def put(self, rows: slice, o: np.ndarray) -> None:
         with torch.cuda.stream(self._in):
-            pinned = torch.empty(o.shape, dtype=self._all.dtype, pin_memory=True)
+            pinned = pinned_memory(o.shape, self._all.dtype)
             _copy(o, pinned)
             self._all[rows].copy_(pinned, non_blocking=True)
         self._end = rows.stop
@@ -203,7 +202,7 @@ class CudaGathering:
                 self._all[rows].copy_(o)
                 self._end = max(self._end, rows.stop)
             else:
-                self._all[torch.from_numpy(rows).to(self._device)] = o.to(self._all.dtype)
+                self._all[on_device(rows, self._device)] = o.to(self._all.dtype)
                 self._end = max(self._end, int(rows[-1]) + 1)
         assert self._num_there == self._end, "rows that nobody puts are the last ones"
         self._all[self._end :].zero_()
@@ -227,6 +226,24 @@ class _CudaTransfer:
             now = time.monotonic_ns()
             self.block_ns = now - round(self.began.elapsed_time(self.computed) * 1e6), now
         return [as_array(tensor) for tensor in self.pinned]
+
+
+def on_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """What the host has made for the device: of the array's own memory on a processor, elsewhere a copy on its way.
+
+    Whatever is launched behind it finds it there.
+    """
+    tensor = torch.from_numpy(array)
+    if device.type == "cpu":
+        return tensor
+    # From pageable memory the copy would wait for all that the device has to do.  torch's allocator gives pinned memory
+    # out again when the copies that were begun from it have ended.
+    return pinned_memory(tensor.shape, tensor.dtype).copy_(tensor).to(device, non_blocking=True)
+
+
+def pinned_memory(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Uninitialised memory of the host that a device copies from and to by itself."""
+    return torch.empty(shape, dtype=dtype, pin_memory=True)
 
 
 def as_array(tensor: torch.Tensor) -> np.ndarray:

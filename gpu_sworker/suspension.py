@@ -30,6 +30,9 @@ from greenlet import GreenletExit, getcurrent, greenlet
 from transformers import AttentionInterface, AttentionMaskInterface
 
 ATTENTION_NAME = "fastdecode"
+# For probing alone.  Where a mask function is registered, transformers first looks at the positions for packed
+# sequences, and evaluates what it sees: a wait for the device, once per kind of mask and forward.
+PROBED_ATTENTION_NAME = "fastdecode-probed"
 
 # Arguments that transformers passes along and that do not change what attention computes.
 _HARMLESS_ARGUMENTS = {
@@ -88,7 +91,6 @@ class Forward:
     run: Callable[[], torch.Tensor]
     positions: np.ndarray  # [T], see FlatBatch
     lengths: np.ndarray  # [T]
-    probing: bool = False
     mask_requests: list[MaskRequest] = field(default_factory=list)
     num_calls: int = 0
     result: torch.Tensor | None = None
@@ -163,19 +165,17 @@ def _suspend(
     return o[None], None
 
 
-def _no_mask(*args: Any, mask_function: Callable[..., torch.Tensor], **kwargs: Any) -> torch.Tensor | None:
-    """transformers' mask function: who attends to whom is known from positions, so there is none.
+def _note_mask(*args: Any, mask_function: Callable[..., torch.Tensor], **kwargs: Any) -> torch.Tensor:
+    """transformers' mask function while probing: notes what was asked for.
 
-    While probing it notes what was asked for and returns a tensor that can be recognised in the calls.
+    Otherwise there is none: who attends to whom is known from positions.  The tensor can be recognised in the calls.
     """
-    current = getcurrent()
-    if not (isinstance(current, _ForwardGreenlet) and current.forward.probing):
-        return None
     size = int(kwargs["q_length"])
     mask = torch.ones(1, 1, size, size, dtype=torch.bool, device=kwargs.get("device", "cpu")).tril()
-    current.forward.mask_requests.append(MaskRequest(mask_function, kwargs.get("local_size"), mask))
+    current_forward().mask_requests.append(MaskRequest(mask_function, kwargs.get("local_size"), mask))
     return mask
 
 
 AttentionInterface.register(ATTENTION_NAME, _suspend)
-AttentionMaskInterface.register(ATTENTION_NAME, _no_mask)
+AttentionInterface.register(PROBED_ATTENTION_NAME, _suspend)
+AttentionMaskInterface.register(PROBED_ATTENTION_NAME, _note_mask)

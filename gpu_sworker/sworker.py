@@ -36,8 +36,8 @@ from gpu_sworker.probe import (
 )
 from gpu_sworker.rope import make_rope_per_sequence, reach
 from gpu_sworker.sampler import Sampled, SamplingRows, TokenLogprobs, sample, score
-from gpu_sworker.staging import Gathering, Transfer, make_staging
-from gpu_sworker.suspension import AttentionCall, Forward
+from gpu_sworker.staging import Gathering, Transfer, make_staging, on_device
+from gpu_sworker.suspension import ATTENTION_NAME, PROBED_ATTENTION_NAME, AttentionCall, Forward
 
 PROMPT_KV_SHARE = 0.125  # of the free memory of the device, for K and V of prompts on their way in
 _MOST_PROMPT_KV = 64  # of the longest prompts: no more are on their way in at a time
@@ -238,7 +238,7 @@ class SWorker:
 
         logits: [n, vocab]; token_ids: [n] int64; num_logprobs: [n], of each row's most likely ones.
         """
-        return score(logits, torch.from_numpy(token_ids).to(logits.device), num_logprobs)
+        return score(logits, on_device(token_ids, logits.device), num_logprobs)
 
     def _probe(self, model_type: str, num_layers: int) -> tuple[AttentionSpec, ...]:
         ids = np.zeros(NUM_PROBE_TOKENS, np.int64)
@@ -248,16 +248,18 @@ class SWorker:
         with foreign_errors(lambda what: UnsupportedModel(model_type, f"its forward pass fails: {what}")):
             try:
                 with self.inference():
-                    layers = probe(self._start(alone, probing=True), num_layers)
+                    self._model.set_attn_implementation(PROBED_ATTENTION_NAME)
+                    layers = probe(self._start(alone), num_layers)
+                    self._model.set_attn_implementation(ATTENTION_NAME)
                     check_flat(self._start(flat), layers)
             except NotSplittable as reason:
                 raise UnsupportedModel(model_type, str(reason)) from reason
         return layers
 
-    def _start(self, batch: FlatBatch, probing: bool = False) -> Forward:
-        token_ids = torch.from_numpy(batch.token_ids)[None].to(self.device)
-        positions = torch.from_numpy(batch.positions)[None].to(self.device)
-        logits_rows = torch.from_numpy(batch.logits_rows).to(self.device)
+    def _start(self, batch: FlatBatch) -> Forward:
+        token_ids = on_device(batch.token_ids, self.device)[None]
+        positions = on_device(batch.positions, self.device)[None]
+        logits_rows = on_device(batch.logits_rows, self.device)
 
         def run() -> torch.Tensor:
             output = self._model(
@@ -268,4 +270,4 @@ class SWorker:
             )
             return output.logits[0]
 
-        return Forward(run, batch.positions, batch.known_lengths, probing=probing)
+        return Forward(run, batch.positions, batch.known_lengths)
