@@ -7,13 +7,11 @@ beside a GPU; but for the last microseconds, which a sleep would overrun.
 
 from __future__ import annotations
 
-import ctypes
 import math
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +25,7 @@ from gpu_sworker.prefill import PromptChunk
 from gpu_sworker.probe import AttentionSpec
 from gpu_sworker.rope import reach
 from gpu_sworker.sampler import RowFault, Sampled, SamplingRows, TokenLogprob, TokenLogprobs
+from gpu_sworker.sleeping import no_timer_slack
 from gpu_sworker.staging import HostGathering, HostStaging
 from gpu_sworker.suspension import AttentionCall
 from gpu_sworker.sworker import FlatBatch, KVRoom, ModelFacts
@@ -34,7 +33,6 @@ from gpu_sworker.sworker import FlatBatch, KVRoom, ModelFacts
 _TOKEN_ID = 3
 _POOL_TOKENS = 4096  # of made-up q, k, v; longer micro-batches repeat them
 _OVERRUN_S = 60e-6  # of a sleep, where the timer has no slack; watched instead
-_PR_SET_TIMERSLACK = 29  # <linux/prctl.h>; 50 us by default
 
 
 @dataclass(frozen=True)
@@ -114,7 +112,7 @@ class EmulatedSWorker:
 
     @contextmanager
     def inference(self) -> Iterator[None]:
-        _no_timer_slack()
+        no_timer_slack()
         with torch.inference_mode():
             yield
 
@@ -196,15 +194,3 @@ class EmulatedTransfer:
         while not self.is_done():
             pass
         return self.arrays
-
-
-def _no_timer_slack() -> None:
-    """For this thread: without it every sleep takes 80 us longer than asked for, with it 30."""
-    if prctl := _prctl():
-        prctl(_PR_SET_TIMERSLACK, 1, 0, 0, 0)
-
-
-@cache
-def _prctl() -> Callable[..., int] | None:
-    """None: this system has none."""
-    return getattr(ctypes.CDLL(None), "prctl", None)

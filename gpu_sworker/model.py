@@ -43,9 +43,12 @@ _ALIBI_MODELS = {"bloom", "mpt"}  # whose configuration does not say so
 
 
 def choose_device(device: str) -> torch.device:
-    """``auto``: CUDA if there is one.  Raises UnsupportedModel if the asked device is not there."""
+    """``auto``: CUDA if there is one.  Raises UnsupportedModel if the asked device is not there.
+
+    A card has its number: in another thread one without would be that thread's own.
+    """
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     try:
         chosen = torch.device(device)
     except RuntimeError as error:
@@ -54,6 +57,8 @@ def choose_device(device: str) -> torch.device:
         raise UnsupportedModel("any", f"{device!r} is not supported as a device; write auto, cpu, cuda or cuda:N")
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
         raise UnsupportedModel("any", f"device {device!r} is not there: {torch.cuda.device_count()} CUDA devices found")
+    if chosen.type == "cuda" and chosen.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
     return chosen
 
 

@@ -8,7 +8,7 @@ within a budget.
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,6 +36,7 @@ from gpu_sworker.probe import (
 )
 from gpu_sworker.rope import make_rope_per_sequence, reach
 from gpu_sworker.sampler import Sampled, SamplingRows, TokenLogprobs, sample, score
+from gpu_sworker.sleeping import no_timer_slack
 from gpu_sworker.staging import Gathering, Transfer, make_staging, on_device
 from gpu_sworker.suspension import ATTENTION_NAME, PROBED_ATTENTION_NAME, AttentionCall, Forward
 
@@ -155,7 +156,9 @@ class SWorker:
     @contextmanager
     def inference(self) -> Iterator[None]:
         """Enter once, around everything that drives forwards: it is thread state, see suspension.py."""
-        with torch.inference_mode():
+        if self.is_asynchronous:
+            no_timer_slack()
+        with self._at_device(), torch.inference_mode():
             yield
 
     def forward(self, batch: FlatBatch) -> Generator[AttentionCall, torch.Tensor, torch.Tensor]:
@@ -239,6 +242,10 @@ class SWorker:
         logits: [n, vocab]; token_ids: [n] int64; num_logprobs: [n], of each row's most likely ones.
         """
         return score(logits, on_device(token_ids, logits.device), num_logprobs)
+
+    def _at_device(self) -> AbstractContextManager[object]:
+        """What is made without a word of where is made there: other libraries' kernels, events, pinned memory."""
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
 
     def _probe(self, model_type: str, num_layers: int) -> tuple[AttentionSpec, ...]:
         ids = np.zeros(NUM_PROBE_TOKENS, np.int64)

@@ -41,7 +41,7 @@ def _calibrate(runtime: Runtime, largest_batch: int, on_progress: Callable[[str]
     facts = runtime.sworker.facts
     return Calibration(
         model=facts.model_type,
-        device=torch.cuda.get_device_name() if facts.device.startswith("cuda") else cpu_name(),
+        device=torch.cuda.get_device_name(facts.device) if facts.device.startswith("cuda") else cpu_name(),
         dtype=facts.dtype,
         kv_dtype=runtime.layout.dtype,
         host=platform.node(),
