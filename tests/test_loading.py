@@ -284,26 +284,44 @@ def test_panics_of_rust_code_are_foreign_errors() -> None:
 
 
 @pytest.mark.parametrize(
-    "said, stored, chosen",
+    "said, stored, has_bfloat16, chosen, told",
     [
-        (torch.bfloat16, "F16", torch.bfloat16),
-        (None, "F16", torch.float16),
-        (None, "BF16", torch.bfloat16),
-        (None, "F64", torch.float32),
+        (torch.bfloat16, "F16", True, torch.bfloat16, None),
+        (None, "F16", True, torch.float16, "torch.float16 is taken, that of the weights"),
+        (None, "BF16", True, torch.bfloat16, "torch.bfloat16 is taken, that of the weights"),
+        (None, "F32", True, torch.bfloat16, "the weights are torch.float32; torch.bfloat16 is taken"),
+        (None, "F32", False, torch.float16, "the weights are torch.float32; torch.float16 is taken"),
+        (None, "F64", True, torch.bfloat16, "write dtype=float32"),
+        (torch.float32, "F32", True, torch.float32, "dtype=bfloat16 takes half the memory"),
+        (torch.float32, "F32", False, torch.float32, "dtype=float16 takes half the memory"),
     ],
 )
-def test_dtype_on_cuda(said: torch.dtype | None, stored: str, chosen: torch.dtype) -> None:
-    """That of the configuration, or that of most of what is stored."""
+def test_dtype_on_cuda(
+    said: torch.dtype | None,
+    stored: str,
+    has_bfloat16: bool,
+    chosen: torch.dtype,
+    told: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """That of the configuration, or that of most of what is stored, or 16 bits; what may surprise is told."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0) if has_bfloat16 else (7, 5))
     tensors = {
         "norm": StoredTensor("F32", (8,)),
         "weight": StoredTensor(stored, (8, 8)),
         "mask": StoredTensor("U8", ()),
     }
     config = LlamaConfig(dtype=said)
-    assert stored_dtype(tensors) == {"F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}[stored]
+    dtypes = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
+    assert stored_dtype(tensors) == dtypes[stored]
     assert choose_dtype("auto", config, torch.device("cuda"), tensors) == chosen
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == (told is not None) and all(told in message for message in messages if told)
     assert choose_dtype("auto", config, torch.device("cpu"), tensors) == torch.float32
     assert choose_dtype("float16", config, torch.device("cuda"), tensors) == torch.float16
+    assert choose_dtype("float32", config, torch.device("cuda"), tensors) == torch.float32
+    assert len(caplog.records) == len(messages)
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,8 @@ class EngineConfig:
     """
     model: a Hugging Face model directory (config.json and *.safetensors).
     tokenizer: another directory to take the tokenizer from; default: the model's.
-    dtype: of the S-Part. ``auto``: the checkpoint's on CUDA, float32 on a CPU.
+    dtype: of the S-Part. ``auto``: float32 on a CPU; on CUDA what config.json says, or else the weights' own if they
+        have 16 bits, or else bfloat16 (float16 where the GPU has none), with a warning.
     device: ``auto`` (CUDA if there is one), ``cpu``, ``cuda``, ``cuda:N``; or ``emulated:a10``, ``v100``, ``h100`` or
         ``emulated:FILE`` of a calibration: no weights, made-up tokens, that device's time, and real R-workers.
     linear_kernel: how a CPU multiplies with weights: ``plain`` (torch's own way), ``onednn`` (weights rearranged once,
