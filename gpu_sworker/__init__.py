@@ -13,6 +13,7 @@ from gpu_sworker.errors import (
     ModelNotFound,
     SWorkerError,
     UnsupportedModel,
+    first_line,
     foreign_errors,
 )
 from gpu_sworker.memory import free_bytes
@@ -70,6 +71,7 @@ __all__ = [
     "derive_seed",
     "describe_model",
     "finished",
+    "first_line",
     "foreign_errors",
     "free_bytes",
     "generate_reference",

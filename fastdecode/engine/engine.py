@@ -24,6 +24,7 @@ from fastdecode.engine.recovery import Recovery, pairs
 from fastdecode.engine.requests import Failure, LiveRequests
 from fastdecode.engine.row_faults import RowFaults
 from fastdecode.engine.sampling import StepResult, sampling_rows, scoring_rows
+from fastdecode.engine.shortage import Shortage
 from fastdecode.engine.step_records import StepRecords
 from fastdecode.errors import RWorkerError
 from fastdecode.holders.device import DeviceHolder
@@ -36,7 +37,7 @@ from fastdecode.scheduling.plan import Step
 from fastdecode.scheduling.request import Sequence
 from fastdecode.scheduling.scheduler import Scheduler
 from fastdecode.text.tokenizer import Tokenizer
-from gpu_sworker import EmulatedSWorker, SWorker
+from gpu_sworker import EmulatedSWorker, SWorker, first_line
 
 
 class Engine:
@@ -73,6 +74,7 @@ class Engine:
         self._requests = LiveRequests(tokenizer)
         self._num_requests = 0
         self._recovery = Recovery(rpool, self._pipeline, scheduler)
+        self._shortage = Shortage(scheduler, self._recovery)
         self._faults = RowFaults(sworker.facts.dtype)
         self._guard = Guard()
         self._records = StepRecords(scheduler, rpool, on_step)
@@ -200,14 +202,22 @@ class Engine:
 
         A lost R-worker costs its sequences' KV: they are computed again on the others, from prompt and output, and go
         on with the same tokens.  While none is left and one may come back, a step is a short wait for it.  Raises
-        RWorkerError when none is left or comes back, and from then on always.  Broken off by anything else (Ctrl-C, out
-        of memory), it ends all requests without an output, and the engine goes on.
+        RWorkerError when none is left or comes back, and from then on always.  What the device has no memory for is
+        done again by smaller steps.  Broken off by anything else (Ctrl-C), it ends all requests without an output, and
+        the engine goes on.
         """
         with self._whole():
-            return self._step()
+            self._recover()
+            try:
+                return self._step()
+            except torch.OutOfMemoryError as error:
+                told = first_line(error)
+            failures = self._shortage.note(told)  # behind the error, whose frames hold what took the memory
+            self._recover()
+            self._fail(failures)
+            return self._requests.take_failed()
 
     def _step(self) -> list[RequestOutput]:
-        self._recover()
         self._begin_lanes()
         passed = self._run()
         if passed is None:
@@ -217,6 +227,7 @@ class Engine:
             result = self._sample(step, logits)
         self._timeline.count("live KV tokens", sum(self._scheduler.kv_tokens) + self._scheduler.device_kv_tokens)
         self._records.tell(step)
+        self._shortage.passed()
         with self._timeline.span("commit", step.lane):
             return self._commit(step, result) + self._requests.take_failed()
 

@@ -25,7 +25,7 @@ from fastdecode.engine.requests import Failure
 from fastdecode.errors import RequestError, RWorkerError
 from fastdecode.holders.rpool import RPool
 from fastdecode.scheduling.request import Sequence
-from fastdecode.scheduling.scheduler import Scheduler
+from fastdecode.scheduling.scheduler import Loss, Scheduler
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +58,14 @@ class Recovery:
         self._noted.append(error)
         self._unsettled.update(unsettled)
 
+    def break_off(self, *, all_anew: bool) -> None:
+        """All steps under way did not happen, and no R-worker is to blame; the next `run` brings all to rest.
+
+        all_anew: who decodes in them starts again, too.
+        """
+        self._is_restless = True
+        self._take_back(self._scheduler.break_off(self._unbegun, all_anew=all_anew))
+
     def rest(self) -> None:
         """After an interrupt, wherever it was, and when all sequences have ended: whatever R-workers may still know of
         is released, and they come to rest.  If one is lost meanwhile, the next `run` goes on with it.
@@ -77,6 +85,7 @@ class Recovery:
         is left or comes back, and from then on always.  Interrupted, it is begun anew by the next call; all sequences
         have to have ended by then, and `rest` be called.
         """
+        is_loss = False
         while self._final or self._noted or self._is_restless:
             if self._final:
                 raise self._final
@@ -89,21 +98,29 @@ class Recovery:
                     continue
                 where = "on the others" if self._rpool.alive else "when one is back"
                 logger.warning("%s.  What it held is computed again %s", error, where)
-                unbegun = set(self._scheduler.under_way).difference(self._pipeline.under_way)
-                loss = self._scheduler.lose(error.r_worker, unbegun)
-                self._pipeline.break_off(loss.broken)
-                self._unsettled.update(pairs(loss.released))
-                for worker, kept in loss.kept.items():
-                    self._kept.setdefault(worker, {}).update(kept)
+                self._take_back(self._scheduler.lose(error.r_worker, self._unbegun))
                 self._kept.pop(error.r_worker, None)
                 self._noted.popleft()  # interrupted before, it is dealt with again
+                is_loss = True
             if self._settle():
-                self._rpool.totals.num_recoveries += 1
+                self._rpool.totals.num_recoveries += is_loss
         self._join()
         if self._is_checked or self._last_loss is None:
             return []
         self._is_checked = True
         return [_no_room(sequence, self._last_loss) for sequence in self._scheduler.homeless()]
+
+    @property
+    def _unbegun(self) -> set[int]:
+        """Lanes whose steps were scheduled, and are not under way: perhaps not everybody was told of them."""
+        return set(self._scheduler.under_way).difference(self._pipeline.under_way)
+
+    def _take_back(self, loss: Loss) -> None:
+        """Here, what did not happen; R-workers are told when all come to rest."""
+        self._pipeline.break_off(loss.broken)
+        self._unsettled.update(pairs(loss.released))
+        for worker, kept in loss.kept.items():
+            self._kept.setdefault(worker, {}).update(kept)
 
     def _settle(self) -> bool:
         """Whether all came to rest; who did not is lost, and noted."""

@@ -40,6 +40,7 @@ KINDS = {
     "loading": Kind(503, _UNAVAILABLE, retry_after_s=2),
     "draining": Kind(503, _UNAVAILABLE, retry_after_s=5),  # of another server, or of this one's successor
     "cancelled": Kind(503, _UNAVAILABLE),  # it was running when the server had to end
+    "out_of_memory": Kind(503, _UNAVAILABLE, retry_after_s=5),  # the device has none for what runs, however little
     # Ours
     "invalid_logits": Kind(500, _SERVER),  # the model's logits were NaN or infinite; its neighbours go on
     "tokenizer_failed": Kind(500, _SERVER),  # the model's tokenizer cannot decode what was generated

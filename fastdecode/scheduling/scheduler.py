@@ -43,7 +43,7 @@ _MOST_FILLINGS = 4  # of all seats, that wait
 
 @dataclass(frozen=True)
 class Loss:
-    """What is to be done on the R-workers that are left, after one was lost."""
+    """What is to be done on the R-workers that are there, after steps did not happen."""
 
     broken: frozenset[int]  # lanes whose steps did not happen
     released: dict[int, list[int]]  # R-worker, the lost one too -> sequences that start anew
@@ -57,6 +57,7 @@ class Scheduler:
         self._num_steps = 0
         self._round = 1
         self._lanes_in_round: set[int] = set()  # that had their step in it
+        self._step_tokens = config.lane_limits(1 if config.times else config.num_lanes).tokens
         self.prefix_counts = PrefixCounts()
         self._begin(config.capacity_blocks)
 
@@ -88,6 +89,7 @@ class Scheduler:
             config, self._waiting, self._running, self._load, self._credits, self._prompt_room, self._prefixes,
             self._prospects,
         )  # fmt: skip
+        self._starts.step_tokens = self._step_tokens
 
     @property
     def num_waiting(self) -> int:
@@ -196,6 +198,19 @@ class Scheduler:
         """Lanes whose step is."""
         return [lane.index for lane in self._lanes if lane.step]
 
+    @property
+    def steps_under_way(self) -> list[Step]:
+        return [lane.step for lane in self._lanes if lane.step]
+
+    @property
+    def step_tokens(self) -> int:
+        """Of a lane's step, at most; but all that decode are in it."""
+        return self._step_tokens
+
+    @step_tokens.setter
+    def step_tokens(self, num_tokens: int) -> None:
+        self._step_tokens = self._starts.step_tokens = num_tokens
+
     def schedule(self, index: int = 0) -> Step | None:
         """The next step of a lane that has none under way; None if there is nothing to do, or no memory for it before
         another lane has had its step.
@@ -296,44 +311,21 @@ class Scheduler:
 
         unbegun: lanes whose steps were scheduled, and perhaps not told to all R-workers.
         """
-        broken = [lane for lane in self._lanes if lane.step and (lane.needs(worker) or lane.index in unbegun)]
-        loss = Loss(frozenset(lane.index for lane in broken), {}, {})
-        for lane in broken:
-            assert lane.step
-            for segment in lane.step.segments:
-                if segment.seq_id in lane.leaving:
-                    continue
-                parts = self._running[segment.seq_id].parts
-                if segment.is_prompt or any(part.r_worker == worker for part in parts):
-                    for part in parts:
-                        loss.released.setdefault(part.r_worker, []).append(segment.seq_id)
-                else:
-                    for r_worker, num_tokens in lengths(reached(parts, segment.end), segment.start):
-                        loss.kept.setdefault(r_worker, {})[segment.seq_id] = num_tokens
-            if lane.index in unbegun:
-                for r_worker, seq_ids in lane.step.preempted.items():
-                    loss.released.setdefault(r_worker, []).extend(seq_ids)
-                for r_worker, cut in lane.step.cut.items():  # of those that may have been told nobody keeps any more
-                    self._prefixes.forget(r_worker, cut)
-                    loss.released.setdefault(r_worker, []).extend(cut)
-            lane.step = None
-            gone, lane.leaving = lane.leaving, {}
-            for sequence in gone.values():
-                self._let_go(sequence, loss.released)
-        to_wait = {(r_worker, seq_id) for r_worker, seq_ids in loss.released.items() for seq_id in seq_ids}
-        for sequence in list(self._running):
-            places = [(part.r_worker, sequence.seq_id) for part in sequence.parts]
-            if sequence.is_on(worker) or not to_wait.isdisjoint(places):
-                self._put_back(sequence, may_stay=False)
-                for r_worker, seq_id in places:
-                    if (r_worker, seq_id) not in to_wait:
-                        loss.released.setdefault(r_worker, []).append(seq_id)
+        lost = {lane.index for lane in self._lanes if lane.needs(worker)}
+        loss = self._undo(lost.union(unbegun), unbegun, worker)
         for pending in (self._preempted, self._freed):
             pending.pop(worker, None)
         self._prefixes.lose(worker)
         self._credits.lose(worker)
         self._load.measure_memory()
         return loss
+
+    def break_off(self, unbegun: Collection[int] = (), *, all_anew: bool = False) -> Loss:
+        """All steps under way did not happen, though no R-worker is gone; the rest is as in `lose`.
+
+        all_anew: what decodes waits to be computed again, like prompts.
+        """
+        return self._undo(self.under_way, unbegun, all_anew=all_anew)
 
     def kept(self, worker: int) -> set[int]:
         """Sequences that have ended, and whose KV the R-worker has still, for others to begin with."""
@@ -382,6 +374,44 @@ class Scheduler:
         for lane in self._lanes:
             lane.check_integrity()
             assert len(lane) <= self._config.lane_limits(1 if self._placement else len(self._lanes)).seats
+
+    def _undo(
+        self, lanes: Collection[int], unbegun: Collection[int], lost: int | None = None, *, all_anew: bool = False
+    ) -> Loss:
+        """Steps of these lanes, some of which may not have been told to all; see `lose`.  lost: R-worker"""
+        broken = [lane for lane in self._lanes if lane.step and lane.index in lanes]
+        loss = Loss(frozenset(lane.index for lane in broken), {}, {})
+        for lane in broken:
+            assert lane.step
+            for segment in lane.step.segments:
+                if segment.seq_id in lane.leaving:
+                    continue
+                parts = self._running[segment.seq_id].parts
+                if all_anew or segment.is_prompt or any(part.r_worker == lost for part in parts):
+                    for part in parts:
+                        loss.released.setdefault(part.r_worker, []).append(segment.seq_id)
+                else:
+                    for r_worker, num_tokens in lengths(reached(parts, segment.end), segment.start):
+                        loss.kept.setdefault(r_worker, {})[segment.seq_id] = num_tokens
+            if lane.index in unbegun:
+                for r_worker, seq_ids in lane.step.preempted.items():
+                    loss.released.setdefault(r_worker, []).extend(seq_ids)
+                for r_worker, cut in lane.step.cut.items():  # of those that may have been told nobody keeps any more
+                    self._prefixes.forget(r_worker, cut)
+                    loss.released.setdefault(r_worker, []).extend(cut)
+            lane.step = None
+            gone, lane.leaving = lane.leaving, {}
+            for sequence in gone.values():
+                self._let_go(sequence, loss.released)
+        to_wait = {(r_worker, seq_id) for r_worker, seq_ids in loss.released.items() for seq_id in seq_ids}
+        for sequence in list(self._running):
+            places = [(part.r_worker, sequence.seq_id) for part in sequence.parts]
+            if (lost is not None and sequence.is_on(lost)) or not to_wait.isdisjoint(places):
+                self._put_back(sequence, may_stay=False)
+                for r_worker, seq_id in places:
+                    if (r_worker, seq_id) not in to_wait:
+                        loss.released.setdefault(r_worker, []).append(seq_id)
+        return loss
 
     def _round_of(self, lane: Lane) -> int:
         """Which one the lane's coming step is in: it has one in each."""

@@ -57,12 +57,18 @@ class Starts:
         self._config, self._waiting, self._running = config, waiting, running
         self._load, self._credits, self._prospects = load, credits, prospects
         self._prompt_room, self._prefixes = prompt_room, prefixes
+        self.step_tokens = 1 << 40  # see `Scheduler.step_tokens`
         self.use_lanes(config.num_lanes)
         self.num_places = config.num_seats  # sequences that ran when a step with budget left let others wait; or all
 
     def use_lanes(self, num_lanes: int) -> None:
         """So many share what runs."""
         self._num_lanes, self._lane = num_lanes, self._config.lane_limits(num_lanes)
+
+    @property
+    def _lane_tokens(self) -> int:
+        """Of a lane's step, at most."""
+        return min(self._lane.tokens, self.step_tokens)
 
     def has_place(self, first: Sequence, number: int) -> bool:
         """Or nobody has to make one for it."""
@@ -81,7 +87,7 @@ class Starts:
 
     @property
     def _whole_step(self) -> _Left:
-        return _Left(self._lane.tokens, self._config.max_scored_rows)
+        return _Left(self._lane_tokens, self._config.max_scored_rows)
 
     def prompts(self, lane: Lane, number: int) -> tuple[list[Segment], list[Admission]]:
         """Goes on with the prompt that is on its way, then lets waiting sequences start, as far as the budget goes.
@@ -200,7 +206,7 @@ class Starts:
         last_chunk = step
         if self._config.split_fuse:
             # Each later step has at least this for its prompt: nothing that starts after it goes before it.
-            each = max(1, self._lane.tokens - len(self._running) // self._num_lanes)
+            each = max(1, self._lane_tokens - len(self._running) // self._num_lanes)
             now = left.tokens
             if sequence.num_scored < sequence.num_to_score:
                 each, now = min(each, self._config.max_scored_rows), min(now, left.scored_rows)

@@ -41,7 +41,7 @@ _STEP_TOKENS = tuple(float(1 << power) for power in (0, *range(3, 15)))
 
 _REASONS = ("stop", "length", "abort", "error")  # of an end; vLLM's words
 # Codes of what fails in the middle
-_FAILURES = ("invalid_logits", "tokenizer_failed", "worker_lost", "invalid_request")
+_FAILURES = ("invalid_logits", "tokenizer_failed", "worker_lost", "out_of_memory", "invalid_request")
 _STATES = ("loading", "ready", "degraded", "draining", "dead")
 
 
