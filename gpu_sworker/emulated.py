@@ -117,13 +117,20 @@ class EmulatedSWorker:
             yield
 
     def forward(self, batch: FlatBatch) -> Generator[AttentionCall, torch.Tensor, torch.Tensor]:
-        num_tokens = len(batch.token_ids)
+        yield from self._calls(len(batch.token_ids))
+        return torch.zeros(len(batch.logits_rows), 1)
+
+    def forward_through(self, batch: FlatBatch, attend: Callable[[AttentionCall], torch.Tensor]) -> torch.Tensor:
+        for call in self._calls(len(batch.token_ids)):
+            attend(call)
+        return torch.zeros(len(batch.logits_rows), 1)
+
+    def _calls(self, num_tokens: int) -> Iterator[AttentionCall]:
         for layer, spec in enumerate(self.facts.layers):
             self.spend(self.block_seconds(num_tokens))
             q = self._rows(spec.num_q_heads, spec.head_dim, num_tokens)
             kv = self._rows(spec.num_kv_heads, spec.head_dim, num_tokens)
             yield AttentionCall(layer, q, kv, kv, spec.scale, spec.softcap, None, spec.window, None, True, ())
-        return torch.zeros(len(batch.logits_rows), 1)
 
     def attend_prompt(self, call: AttentionCall, chunk: PromptChunk) -> torch.Tensor:
         return call.q[chunk.rows]

@@ -14,13 +14,16 @@ goes on when somebody brings o.
     resume(o) ───────────────► last layer, norm, LM head
           ◄──────── result ────┘
 
+A forward whose rows all attend where it runs need not be left: `attend` is called in place of each switch back, and
+the forward runs from its start to its result.
+
 Thread state is shared by all suspended forwards of a thread.  So a context manager that sets some
 (`torch.inference_mode`) must be entered once around the loop that drives them, never inside one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -70,9 +73,20 @@ class AttentionCall:
     def first(self, num_tokens: int) -> AttentionCall:
         """The same, of no more tokens than these; the others are padding."""
         num_padding = len(self.q) - num_tokens
+        if not num_padding:
+            return self
         return replace(
             self, q=self.q[:num_tokens], k=self.k[:num_tokens], v=self.v[:num_tokens], num_padding=num_padding
         )
+
+    def join(self, answers: Sequence[torch.Tensor]) -> torch.Tensor:
+        """o of all rows, those of the padding too, from o of some behind one another; what is all of it is not copied.
+
+        # [T + num_padding, num_q_heads, head_dim], in C order
+        """
+        if self.num_padding:
+            answers = [*answers, answers[0].new_zeros(self.num_padding, *answers[0].shape[1:])]
+        return answers[0].contiguous() if len(answers) == 1 else torch.cat(list(answers))
 
 
 @dataclass
@@ -91,6 +105,7 @@ class Forward:
     run: Callable[[], torch.Tensor]
     positions: np.ndarray  # [T], see FlatBatch
     lengths: np.ndarray  # [T]
+    attend: Callable[[AttentionCall], torch.Tensor] | None = None  # answers the calls; None: who resumes does
     mask_requests: list[MaskRequest] = field(default_factory=list)
     num_calls: int = 0
     result: torch.Tensor | None = None
@@ -161,7 +176,7 @@ def _suspend(
         ),
     )
     forward.num_calls += 1
-    o = cast(torch.Tensor, current.parent.switch(call))
+    o = forward.attend(call) if forward.attend else cast(torch.Tensor, current.parent.switch(call))
     return o[None], None
 
 

@@ -7,7 +7,7 @@ within a budget.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -166,19 +166,25 @@ class SWorker:
 
         o may bring the rows of the call's padding, as that of `gather` does; otherwise it is copied to get them.
         """
-        given = batch.padded() if self.facts.linear_kernel == "onednn" else batch
-        num_tokens, num_more = len(batch.token_ids), len(given.token_ids) - len(batch.token_ids)
-        forward = self._start(given)
+        forward, num_tokens = self._start(self._padded(batch)), len(batch.token_ids)
         try:
             self._staging.begin()
             call = forward.resume()
             while call is not None:
-                o = yield call.first(num_tokens) if num_more else call
+                o = yield call.first(num_tokens)
                 self._staging.begin()
-                call = forward.resume(pad(o, (0, 0, 0, 0, 0, num_more)) if num_more and len(o) == num_tokens else o)
+                call = forward.resume(_for_all_rows(o, call))
                 del o  # its memory may be a transport's, and is wanted back
         finally:
             forward.abandon()
+        assert forward.result is not None
+        return forward.result[: len(batch.logits_rows)]
+
+    def forward_through(self, batch: FlatBatch, attend: Callable[[AttentionCall], torch.Tensor]) -> torch.Tensor:
+        """What `forward` returns, without its pauses: `attend` is called where that yields, and may raise."""
+        forward, num_tokens = self._start(self._padded(batch)), len(batch.token_ids)
+        forward.attend = lambda call: _for_all_rows(attend(call.first(num_tokens)).to(self.dtype), call)
+        forward.resume()
         assert forward.result is not None
         return forward.result[: len(batch.logits_rows)]
 
@@ -247,6 +253,9 @@ class SWorker:
         """What is made without a word of where is made there: other libraries' kernels, events, pinned memory."""
         return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
 
+    def _padded(self, batch: FlatBatch) -> FlatBatch:
+        return batch.padded() if self.facts.linear_kernel == "onednn" else batch
+
     def _probe(self, model_type: str, num_layers: int) -> tuple[AttentionSpec, ...]:
         ids = np.zeros(NUM_PROBE_TOKENS, np.int64)
         alone = FlatBatch(ids, np.arange(NUM_PROBE_TOKENS), np.array([NUM_PROBE_TOKENS - 1]))
@@ -278,3 +287,9 @@ class SWorker:
             return output.logits[0]
 
         return Forward(run, batch.positions, batch.known_lengths)
+
+
+def _for_all_rows(o: torch.Tensor, call: AttentionCall) -> torch.Tensor:
+    """With the rows of the padding, which may be there already."""
+    num_more = len(call.q) - len(o)
+    return pad(o, (0, 0, 0, 0, 0, num_more)) if num_more else o

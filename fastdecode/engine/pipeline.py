@@ -10,6 +10,9 @@ lanes use the device never depends on who happens to be ready.
 A device that works by itself is given the next S-block as soon as its o is there, be it still busy with another
 lane's; what it has finished is sent on meanwhile.  Where a S-block is computed in its call, on the CPU, the same loop
 sends it on at once.  With one lane it is the serial definition; the tokens are the same.
+
+These turns are for the R-workers' sake.  While no lane has rows there, a step attends inside its forward, which goes
+through all layers at once; then it is the next lane's turn.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from fastdecode.holders.device import DeviceHolder
+from fastdecode.holders.device import DeviceHolder, HeldRows
 from fastdecode.holders.rpool import RPool, Ticket
 from fastdecode.observe.timeline import S_DEVICE, Timeline
 from fastdecode.scheduling.plan import Step
@@ -39,9 +42,10 @@ class _Flight:
 
     step: Step
     ticket: Ticket
-    forward: _Forward
+    batch: FlatBatch
     prompts: tuple[PromptChunk, ...]  # those that attend on the S-worker to what they bring
-    has_device_rows: bool
+    held: list[HeldRows]  # on the S-worker's device
+    forward: _Forward | None = None  # layer by layer; None: it has not begun, or goes through all layers at once
     call: AttentionCall | None = None  # that it is at; None: before the first one
     transfer: Transfer | None = None  # of that call's q, k, v to the host
     in_use: list[np.ndarray] = field(default_factory=list)  # what was sent, until it is answered
@@ -69,7 +73,7 @@ class Pipeline:
         return list(self._flights)
 
     def begin(self, step: Step) -> None:
-        """Of a lane that has none under way: its first S-block.  Raises RWorkerError."""
+        """Of a lane that has none under way; its first S-block, if lanes take turns.  Raises RWorkerError."""
         assert step.lane not in self._flights, "a lane has one step at a time"
         self.release(step.preempted)
         for holder in (self._rpool, self._device) if self._device else (self._rpool,):
@@ -77,13 +81,13 @@ class Pipeline:
             holder.admit(step.admissions)
             holder.fork(step.forkings)
         ticket = self._rpool.begin(step)
-        is_here = self._device.begin(step) if self._device else False
-        flight = _Flight(step, ticket, self._sworker.forward(flatten(step)), _prompts(step), is_here)
-        self._flights[step.lane] = flight
-        with self._sworker.inference():
-            with self._timeline.span(self._block_span, step.lane, 0):
-                flight.call = next(flight.forward)
-            self._stage(flight)
+        held = self._device.begin(step) if self._device else []
+        self._flights[step.lane] = _Flight(step, ticket, flatten(step), _prompts(step), held)
+        if self._takes_turns():
+            with self._sworker.inference():
+                for flight in self._flights.values():
+                    if not flight.forward:
+                        self._begin_layers(flight)
 
     def run(self) -> tuple[Step, torch.Tensor]:
         """The layers of all lanes, until the first one is through.  Raises RWorkerError.
@@ -91,6 +95,9 @@ class Pipeline:
         Logits: [rows of `flatten`, vocab].
         """
         with self._sworker.inference():
+            first = next(iter(self._flights.values()))
+            if not first.forward:
+                return self._ended(first, self._go_through(first))
             while True:
                 computing = self._computing[0] if self._computing else None
                 attending = self._attending[0] if self._attending else None
@@ -102,9 +109,7 @@ class Pipeline:
                     flight = self._attending.popleft()
                     logits = self._resume(flight, self._collect(flight))
                     if logits is not None:
-                        self._rpool.void(flight.ticket)
-                        del self._flights[flight.lane]
-                        return flight.step, logits
+                        return self._ended(flight, logits)
                 else:
                     assert computing, "a step was begun"
                     self._await(computing, attending)
@@ -115,7 +120,8 @@ class Pipeline:
             for queue in (self._computing, self._attending):
                 if flight in queue:
                     queue.remove(flight)
-            flight.forward.close()
+            if flight.forward:
+                flight.forward.close()
             self._rpool.void(flight.ticket)
             del self._flights[flight.lane]
 
@@ -149,9 +155,35 @@ class Pipeline:
         if self._device:
             self._device.forget_all()
 
+    def _takes_turns(self) -> bool:
+        """Layer by layer: R-workers would wait for all layers of other lanes."""
+        return any(flight.ticket.shares for flight in self._flights.values())
+
+    def _begin_layers(self, flight: _Flight) -> None:
+        flight.forward = self._sworker.forward(flight.batch)
+        with self._timeline.span(self._block_span, flight.lane, 0):
+            flight.call = next(flight.forward)
+        self._stage(flight)
+
+    def _go_through(self, flight: _Flight) -> torch.Tensor:
+        """All layers, of a step that has nothing on R-workers.  # [num_sampled + num_scored, vocab]"""
+
+        def attend(call: AttentionCall) -> torch.Tensor:
+            made = [(chunk.rows, self._sworker.attend_prompt(call, chunk)) for chunk in flight.prompts]
+            made += self._device.attend(flight.held, call) if self._device else []
+            return call.join([o for _, o in sorted(made, key=lambda part: part[0].start)])
+
+        with self._timeline.span("forward", flight.lane):
+            return self._sworker.forward_through(flight.batch, attend)
+
+    def _ended(self, flight: _Flight, logits: torch.Tensor) -> tuple[Step, torch.Tensor]:
+        self._rpool.void(flight.ticket)
+        del self._flights[flight.lane]
+        return flight.step, logits
+
     def _resume(self, flight: _Flight, o: torch.Tensor) -> torch.Tensor | None:
         """The next S-block; after the last one the logits.  # [num_sampled + num_scored, vocab]"""
-        assert flight.call
+        assert flight.call and flight.forward
         try:
             with self._timeline.span(self._block_span, flight.lane, flight.call.layer + 1):
                 flight.call = flight.forward.send(o)
@@ -182,7 +214,7 @@ class Pipeline:
             self._timeline.add(S_DEVICE, "S-block", *flight.transfer.block_ns, *where)
         with self._timeline.span("send", *where):
             self._rpool.submit(flight.ticket, *flight.in_use)
-        flight.made_here = None if flight.prompts or flight.has_device_rows else []
+        flight.made_here = None if flight.prompts or flight.held else []
         self._attending.append(flight)
 
     def _attend_here(self, flight: _Flight) -> list[tuple[slice, torch.Tensor]]:
@@ -196,10 +228,10 @@ class Pipeline:
 
     def _attend_on_device(self, flight: _Flight) -> list[tuple[slice, torch.Tensor]]:
         assert flight.call
-        if not self._device or not flight.has_device_rows:
+        if not self._device or not flight.held:
             return []
         with self._timeline.span("device attention", flight.lane, flight.call.layer):
-            return self._device.attend(flight.step, flight.call)
+            return self._device.attend(flight.held, flight.call)
 
     def _collect(self, flight: _Flight) -> torch.Tensor:
         """o of all rows, each R-worker's put into its place as it comes.  # [T, num_q_heads, head_dim]"""

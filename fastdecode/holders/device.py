@@ -1,8 +1,8 @@
 """K and V on the S-worker's own device, beside those that R-workers have: the same promises, and no wire.
 
-    rows of a step    [decodes on the device][… of R-workers …][prompts on the device]
-    begin(step)       room for their tokens
-    attend(layer)     their K and V are written, their queries answered
+    rows of a step        [decodes on the device][… of R-workers …][prompts on the device]
+    begin(step)           room for their tokens; which rows these are
+    attend(rows, call)    their K and V are written, their queries answered
 
 Where the device is a processor, an R-worker in the S-worker's thread does it, with its kernels; a GPU has a store of
 its own, and an emulated one takes its time.  What the scheduler calls R-worker `DEVICE` is here.
@@ -11,7 +11,8 @@ its own, and an emulated one takes its time.  What the scheduler calls R-worker 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Protocol
+from itertools import groupby
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ import torch
 from cpu_attention import RWorker
 from fastdecode.errors import DeviceKVFailed
 from fastdecode.scheduling.parts import DEVICE
-from fastdecode.scheduling.plan import Admission, Forking, Segment, Step
+from fastdecode.scheduling.plan import Admission, Forking, Step
 from gpu_sworker import AttentionCall, AttentionSpec, DeviceKV, DeviceRows, as_array, as_tensor, finished
 from transport import Admit, Attend, Attended, Fork, Hello, Message, Release, Rewind, Rows, Welcome
 
@@ -52,6 +53,14 @@ class Store(Protocol):
         """Nothing is there any more, whatever this was in the middle of."""
 
     def close(self) -> None: ...
+
+
+class HeldRows(NamedTuple):
+    """Rows of a step of one kind."""
+
+    key: int  # as the store knows them
+    rows: slice
+    are_queried: bool
 
 
 class DeviceHolder:
@@ -99,34 +108,33 @@ class DeviceHolder:
         self._store.reset()
         self._held.clear()
 
-    def begin(self, step: Step) -> bool:
-        """Room for the step's tokens.  Whether it has rows here."""
-        decodes, num_decodes = step.decodes, step.num_device_decodes
+    def begin(self, step: Step) -> list[HeldRows]:
+        """Room for the step's tokens.  Its rows here, in their order."""
+        decodes, num_decodes, held = step.decodes, step.num_device_decodes, list[HeldRows]()
         if num_decodes:
+            held.append(HeldRows(_key(step, _DECODES), slice(0, num_decodes), True))
             seq_ids, positions = decodes.seq_ids[:num_decodes], decodes.positions[:num_decodes]
             ones = np.ones(num_decodes, np.int32)
-            self._store.begin(_key(step, _DECODES), step.number, seq_ids, positions.astype(np.int32), ones, ones)
-        for kind, prompts in _kinds(step):
-            if prompts:
-                columns = np.array([(s.seq_id, s.start, s.num_tokens) for s in prompts], np.int64).T
-                starts, counts = columns[1:].astype(np.int32)
-                queries = counts if kind == _ATTENDING else np.zeros_like(counts)
-                self._store.begin(_key(step, kind), step.number, columns[0].copy(), starts, counts, queries)
-        return bool(num_decodes or step.device_prompts)
+            self._store.begin(held[-1].key, step.number, seq_ids, positions.astype(np.int32), ones, ones)
+        row = step.stored.stop
+        for are_queried, prompts in groupby(step.device_prompts, key=lambda prompt: prompt.is_remote):
+            columns = np.array([(s.seq_id, s.start, s.num_tokens) for s in prompts], np.int64).T
+            starts, counts = columns[1:].astype(np.int32)
+            end = row + int(counts.sum())
+            held.append(HeldRows(_key(step, _ATTENDING if are_queried else _WRITTEN), slice(row, end), are_queried))
+            queries = counts if are_queried else np.zeros_like(counts)
+            self._store.begin(held[-1].key, step.number, columns[0].copy(), starts, counts, queries)
+            row = end
+        return held
 
-    def attend(self, step: Step, call: AttentionCall) -> list[tuple[slice, torch.Tensor]]:
-        """Rows, and their o; K and V of all rows here are written."""
-        kinds, begin = [(_DECODES, slice(0, step.num_device_decodes))], step.stored.stop
-        for kind, prompts in _kinds(step):
-            kinds.append((kind, slice(begin, begin + sum(s.num_tokens for s in prompts))))
-            begin = kinds[-1][1].stop
+    def attend(self, held: Iterable[HeldRows], call: AttentionCall) -> list[tuple[slice, torch.Tensor]]:
+        """Rows, and their o; K and V of all of them are written."""
         answers = []
-        for kind, rows in kinds:
-            if rows.stop > rows.start:
-                q, k, v = call.q[rows if kind != _WRITTEN else slice(0)], call.k[rows], call.v[rows]
-                o = self._store.attend(_key(step, kind), call.layer, q, k, v)
-                if kind != _WRITTEN:
-                    answers.append((rows, o))
+        for key, rows, are_queried in held:
+            q = call.q[rows] if are_queried else call.q[:0]
+            o = self._store.attend(key, call.layer, q, call.k[rows], call.v[rows])
+            if are_queried:
+                answers.append((rows, o))
         return answers
 
     def close(self) -> None:
@@ -135,14 +143,6 @@ class DeviceHolder:
 
 def _key(step: Step, kind: int) -> int:
     return 3 * step.lane + kind
-
-
-def _kinds(step: Step) -> list[tuple[int, list[Segment]]]:
-    """Of prompts, in the order of their rows."""
-    return [
-        (_WRITTEN, [prompt for prompt in step.device_prompts if not prompt.is_remote]),
-        (_ATTENDING, [prompt for prompt in step.device_prompts if prompt.is_remote]),
-    ]
 
 
 class HostStore:

@@ -3,6 +3,7 @@
     S-worker     S-block │ stage │ send │ S-block │ … │ wait │ receive │ S-block │ …      of the thread that drives it
     its device  S-block │         S-block │ …                 where it works by itself; then the thread has `launch`
     R-worker 0             attention │       attention │ …                                as the R-worker timed itself
+    S-worker     forward │ sample │ commit │ …                while no R-worker has anything to do: all layers of a step
 
 `wait` ends when the R-worker has ended its attention; what remains until o is there is `receive`.  Spans of a track do
 not overlap.  They lie in a ring of fixed size, so a long run keeps its end.
