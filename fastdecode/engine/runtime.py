@@ -106,6 +106,8 @@ def _open_device(config: EngineConfig, sworker: SWorker | EmulatedSWorker, layou
         return DeviceHolder(EmulatedStore(num_blocks, sworker.spend, partial(_attention_seconds, memory, layer_bytes)))
     try:
         if sworker.device.type == "cpu":
+            # All cores, also beside R-workers on this machine: their shares go to whoever is free, while with half of
+            # the cores each a step was slower, most where their rows are unequal.
             threads = config.r_worker_threads or num_usable_cores()
             hello = _hello(sworker.facts, layout, num_bytes)
             return DeviceHolder(HostStore(hello, kv_bytes=num_bytes, num_threads=threads), host_bytes=num_bytes)
