@@ -180,9 +180,9 @@ def _device_step(runtime: Runtime, device: DeviceHolder, segments: list[Segment]
         )
         calls.append(AttentionCall(layer, q, kv, kv, spec.scale, spec.softcap, None, spec.window, None, True, ()))
     began = time.perf_counter()
-    device.begin(step)
+    held = device.begin(step)
     for call in calls:
-        for _, o in device.attend(step, call):
+        for _, o in device.attend(held, call):
             last = o
     if step.decodes.seq_ids.size:
         last[:1].cpu()  # waits for a GPU
