@@ -20,6 +20,7 @@ from fastdecode.modelling.perf_model import PerfModel
 from fastdecode.observe.step_log import read_step_log
 from fastdecode.scheduling.parts import DEVICE
 from fastdecode.scheduling.placement import Placement, Room, Share, best_plan, step_seconds, tokens_per_s
+from fastdecode.scheduling.times import LaneWork
 
 SMALL: dict[str, Any] = {"max_num_seqs": 128, "max_num_batched_tokens": 1024}
 DEVICE_BEST = PerfModel((1, 64), (1.0, 2.0), 1.0, 1, r_fixed_seconds=5.0, device_kv_token_seconds=0.001)
@@ -132,6 +133,31 @@ def test_no_flipping() -> None:
     world.run()
     assert np.count_nonzero(np.diff(lanes[100:])) <= 4
     assert plans[-1] - plans[100] <= 12
+
+
+def test_what_is_long_moves_to_the_device_when_that_is_free() -> None:
+    """Once, all of it, with nobody waiting; and the steps that are saved pay for it."""
+    times = PerfModel((1, 256), (1.0, 1.2), 1e-4, 1, 1.0, device_kv_token_seconds=1e-5)
+    seconds = {}
+    for moves in (True, False):
+        scheduler = create_scheduler(
+            max_num_seqs=128, max_num_batched_tokens=256, capacity_blocks=(1600,), device_blocks=330, num_lanes=2,
+            times=times,
+        )  # fmt: skip
+        if not moves:
+            scheduler._to_move = list  # type: ignore[method-assign, assignment]
+        world = World(scheduler, 256, (1600,), device_blocks=330)
+        for seq_id in range(300):
+            world.add(a_sequence(seq_id, prompt=20, output=300 if seq_id in (150, 151, 152) else 30))
+        seconds[moves] = 0.0
+        while step := world.step():
+            lanes, load = scheduler.num_lanes_in_use, sum(scheduler.kv_tokens)
+            own = len(step.decodes) - step.num_device_decodes
+            work = LaneWork(step.num_tokens, load / lanes, scheduler.device_kv_tokens / lanes, own)
+            seconds[moves] += times.step_seconds([work] * lanes, 1) / lanes
+        assert (scheduler.num_moves > 0) == moves
+        assert max(sequence.num_preemptions for sequence in world.sequences.values()) <= 1
+    assert seconds[True] < 0.8 * seconds[False]
 
 
 @pytest.mark.parametrize("times", [DEVICE_BEST, R_WORKERS_BEST, EVEN], ids=["device", "R-workers", "even"])

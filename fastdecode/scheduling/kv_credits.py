@@ -98,6 +98,12 @@ class KVCredits:
         return self._accounts[DEVICE].tokens if DEVICE in self._accounts else 0
 
     @property
+    def device_room(self) -> int:
+        """Blocks that nobody who runs has or will have there."""
+        account = self._accounts.get(DEVICE)
+        return account.capacity - max(account.held, account.reserved) if account else 0
+
+    @property
     def _r_workers(self) -> list[_Account]:
         return [account for worker, account in sorted(self._accounts.items()) if worker != DEVICE]
 

@@ -19,6 +19,9 @@ a sequence's life; the second is W_lim, which hides under the device's work.  A 
 Greedy choices, one sequence at a time, do not get there: the first one on R-workers pays for all messages, many
 together may be worth it.  A plan is kept until another one is better by `_WORTH_A_CHANGE`, so that nothing flips.
 
+What is kept on R-workers moves to the device once that has room for all of it, nobody waits, and the steps to come are
+so much faster as to pay for computing it again.  The other way goes who is thrown out where memory is short.
+
 Where both have room, what is longer than others goes to R-workers: a row's way there and back costs the same for all.
 """
 
@@ -34,7 +37,9 @@ from fastdecode.scheduling.parts import DEVICE
 from fastdecode.scheduling.times import LaneWork, Times
 
 _WORTH_A_CHANGE = 1.03  # of tokens per second
-_LANES_DWELL = 16  # rounds, at least, between two changes of the lanes
+_LANES_DWELL = 16  # rounds, at least, between two changes of the lanes, or two looks at a move
+_FORGOTTEN = 0.05  # of what memory held, each time it held less
+_SURELY = 2.0  # times a move's cost is what it has to bring
 _SAME = math.log(1.1)  # what differs by less is no reason for another plan
 _RECENT = 128  # starts that tell what the next ones will be like
 _SLACK = 1.03  # of a limit, for lengths that are not the same
@@ -69,6 +74,13 @@ class Room(NamedTuple):
         and pay less while a batch begins and ends: of a short one that is a large part.
         """
         return 1.05 + round(0.05 * self.num_sequences / max(1, self.num_in_all), 2)
+
+
+class Moved(NamedTuple):
+    """Of a sequence that could go elsewhere."""
+
+    num_tokens: int  # to compute again
+    num_steps: int  # that it is expected to take
 
 
 class Plan(NamedTuple):
@@ -160,6 +172,7 @@ class Placement:
         self._plan = Plan(math.inf, math.inf, 0.0)
         self.num_plans = 0  # made, the first one too
         self._num_lanes, self._rounds_before = 1, _LANES_DWELL
+        self._rounds_unmoved = 0
 
     @property
     def plan(self) -> Plan:
@@ -200,8 +213,9 @@ class Placement:
         return typical is not None and share.kv_tokens > 1.1 * typical.kv_tokens
 
     def full(self, is_device: bool) -> None:
-        """Memory had no room for one more there."""
-        self._full_at[is_device] = self._kv[is_device]
+        """Memory had no room for one more there.  Who needs much finds it full early: so the most counts, for long."""
+        kv, before = self._kv[is_device], self._full_at.get(is_device, 0.0)
+        self._full_at[is_device] = max(kv, before - _FORGOTTEN * (before - kv))
 
     def start(self, seq_id: int, is_device: bool, share: Share) -> None:
         if len(self._recent) == _RECENT:
@@ -223,6 +237,8 @@ class Placement:
         self._counts[is_device] -= 1
         self._kv[is_device] -= share.kv_tokens
         self._num_tokens -= share.num_tokens
+        if not self._counts[is_device]:
+            self._full_at.pop(is_device, None)
         if not self._shares:
             self._kv, self._num_tokens = {True: 0.0, False: 0.0}, 0.0  # without what rounding has left
 
@@ -242,6 +258,29 @@ class Placement:
         if _WORTH_A_CHANGE * seconds[other] < seconds[self._num_lanes]:
             self._num_lanes, self._rounds_before = other, 0
         return self._num_lanes
+
+    def is_worth_moving(
+        self, moved: Sequence[Moved], device_kv_tokens: int, load: int, num_r_workers: int, budget: int
+    ) -> bool:
+        """Whether all that runs on R-workers is better computed again on the device, nobody waiting.  To be asked once
+        in a round; the answer is no for a while after another one was looked for.
+
+        device_kv_tokens, load: as in `num_lanes`; budget: tokens of a step, by which they would come anew.
+
+            the steps to come are faster by so much · how many there are   >   2 · the steps that compute them
+        """
+        self._rounds_unmoved += 1
+        if not moved or self._plan.r_workers or self._rounds_unmoved < _LANES_DWELL:
+            return False
+        self._rounds_unmoved = 0
+        num_tokens = sum(one.num_tokens for one in moved)
+        lane = LaneWork(self._num_tokens, load, device_kv_tokens, len(moved))
+        lanes = [LaneWork(*(value / self._num_lanes for value in lane))] * self._num_lanes
+        now = self._times.step_seconds(lanes, num_r_workers)
+        then = self._times.step_seconds([LaneWork(self._num_tokens, 0, device_kv_tokens + num_tokens)], num_r_workers)
+        cost = self._times.step_seconds([LaneWork(budget)], num_r_workers) * num_tokens / budget
+        steps = sum(one.num_steps for one in moved) / len(moved)
+        return (now - then) * steps > _SURELY * cost
 
     def check_integrity(self, running: Iterable[int]) -> None:
         assert self._shares.keys() == set(running)

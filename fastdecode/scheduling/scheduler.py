@@ -26,7 +26,7 @@ from fastdecode.scheduling.kv_credits import KVCredits
 from fastdecode.scheduling.lane import Lane, hand_over
 from fastdecode.scheduling.load_control import LoadControl, num_shared
 from fastdecode.scheduling.parts import DEVICE, lengths, reached
-from fastdecode.scheduling.placement import Placement
+from fastdecode.scheduling.placement import Moved, Placement
 from fastdecode.scheduling.plan import Decodes, Step, in_row_order
 from fastdecode.scheduling.predictor import Learned, Predictor
 from fastdecode.scheduling.prefix_tree import Change
@@ -59,6 +59,7 @@ class Scheduler:
         self._lanes_in_round: set[int] = set()  # that had their step in it
         self._step_tokens = config.lane_limits(1 if config.times else config.num_lanes).tokens
         self.prefix_counts = PrefixCounts()
+        self.num_moves = 0  # of sequences from R-workers to the device
         self._begin(config.capacity_blocks)
 
     def _begin(self, capacity_blocks: tuple[int, ...]) -> None:
@@ -470,6 +471,9 @@ class Scheduler:
             for sequence in [s for s in self._running if s.prefill_tokens < restart <= s.num_tokens]:
                 if not self._is_under_way(sequence):
                     put_back(sequence)
+        for sequence in self._to_move():
+            put_back(sequence)
+            self.num_moves += 1
         while (worker := self._credits.overdrawn()) is not None:
             last = max((s for s in self._running if s.is_on(worker)), key=rank)
             if self._is_under_way(last):
@@ -482,6 +486,28 @@ class Scheduler:
                 break
             put_back(last)
         return True
+
+    def _to_move(self) -> list[Sequence]:
+        """From R-workers to the device: all that is there, or nothing; of it what no step under way has rows of, and
+        the rest when that has ended.
+        """
+        if self._placement is None or self._waiting or not any(self._credits.tokens):
+            return []
+        there = [s for s in self._running if not s.is_on(DEVICE)]
+        moved = [Moved(s.num_tokens, s.expected_tokens - len(s.output_token_ids)) for s in there]
+        num_blocks = sum(self._credits.blocks(one.num_tokens + one.num_steps) for one in moved)
+        if num_blocks > self._credits.device_room or any(s.is_prefilling for s in self._running):
+            return []
+        of_r_workers = self._credits.tokens
+        num_r_workers = sum(capacity > 0 for capacity in self._credits.capacity_tokens)
+        is_worth_it = self._placement.is_worth_moving(
+            moved,
+            self._credits.device_tokens,
+            max(of_r_workers) * num_r_workers,
+            num_r_workers,
+            self._config.lane_limits(1).tokens,
+        )
+        return [s for s in there if not self._is_under_way(s)] if is_worth_it else []
 
     def _is_under_way(self, sequence: Sequence) -> bool:
         return self._lanes[sequence.lane].is_under_way(sequence.seq_id)
