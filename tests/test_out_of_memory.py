@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import Any
 
 import pytest
@@ -13,7 +13,7 @@ from test_recovery import GREEDY, assert_at_rest, r_workers, tokens
 from cpu_attention import RWorker
 from fastdecode import LLM, SamplingParams
 from fastdecode.engine import shortage
-from gpu_sworker import FlatBatch, SWorker
+from gpu_sworker import AttentionCall, FlatBatch, SWorker
 
 __all__ = ["r_workers"]  # a fixture
 
@@ -54,13 +54,25 @@ def scarce(monkeypatch: pytest.MonkeyPatch) -> Memory:
         finally:
             inner.close()
 
+    def forward_through(
+        self: SWorker, batch: FlatBatch, attend: Callable[[AttentionCall], torch.Tensor]
+    ) -> torch.Tensor:
+        def ask_and_attend(call: AttentionCall) -> torch.Tensor:
+            memory.ask(len(batch.token_ids))
+            return attend(call)
+
+        memory.sizes.append(len(batch.token_ids))
+        memory.ask(len(batch.token_ids))
+        return go_through(self, batch, ask_and_attend)
+
     def sample(self: SWorker, *arguments: Any) -> Any:
         memory.ask(0)
         return draw(self, *arguments)
 
     # On a busy machine a thread may not run for longer than an R-worker has by default, and these are many steps.
     monkeypatch.setattr("fastdecode.holders.patience._LEAST_S", 50.0)
-    compute, draw = SWorker.forward, SWorker.sample
+    compute, go_through, draw = SWorker.forward, SWorker.forward_through, SWorker.sample
+    monkeypatch.setattr(SWorker, "forward_through", forward_through)
     monkeypatch.setattr(SWorker, "forward", forward)
     monkeypatch.setattr(SWorker, "sample", sample)
     return memory
