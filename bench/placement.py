@@ -249,6 +249,7 @@ def main() -> int:
     parser.add_argument("--outputs", nargs="+", type=int, default=list(OUTPUTS), help="mean output tokens")
     parser.add_argument("--sockets", nargs="+", type=int, default=list(SOCKETS), help="0, for GPU-only, is one of them")
     parser.add_argument("--requests", type=int, default=2048)
+    parser.add_argument("--output-tokens", type=int, default=1 << 21, help="of all requests together, at most")
     parser.add_argument("--brute-force", action="store_true", help="dozens of simulations for each cell")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--out", help="JSON")
@@ -257,7 +258,9 @@ def main() -> int:
     if args.plot:
         check_plotting()
     args.sockets = sorted({0, *args.sockets})
-    tasks = [(cell, args.requests, args.brute_force) for cell in cells(args)]
+    tasks = [
+        (cell, min(args.requests, args.output_tokens // cell.output_tokens), args.brute_force) for cell in cells(args)
+    ]
     began, results = time.monotonic(), []
     with ProcessPoolExecutor(args.processes) as pool:
         for number, result in enumerate(pool.map(_work, tasks), 1):
