@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 from fastdecode.scheduling.times import Times
@@ -52,7 +53,7 @@ class SchedulerConfig:
             seats = max(1, min(seats, tokens - -(-tokens // 8)))
         return LaneLimits(tokens, seats)
 
-    @property
+    @cached_property
     def num_seats(self) -> int:
         """Sequences that run at most, over however many lanes."""
         return min(self.max_num_seqs, *(n * self.lane_limits(n).seats for n in {1, self.num_lanes}))

@@ -108,7 +108,9 @@ class LoadControl:
 
     def measure_memory(self) -> None:
         """Again, when an R-worker was lost or has come."""
-        capacities, memory = self._credits.capacities, sum(self._credits.capacity_tokens)
+        capacities, of_r_workers = self._credits.capacities, self._credits.capacity_tokens
+        memory = sum(of_r_workers)
+        self._memory = capacities.get(DEVICE, 0), memory, sum(capacity > 0 for capacity in of_r_workers)
         self._limit = memory if self._max_kv_load is None else min(self._max_kv_load, memory)
         on_device, planned = float(capacities.get(DEVICE, 0)), math.inf
         if self._placement:
@@ -222,12 +224,9 @@ class LoadControl:
 
     def _plan(self, placement: Placement, first: Prospect | None, num_in_all: int, num_seats: int) -> None:
         """Where what runs and waits is best kept, as far as it is another place than before."""
-        of_r_workers = self._credits.capacity_tokens
-        num_r_workers = sum(capacity > 0 for capacity in of_r_workers)
-        on_device = self._credits.capacities.get(DEVICE, 0)
-        room = Room(on_device, sum(of_r_workers), num_r_workers, min(num_in_all, num_seats), num_in_all)
-        placement.begin_step(first and (first.mean or first.limit), room)
-        self.measure_memory()
+        room = Room(*self._memory, min(num_in_all, num_seats), num_in_all)
+        if placement.begin_step(first and (first.mean or first.limit), room):
+            self.measure_memory()
 
     def _planned(self, placement: Placement, prospect: Prospect, workers: list[int]) -> list[int]:
         """Of those where it fits the ones that are to have it."""

@@ -40,10 +40,10 @@ _WORTH_A_CHANGE = 1.03  # of tokens per second
 _LANES_DWELL = 16  # rounds, at least, between two changes of the lanes, or two looks at a move
 _FORGOTTEN = 0.05  # of what memory held, each time it held less
 _SURELY = 2.0  # times a move's cost is what it has to bring
-_SAME = math.log(1.1)  # what differs by less is no reason for another plan
+_SAME = math.log(1.2)  # what differs by less is no reason for another plan
 _RECENT = 128  # starts that tell what the next ones will be like
 _SLACK = 1.03  # of a limit, for lengths that are not the same
-_COARSE = (9, 17)  # pairs looked at first
+_COARSE = (5, 9)  # pairs looked at first
 _FINE = 5
 
 
@@ -168,6 +168,8 @@ class Placement:
         self._recent: deque[Share] = deque(maxlen=_RECENT)
         self._sums = [0.0, 0.0]  # of the recent ones
         self._full_at: dict[bool, float] = {}  # where memory let nobody else in
+        self._num_started = 0
+        self._seen: tuple[Room, int] | None = None  # when a plan was thought of last
         self._made_for: tuple[float, ...] = ()
         self._plan = Plan(math.inf, math.inf, 0.0)
         self.num_plans = 0  # made, the first one too
@@ -178,23 +180,37 @@ class Placement:
     def plan(self) -> Plan:
         return self._plan
 
-    def begin_step(self, first: Demand | None, room: Room) -> None:
-        """Makes another plan if things have changed.  first: of who would start first, if anybody waits."""
+    @property
+    def num_on_r_workers(self) -> int:
+        """Sequences."""
+        return self._counts[False]
+
+    def begin_step(self, first: Demand | None, room: Room) -> bool:
+        """Makes another plan if things have changed; whether it did.  first: of who would start first.
+
+        Mostly nobody has started since, or ended, or nobody waits and nothing could move: there is nothing to plan.
+        """
+        seen = room, self._num_started
+        if (seen == self._seen and self._recent) or (first is None and not self._counts[False]):
+            return False
+        self._seen = seen
         share = self._typical(first)
         if share is None or not room.device:  # or there is nothing to choose
-            return
+            return False
         room = room._replace(
             device=min(room.device, self._full_at.get(True, math.inf)),
             r_workers=min(room.r_workers, self._full_at.get(False, math.inf)),
         )
         key = (room.margin, *(round(math.log(max(x, 1)) / _SAME) for x in (*room[:-1], *share)))
         if key == self._made_for:
-            return
+            return False
         self._made_for = key
         plan = best_plan(self._times, self._most_lanes, room, share)
         if plan.tokens_per_s > _WORTH_A_CHANGE * self._worth(room, share):
             self._plan = plan
             self.num_plans += 1
+            return True
+        return False
 
     def allowed(self, workers: Iterable[int], share: Share, is_for_device: bool) -> list[int]:
         """Of these, R-workers or the device, those that the plan has room on.
@@ -220,6 +236,7 @@ class Placement:
     def start(self, seq_id: int, is_device: bool, share: Share) -> None:
         if len(self._recent) == _RECENT:
             self._count_recent(self._recent[0], -1)
+        self._num_started += 1
         self._recent.append(share)
         self._count_recent(share, 1)
         self._add(seq_id, is_device, share)
@@ -248,9 +265,11 @@ class Placement:
         device_kv_tokens, load: read in it, of R-workers as many times the fullest one as there are of them.
         """
         self._rounds_before += 1
+        num_r_rows, seconds = self._counts[False], {}
         if self._most_lanes == 1 or not self._shares or self._rounds_before < _LANES_DWELL:
             return self._num_lanes
-        num_r_rows, seconds = self._counts[False], {}
+        if not num_r_rows and self._num_lanes == 1:
+            return 1
         for lanes in (1, self._most_lanes):
             work = LaneWork(self._num_tokens / lanes, load / lanes, device_kv_tokens / lanes, num_r_rows / lanes)
             seconds[lanes] = self._times.step_seconds([work] * lanes, num_r_workers)

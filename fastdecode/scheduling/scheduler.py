@@ -428,11 +428,14 @@ class Scheduler:
 
     def _use_lanes(self, placement: Placement) -> None:
         """As many as are best for what runs, from the first one's coming step on."""
-        of_r_workers = self._credits.tokens
-        num_r_workers = sum(capacity > 0 for capacity in self._credits.capacity_tokens)
-        load = max(of_r_workers, default=0) * num_r_workers
-        self._num_lanes = placement.num_lanes(self._credits.device_tokens, load, num_r_workers)
-        self._starts.use_lanes(self._num_lanes)
+        load = num_r_workers = 0
+        if placement.num_on_r_workers:
+            num_r_workers = sum(capacity > 0 for capacity in self._credits.capacity_tokens)
+            load = max(self._credits.tokens) * num_r_workers
+        num_lanes = placement.num_lanes(self._credits.device_tokens, load, num_r_workers)
+        if num_lanes != self._num_lanes:
+            self._num_lanes = num_lanes
+            self._starts.use_lanes(num_lanes)
         for lane in self._lanes[self._num_lanes :]:
             self._close(lane)
 
@@ -491,7 +494,7 @@ class Scheduler:
         """From R-workers to the device: all that is there, or nothing; of it what no step under way has rows of, and
         the rest when that has ended.
         """
-        if self._placement is None or self._waiting or not any(self._credits.tokens):
+        if self._placement is None or self._waiting or not self._placement.num_on_r_workers:
             return []
         there = [s for s in self._running if not s.is_on(DEVICE)]
         moved = [Moved(s.num_tokens, s.expected_tokens - len(s.output_token_ids)) for s in there]
