@@ -43,6 +43,7 @@ import gpu_sworker.staging
 import gpu_sworker.sworker
 import transport.codec
 import transport.zeromq
+from fastdecode.engine.capacity import completed
 from fastdecode.engine.config import EngineConfig
 from fastdecode.engine.pipeline import Pipeline
 from fastdecode.engine.runtime import Runtime, open_runtime
@@ -262,7 +263,7 @@ def count(
         model=directory, transport=transport, num_r_workers=num_r_workers, kv_cache_memory=64 << 20, r_worker_threads=1,
         linear_kernel=linear_kernel, dtype="float32", skip_tokenizer_init=True,
     )  # fmt: skip
-    runtime = open_runtime(config)
+    runtime = open_runtime(completed(config))
     try:
         pipeline = Pipeline(runtime.sworker, runtime.rpool, NoTimeline())
         counting, counts = Counting(pipeline), []

@@ -16,7 +16,7 @@ from gpu_sworker.errors import (
     first_line,
     foreign_errors,
 )
-from gpu_sworker.memory import free_bytes
+from gpu_sworker.memory import free_bytes, total_bytes
 from gpu_sworker.model import DTYPES, choose_device
 from gpu_sworker.partial_state import PartialState, finished, merge, with_sinks
 from gpu_sworker.prefill import PromptChunk
@@ -76,6 +76,7 @@ __all__ = [
     "free_bytes",
     "generate_reference",
     "merge",
+    "total_bytes",
     "uniforms",
     "with_sinks",
 ]

@@ -46,6 +46,13 @@ def untouched_memory(num_bytes: int) -> torch.Tensor:
     return torch.frombuffer(pages, dtype=torch.uint8)  # which keeps the pages until nobody refers to them
 
 
+def total_bytes(device: torch.device) -> int:
+    """All there is of the device's memory."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[1])
+    return int(psutil.virtual_memory().total)
+
+
 def free_bytes(device: torch.device) -> int:
     """What is free of the device's memory; of a processor's, what can be taken without swapping."""
     if device.type == "cuda":

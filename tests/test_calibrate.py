@@ -92,7 +92,7 @@ def test_a_step_too_short(demo_model: Path, tmp_path: Path) -> None:
 )
 def test_what_belongs_together(options: dict[str, object], message: str, demo_model: Path) -> None:
     with pytest.raises(ConfigError, match=message):
-        LLM(demo_model, **options)
+        LLM(demo_model, skip_tokenizer_init=True, **options)
 
 
 def test_too_little_kv(demo_model: Path, capsys: pytest.CaptureFixture[str]) -> None:

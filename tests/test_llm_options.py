@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ import pytest
 import torch
 from conftest import Case, quiet
 
-from fastdecode import LLM, SamplingParams
+from fastdecode import LLM, EngineConfig, SamplingParams
+from fastdecode.engine import capacity
 from fastdecode.errors import ConfigError, ModelError, RWorkerUnreachable
 from fastdecode.observe.step_log import read_step_log
 
@@ -177,3 +179,44 @@ def test_forms_of_prompts(demo_model: Path) -> None:
         assert output.error and output.error.numbers == {"n_prompt_tokens": 5000, "n_ctx": llm.max_model_len}
         with pytest.raises(ConfigError, match="not int"):
             quiet(llm, 5, GREEDY)
+
+
+def test_what_the_device_decides() -> None:
+    """Beside a GPU R-workers are processes, one for each NUMA node; what is said stays."""
+    config = EngineConfig(model="m")
+    assert (config.num_r_workers, config.transport) == (None, None)
+    beside_gpu = config.completed(is_gpu=True, num_numa_nodes=2)
+    assert (beside_gpu.num_r_workers, beside_gpu.transport) == (2, "shm")
+    on_cpu = config.completed(is_gpu=False, num_numa_nodes=2)
+    assert (on_cpu.num_r_workers, on_cpu.transport) == (1, "inproc")
+    said = EngineConfig(model="m", num_r_workers=3, transport="ipc").completed(is_gpu=True, num_numa_nodes=2)
+    assert (said.num_r_workers, said.transport) == (3, "ipc")
+    alone = EngineConfig(model="m", num_r_workers=0).completed(is_gpu=True, num_numa_nodes=2)
+    assert (alone.num_r_workers, alone.transport) == (0, "inproc")
+    elsewhere = EngineConfig(model="m", r_worker_addresses=("tcp://h:1",)).completed(is_gpu=True, num_numa_nodes=2)
+    assert (elsewhere.num_r_workers, elsewhere.transport) == (1, "inproc")
+
+
+def test_a_share_of_a_gpus_memory(demo_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """KV gets 0.8 of what is left of it; on a GPU without a word of it, on a CPU it is refused."""
+    with LLM(demo_model, skip_tokenizer_init=True) as llm:
+        facts = replace(llm.facts, device="cuda:0")
+    monkeypatch.setattr(capacity, "free_bytes", lambda device: 60 << 30)
+    monkeypatch.setattr(capacity, "total_bytes", lambda device: 80 << 30)
+    open_ended = {"max_num_seqs": 1 << 20, "max_model_len": 1 << 20}
+
+    def budget(**options: Any) -> float:
+        config = EngineConfig(model="m", **open_ended, **options).completed(is_gpu=True, num_numa_nodes=1)
+        return capacity.device_kv_bytes(config, facts, capacity.kv_layout(config, facts)) / (1 << 30)
+
+    assert budget() == pytest.approx(0.8 * (60 - 8))
+    assert budget(gpu_memory_utilization=0.5) == pytest.approx(0.8 * (60 - 40))
+    assert budget(gpu_memory_utilization=0.1) == 0
+    assert budget(device_kv_memory=1 << 30) == 1
+    assert budget(kv_cache_dtype="int8") == 0  # in another storage type than the device's
+    with pytest.raises(ConfigError, match="say the same"):
+        EngineConfig(model="m", gpu_memory_utilization=0.5, device_kv_memory=1)
+    with pytest.raises(ConfigError, match="share above 0"):
+        EngineConfig(model="m", gpu_memory_utilization=1.5)
+    with pytest.raises(ConfigError, match="the device is cpu"):
+        LLM(demo_model, gpu_memory_utilization=0.5)

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 
 from cpu_attention import cpu_name
+from fastdecode.engine.capacity import completed
 from fastdecode.engine.config import EngineConfig
 from fastdecode.engine.measuring import measure
 from fastdecode.engine.runtime import Runtime, open_runtime
@@ -24,6 +25,7 @@ def calibrate_model(config: EngineConfig, largest_batch: int, on_progress: Calla
 
     Raises ConfigError (options, too little KV), ModelError, RWorkerError.
     """
+    config = completed(config)
     if not config.num_r_workers:
         raise ConfigError("a calibration is of S- and R-Part; with num_r_workers=0 there is no R-Part to measure")
     runtime = open_runtime(config)

@@ -11,7 +11,7 @@ from typing import Any
 import fastdecode
 from cpu_attention import KV_DTYPES, available_memory_bytes, format_bytes, parse_bytes
 from fastdecode.errors import ConfigError, FastDecodeError
-from fastdecode.modelling.memory_plan import DTYPE_BYTES, KV_SHARE, KVPlan, ModelSize, plan
+from fastdecode.modelling.memory_plan import DTYPE_BYTES, KVPlan, ModelSize, kv_room, plan
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -68,7 +68,7 @@ def _lines(
     model: ModelSize, dtype: str, weights: int, device: int, host: int, sequences: int, tokens: int, plans: list[KVPlan]
 ) -> list[str]:
     active = "" if model.num_active == model.num_parameters else f", {model.num_active / 1e9:.2f} of them for a token"
-    room = KV_SHARE * (device - weights)
+    room = kv_room(device, weights)
     columns = "{:10} {:>13} {:>18} {:>14} {:>14} {:>9}"
     lines = [
         f"{model.model_type}: {model.num_parameters / 1e9:.2f} billion parameters{active}; {model.num_layers} layers, "

@@ -7,19 +7,27 @@ from collections.abc import Sequence
 
 import torch
 
-from cpu_attention import KVLayout, LayerShape, available_memory_bytes, format_bytes
+from cpu_attention import KVLayout, LayerShape, available_memory_bytes, format_bytes, numa_nodes
 from fastdecode.engine.config import EngineConfig
-from fastdecode.errors import ConfigError
+from fastdecode.errors import ConfigError, ModelError
 from fastdecode.modelling.calibration import read_calibration
 from fastdecode.modelling.emulation import PREFIX
-from fastdecode.modelling.memory_plan import KV_SHARE
+from fastdecode.modelling.memory_plan import GPU_SHARE, kv_room
 from fastdecode.modelling.perf_model import PerfModel
 from fastdecode.modelling.simulation.devices import MEMORY
 from fastdecode.scheduling.config import SchedulerConfig
 from fastdecode.scheduling.predictor import Learned, MaxTokens
 from fastdecode.scheduling.scheduler import Scheduler
 from fastdecode.scheduling.times import Times
-from gpu_sworker import PROMPT_KV_SHARE, KVRoom, ModelFacts, choose_device, free_bytes
+from gpu_sworker import (
+    PROMPT_KV_SHARE,
+    KVRoom,
+    ModelFacts,
+    SWorkerError,
+    choose_device,
+    free_bytes,
+    total_bytes,
+)
 from transport import Welcome
 
 logger = logging.getLogger(__name__)
@@ -27,6 +35,18 @@ logger = logging.getLogger(__name__)
 _SCORES_BYTES = 256 << 20  # of float32 logits that score tokens of prompts, in a step
 _LEAST_SCORED_ROWS = 64
 _HOST_KV_SHARE = 0.4  # of the free memory, for R-workers started here without a budget; the S-Part may need the rest
+
+
+def completed(config: EngineConfig) -> EngineConfig:
+    """With what it leaves to the S-worker's device, and to this machine.  Raises ModelError if that device is none."""
+    if config.device.startswith(PREFIX):
+        is_gpu = False  # none is here
+    else:
+        try:
+            is_gpu = choose_device(config.device).type != "cpu"
+        except SWorkerError as error:
+            raise ModelError(str(error)) from error
+    return config.completed(is_gpu=is_gpu, num_numa_nodes=max(1, len(numa_nodes())))
 
 
 def kv_layout(config: EngineConfig, facts: ModelFacts) -> KVLayout:
@@ -40,6 +60,7 @@ def local_kv_bytes(config: EngineConfig, facts: ModelFacts, layout: KVLayout, ta
     taken: of this machine's memory, promised to others, and not used as yet.
     """
     free = available_memory_bytes() - taken
+    assert config.num_r_workers, "it is completed, and some are started"
     if config.kv_cache_memory is None:
         # Never more than could be used.
         longest = config.max_model_len or facts.max_positions or (1 << 30)
@@ -73,11 +94,14 @@ def prompt_kv_bytes(config: EngineConfig) -> int | None:
 
 def device_kv_bytes(config: EngineConfig, facts: ModelFacts, layout: KVLayout) -> int:
     """The budget of sequences on the S-worker's device; 0: none stay there.  Raises ConfigError if it is not there."""
-    asked = config.device_kv_memory
-    if asked == 0 or (asked is None and config.num_r_workers):
+    asked, share = config.device_kv_memory, config.gpu_memory_utilization
+    if share is not None and facts.device == "cpu":
+        raise ConfigError("gpu_memory_utilization is a share of a GPU's memory, and the device is cpu: leave it out")
+    is_here = not facts.device.startswith(PREFIX)
+    if asked == 0 or (asked is None and share is None and config.num_r_workers and not is_used_first(config, facts)):
         return 0
-    if facts.device.startswith(PREFIX):
-        return _emulated_kv_bytes(facts, asked)
+    if not is_here:
+        return _emulated_kv_bytes(facts, asked, GPU_SHARE if share is None else share)
     device = torch.device(facts.device)
     if device.type != "cpu" and config.kv_cache_dtype not in ("auto", facts.dtype):
         raise ConfigError(
@@ -88,7 +112,10 @@ def device_kv_bytes(config: EngineConfig, facts: ModelFacts, layout: KVLayout) -
     if asked is None:
         longest = config.max_model_len or facts.max_positions or (1 << 30)
         usable = config.max_num_seqs * layout.num_blocks(longest) * layout.block_bytes
-        return min(int((_HOST_KV_SHARE if device.type == "cpu" else KV_SHARE) * free), usable)
+        if device.type == "cpu":
+            return min(int(_HOST_KV_SHARE * free), usable)
+        total = total_bytes(device)
+        return min(kv_room(total, total - free, GPU_SHARE if share is None else share), usable)
     if asked > free:
         raise ConfigError(
             f"device_kv_memory {format_bytes(asked)} is more than the {format_bytes(free)} that are free on "
@@ -97,15 +124,21 @@ def device_kv_bytes(config: EngineConfig, facts: ModelFacts, layout: KVLayout) -
     return asked
 
 
-def _emulated_kv_bytes(facts: ModelFacts, asked: int | None) -> int:
-    """Of a named GPU what weights in 16 bits leave.  Raises ConfigError."""
+def is_used_first(config: EngineConfig, facts: ModelFacts) -> bool:
+    """Whether the device keeps KV though nobody says so, and there are R-workers: a GPU does, in their storage type."""
+    is_gpu = facts.device != "cpu" and not facts.device.startswith(PREFIX)
+    return is_gpu and config.kv_cache_dtype in ("auto", facts.dtype)
+
+
+def _emulated_kv_bytes(facts: ModelFacts, asked: int | None, share: float) -> int:
+    """Of a named GPU what weights in 16 bits leave of a share of its memory.  Raises ConfigError."""
     memory = MEMORY.get(facts.device.removeprefix(PREFIX))
     if memory is None:
         raise ConfigError(
             f"{facts.device} has no memory for KV, only {', '.join(MEMORY)} do; leave device_kv_memory out, and have "
             "R-workers"
         )
-    room = int(KV_SHARE * (memory.num_bytes - 2 * facts.num_parameters))
+    room = kv_room(memory.num_bytes, 2 * facts.num_parameters, share)
     if room <= 0 or (asked or 0) > room:
         raise ConfigError(
             f"{facts.device} has {format_bytes(max(0, room))} for KV beside the weights, and device_kv_memory is "

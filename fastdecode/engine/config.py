@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Self
 
 from cpu_attention import KV_DTYPES, LANES, parse_bytes
@@ -44,14 +44,20 @@ class EngineConfig:
         free there.
     device_kv_memory: bytes on the S-worker's device for KV of sequences that stay there, attended to without a wire;
         they go there first, and to R-workers when it is full. In the model's dtype on a GPU, else as on R-workers.
-        None: none if there are R-workers, otherwise a share of what is free there.
+        None: on a GPU what gpu_memory_utilization leaves; on a CPU none if there are R-workers, otherwise a share of
+        what is free.
+    gpu_memory_utilization: the share of the GPU's memory that may be taken, as vLLM has it; KV gets 0.8 of what weights
+        and others leave of it, and steps the rest. None: 0.9. In place of device_kv_memory, on a GPU alone.
     placement: where KV is kept if there are both, the device's and R-workers'. ``planned``: where tokens per second are
         most by a performance model of both, and over as many lanes as pay; the model is that of ``calibration`` or is
         measured at the start, which takes seconds. ``device-first``: on the device as far as it goes. ``auto``: planned
         on a GPU, or with a calibration that tells of the device.
-    num_r_workers: how many to start on this machine; 0: none, all KV is on the S-worker's device.
+    num_r_workers: how many to start on this machine; 0: none, all KV is on the S-worker's device. None: one; beside a
+        GPU one for each NUMA node.
     r_worker_threads: attention threads of each; None: this machine's cores, shared among them.
-    transport: ``inproc`` (threads of this process), ``ipc`` or ``tcp`` (processes, ZeroMQ), ``mpi`` (ranks).
+    transport: ``inproc`` (threads of this process), ``shm`` (processes, shared memory), ``ipc`` or ``tcp`` (processes,
+        ZeroMQ), ``mpi`` (ranks). None: ``inproc``; beside a GPU ``shm``, for launching kernels and sharing an
+        interpreter do not go together.
     r_worker_addresses: R-workers that run already, like ``tcp://127.0.0.1:5555``; none are started then.
     key_file: the job's key for R-workers over tcp://: they let in its holders alone, and what travels is encrypted;
         ``fastdecode keygen`` makes it, and R-workers that run already were started with a copy of it.
@@ -103,10 +109,11 @@ class EngineConfig:
     enable_prefix_caching: bool | None = None
     prompt_kv_memory: int | None = None
     device_kv_memory: int | None = None
+    gpu_memory_utilization: float | None = None
     placement: str = "auto"
-    num_r_workers: int = 1
+    num_r_workers: int | None = None
     r_worker_threads: int | None = None
-    transport: str = "inproc"
+    transport: str | None = None
     r_worker_addresses: tuple[str, ...] = ()
     key_file: str | None = None
     micro_batches: int | None = None
@@ -131,6 +138,16 @@ class EngineConfig:
     step_log: str | None = None
     trace: str | None = None
     worker_timeout_s: float = 60.0
+
+    def completed(self, *, is_gpu: bool, num_numa_nodes: int) -> Self:
+        """With what was left open for the S-worker's device to tell, and this machine."""
+        num_r_workers, transport = self.num_r_workers, self.transport
+        is_own = is_gpu and not self.r_worker_addresses and transport != "mpi"
+        if num_r_workers is None:
+            num_r_workers = num_numa_nodes if is_own else 1
+        if transport is None:
+            transport = "shm" if is_own and num_r_workers else "inproc"
+        return replace(self, num_r_workers=num_r_workers, transport=transport)
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> Self:
@@ -159,14 +176,13 @@ class EngineConfig:
         _one_of("dtype", self.dtype, DTYPE_NAMES)
         _one_of("linear_kernel", self.linear_kernel, LINEAR_KERNELS)
         _one_of("kv_cache_dtype", self.kv_cache_dtype, ("auto", *KV_DTYPES))
-        _one_of("transport", self.transport, TRANSPORTS)
+        _one_of("transport", self.transport or "inproc", TRANSPORTS)
         _one_of("kv_policy", self.kv_policy, KV_POLICIES)
         _one_of("start_policy", self.start_policy, START_POLICIES)
         _one_of("length_predictor", self.length_predictor, LENGTH_PREDICTORS)
         if self.order is not None:
             _one_of("order", self.order, ORDERS)
         for name, low, high in (
-            ("num_r_workers", 0, 4096),
             ("max_num_seqs", 1, 1 << 20),
             ("max_num_batched_tokens", 1, 1 << 20),
             ("block_tokens", LANES, 4096),
@@ -178,6 +194,7 @@ class EngineConfig:
         if self.block_tokens % LANES:
             raise ConfigError(f"block_tokens must be a multiple of {LANES}, got {self.block_tokens}")
         for name, low, high in (
+            ("num_r_workers", 0, 4096),
             ("micro_batches", 1, 64),
             ("r_worker_threads", 1, 4096),
             ("max_model_len", 2, 1 << 30),
@@ -199,30 +216,28 @@ class EngineConfig:
         _one_of("placement", self.placement, PLACEMENTS)
         if self.max_step_s is not None and self.calibration is None:
             raise ConfigError("max_step_s needs calibration=FILE: `fastdecode calibrate` makes the file")
-        is_placed = bool(self.device_kv_memory) and self.placement != "device-first"
-        if self.calibration is not None and self.max_step_s is None and not is_placed:
-            raise ConfigError(
-                "calibration is for max_step_s, or for placement beside device_kv_memory: set one of them"
-            )
-        if self.placement == "planned" and not (self.device_kv_memory and self.num_r_workers):
-            raise ConfigError(
-                "placement=planned is between the device and R-workers: set device_kv_memory, and num_r_workers above 0"
-            )
-        if self.r_worker_addresses and self.num_r_workers != 1:
+        if self.gpu_memory_utilization is not None:
+            if not 0 < self.gpu_memory_utilization <= 1:
+                raise ConfigError(
+                    f"gpu_memory_utilization is a share above 0 and up to 1, got {self.gpu_memory_utilization}"
+                )
+            if self.device_kv_memory is not None:
+                raise ConfigError("device_kv_memory and gpu_memory_utilization say the same; leave one of them out")
+        if self.r_worker_addresses and self.num_r_workers not in (None, 1):
             raise ConfigError("give either num_r_workers (to start some) or r_worker_addresses (that run already)")
-        if self.r_worker_addresses and self.transport != "inproc":
+        if self.r_worker_addresses and self.transport not in (None, "inproc"):
             raise ConfigError("r_worker_addresses say their transport themselves; leave transport out")
         if len(set(self.r_worker_addresses)) != len(self.r_worker_addresses):
             raise ConfigError("r_worker_addresses names an R-worker twice")
-        if not self.num_r_workers and self.transport != "inproc":
+        if self.num_r_workers == 0 and self.transport not in (None, "inproc"):
             raise ConfigError("transport is for R-workers, and num_r_workers=0 asks for none; leave one of them out")
-        if not self.num_r_workers and self.kv_cache_memory is not None:
+        if self.num_r_workers == 0 and self.kv_cache_memory is not None:
             raise ConfigError(
                 "kv_cache_memory is for R-workers, and num_r_workers=0 asks for none: set device_kv_memory"
             )
-        if not self.num_r_workers and self.max_step_s is not None:
+        if self.num_r_workers == 0 and self.max_step_s is not None:
             raise ConfigError("max_step_s bounds what R-workers read in a step, and num_r_workers=0 asks for none")
-        if not self.num_r_workers and self.device_kv_memory == 0:
+        if self.num_r_workers == 0 and self.device_kv_memory == 0:
             raise ConfigError("num_r_workers=0 and device_kv_memory=0 leave no place for KV; raise one of them")
         is_network = self.transport == "tcp" or any(address.startswith("tcp://") for address in self.r_worker_addresses)
         if self.key_file is not None and not is_network:

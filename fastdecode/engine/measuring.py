@@ -12,10 +12,13 @@ He & Zhai 2024, section 4.3; an emulated S-worker says its T(B) itself, and its 
 
 from __future__ import annotations
 
+import logging
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -30,35 +33,66 @@ from fastdecode.scheduling.parts import DEVICE
 from fastdecode.scheduling.plan import Admission, Segment, Step
 from gpu_sworker import AttentionCall, AttentionSpec, EmulatedSWorker, FlatBatch, SWorker
 
+logger = logging.getLogger(__name__)
+_Result = TypeVar("_Result")
+
 _REPEATS = 5
 _ROUNDS = 4  # lengths at which the R-Part is measured
 _LONGEST = 1024  # tokens
 _SEQUENCES = 16  # per R-worker, and on the device
 _FEW = 4  # of them
+_LONGEST_ON_GPU = 16384  # tokens: less is read within the time of a launch
+_ATTEMPTS = 3  # at a slope, which a busy machine may turn round
 
 
-def measure(runtime: Runtime, batches: Sequence[int], on_progress: Callable[[str], None]) -> PerfModel:
-    """batches: of T(B), rising; on_progress: told a line for every measurement.  Raises ConfigError, RWorkerError."""
+def measure(
+    runtime: Runtime, batches: Sequence[int], on_progress: Callable[[str], None], most_logits: int = 1 << 30
+) -> PerfModel:
+    """batches: of T(B), rising; on_progress: told a line for every measurement; most_logits: rows that have some, for
+    the other tokens of a large batch are prompts'.  Raises ConfigError, RWorkerError.
+    """
     num_layers = len(runtime.sworker.facts.layers)
     seconds = []
     for batch in batches:
-        seconds.append(s_seconds(runtime.sworker, batch))
+        seconds.append(s_seconds(runtime.sworker, batch, most_logits))
         on_progress(f"T({batch}) = {seconds[-1] * 1e6:.0f} us a block")
-    kv_token_seconds, fixed, row = r_seconds(runtime, on_progress)
+    kv_token_seconds, fixed, row = _again(lambda: r_seconds(runtime, on_progress))
     model = PerfModel.measured(batches, seconds, kv_token_seconds, num_layers, fixed)
     model = replace(model, r_row_seconds=row)
     if runtime.device:
-        of_token, of_call = device_seconds(runtime, runtime.device)
+        device = runtime.device
+        of_token, of_call = _again(lambda: device_seconds(runtime, device))
         on_progress(f"the device: {of_call * 1e6:.0f} us a block, {of_token * 1e9:.2f} ns per KV token")
         model = replace(model, device_kv_token_seconds=of_token, device_fixed_seconds=of_call)
+    runtime.rpool.totals.begin_anew()
     return model
 
 
-def s_seconds(sworker: SWorker | EmulatedSWorker, batch: int) -> float:
+def _again(action: Callable[[], _Result]) -> _Result:
+    """A few times, if it has to be.  Raises ConfigError as the last one did."""
+    for _ in range(_ATTEMPTS - 1):
+        try:
+            return action()
+        except NoSlope:
+            logger.info("more KV took no longer to read: measured again")
+    return action()
+
+
+class NoSlope(ConfigError):
+    """Time did not grow with what was read."""
+
+    def __init__(self, who: str) -> None:
+        super().__init__(
+            f"{who} took no longer for more KV: this machine is too busy to be measured, or all layers of the model "
+            "look at few tokens; try again, or set placement=device-first"
+        )
+
+
+def s_seconds(sworker: SWorker | EmulatedSWorker, batch: int, most_logits: int = 1 << 30) -> float:
     """T(batch), the median of some forwards."""
     if isinstance(sworker, EmulatedSWorker):
         return sworker.block_seconds(batch)
-    flat = FlatBatch(np.full(batch, 1, np.int64), np.zeros(batch, np.int64), np.arange(batch, dtype=np.int64))
+    flat = FlatBatch(np.full(batch, 1, np.int64), np.zeros(batch, np.int64), np.arange(min(batch, most_logits)))
     taken = []
     with sworker.inference():
         for _ in range(_REPEATS + 1):
@@ -106,7 +140,7 @@ def r_seconds(runtime: Runtime, on_progress: Callable[[str], None]) -> tuple[flo
             runtime.rpool.release({places[seq_id]: [seq_id]})
     slope, intercept = np.polyfit(loads, taken, 1)
     if slope <= 0:
-        raise ConfigError("the R-Part took no longer for more KV: this machine is too busy to be measured; try again")
+        raise NoSlope("the R-Part")
     less_load = [load * (1 - _FEW / _SEQUENCES) for load in loads]
     of_rows = [whole - part - slope * less for whole, part, less in zip(taken, with_few, less_load, strict=True)]
     num_rows = (_SEQUENCES - _FEW) * num_workers
@@ -122,7 +156,8 @@ def device_seconds(runtime: Runtime, device: DeviceHolder) -> tuple[float, float
         of_call = memory.attention_seconds(0)
         token_bytes = runtime.layout.token_bytes / len(facts.layers)
         return memory.attention_seconds(token_bytes) - of_call, of_call
-    longest = _longest(runtime, device.num_blocks, "device_kv_memory")
+    most = _LONGEST if facts.device == "cpu" else _LONGEST_ON_GPU
+    longest = _longest(runtime, device.num_blocks, "device_kv_memory", most)
     growth = longest // _ROUNDS - _REPEATS - 1
     length, loads, taken = 0, [], []
     device.admit([Admission(seq_id, DEVICE, longest) for seq_id in range(_SEQUENCES)])
@@ -141,12 +176,14 @@ def device_seconds(runtime: Runtime, device: DeviceHolder) -> tuple[float, float
     finally:
         device.forget_all()
     slope, intercept = np.polyfit(loads, taken, 1)
-    return max(1e-12, float(slope)), max(0.0, float(intercept))
+    if slope <= 0:
+        raise NoSlope("the device")
+    return float(slope), max(0.0, float(intercept))
 
 
-def _longest(runtime: Runtime, num_blocks: int, option: str) -> int:
+def _longest(runtime: Runtime, num_blocks: int, option: str, most: int = _LONGEST) -> int:
     """Of the sequences to measure with, on a holder of so many blocks.  Raises ConfigError."""
-    longest = min(_LONGEST, num_blocks // _SEQUENCES * runtime.layout.block_tokens)
+    longest = min(most, num_blocks // _SEQUENCES * runtime.layout.block_tokens)
     least = _ROUNDS * (2 * _REPEATS + 10)
     if longest < least:
         raise ConfigError(
@@ -172,13 +209,20 @@ def _device_step(runtime: Runtime, device: DeviceHolder, segments: list[Segment]
     """Seconds of the device's attention in all layers."""
     sworker, step = runtime.sworker, Step.of(segments)
     assert isinstance(sworker, SWorker)
+    made: dict[tuple[int, int, int], tuple[torch.Tensor, torch.Tensor]] = {}  # the same numbers in layers alike
     calls = []
     for layer, spec in enumerate(sworker.facts.layers):
-        q, kv = (
-            torch.from_numpy(array).to(sworker.device, sworker.dtype)
-            for array in _made_up(spec, step.num_tokens, step.num_tokens)
-        )
+        shape = spec.num_q_heads, spec.num_kv_heads, spec.head_dim
+        if shape not in made:
+            rows = partial(torch.randn, dtype=sworker.dtype, device=sworker.device)
+            made[shape] = (
+                rows(step.num_tokens, spec.num_q_heads, spec.head_dim),
+                rows(step.num_tokens, spec.num_kv_heads, spec.head_dim),
+            )
+        q, kv = made[shape]
         calls.append(AttentionCall(layer, q, kv, kv, spec.scale, spec.softcap, None, spec.window, None, True, ()))
+    if sworker.device.type != "cpu":
+        torch.cuda.synchronize(sworker.device)
     began = time.perf_counter()
     held = device.begin(step)
     for call in calls:

@@ -8,9 +8,18 @@ from contextlib import ExitStack
 from dataclasses import InitVar, dataclass, field
 from typing import Any
 
+import torch
+
 from fastdecode.api.sampling_params import SamplingParams
 from fastdecode.ending import Ending
-from fastdecode.engine.capacity import calibrated_times, describe_device, describe_places, make_scheduler, max_model_len
+from fastdecode.engine.capacity import (
+    calibrated_times,
+    completed,
+    describe_device,
+    describe_places,
+    make_scheduler,
+    max_model_len,
+)
 from fastdecode.engine.config import EngineConfig
 from fastdecode.engine.engine import Engine
 from fastdecode.engine.measuring import measure
@@ -56,6 +65,7 @@ class OpenEngine:
 
 def open_engine(config: EngineConfig, on_step: Callable[[StepRecord], None] | None = None) -> OpenEngine:
     """on_step: told of every step.  Raises ConfigError (options), ModelError (the model directory), RWorkerError."""
+    config = completed(config)
     with ExitStack() as cleanup:
         listeners = [on_step] if on_step else []
         if config.step_log:
@@ -105,6 +115,14 @@ def open_engine(config: EngineConfig, on_step: Callable[[StepRecord], None] | No
 def _times(config: EngineConfig, runtime: Runtime) -> PerfModel | None:
     """To place KV by; None: on the device first.  Raises ConfigError, RWorkerError."""
     if runtime.device is None or not runtime.welcomes or config.placement == "device-first":
+        if config.placement == "planned":
+            raise ConfigError(
+                "placement=planned is between the device and R-workers: set device_kv_memory, and num_r_workers above 0"
+            )
+        if config.calibration is not None and config.max_step_s is None:
+            raise ConfigError(
+                "calibration is for max_step_s, or for placement beside device_kv_memory: set one of them"
+            )
         return None
     facts = runtime.sworker.facts
     known = calibrated_times(config, facts)
@@ -114,8 +132,8 @@ def _times(config: EngineConfig, runtime: Runtime) -> PerfModel | None:
         return None
     batches = [size for size in _MEASURED_BATCHES if size < config.max_num_batched_tokens]
     try:
-        return measure(runtime, [*batches, config.max_num_batched_tokens], logger.info)
-    except ConfigError as error:
+        return measure(runtime, [*batches, config.max_num_batched_tokens], logger.info, config.max_num_seqs)
+    except (ConfigError, torch.OutOfMemoryError) as error:
         if config.placement == "planned":
             raise
         logger.warning("KV goes to the device first, for times to place it by could not be measured: %s", error)

@@ -38,7 +38,7 @@ class Runtime:
 
 
 def open_runtime(config: EngineConfig, timeline: Timeline | None = None) -> Runtime:
-    """Raises ConfigError (options), ModelError (the model directory), RWorkerError (a worker)."""
+    """config: see `completed`.  Raises ConfigError (options), ModelError (the model directory), RWorkerError."""
     keep_freed_memory()
     keys = read_key_file(config.key_file)  # before the model, which takes longer to complain
     with ExitStack() as cleanup:
@@ -57,7 +57,7 @@ def open_runtime(config: EngineConfig, timeline: Timeline | None = None) -> Runt
             workers = RWorkers()
         else:
             workers = start_r_workers(
-                transport=config.transport,
+                transport=config.transport or "inproc",
                 num_workers=config.num_r_workers,
                 threads_each=config.r_worker_threads,
                 kv_cache_bytes_each=local_kv_bytes(config, sworker.facts, layout, device.host_bytes if device else 0),

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from cpu_attention import KV_DTYPES, KVLayout, LayerShape
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-KV_SHARE = 0.8  # of what weights leave of a device's memory, for KV; activations and logits need the rest
+GPU_SHARE = 0.9  # of a GPU's memory that may be taken, as vLLM has it
+_KV_SHARE = 0.8  # of what weights leave of that, for KV; activations and logits need the rest
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def plan(
     weights = model.num_parameters * DTYPE_BYTES[dtype]
     if weights > device_bytes:
         raise ValueError(f"{weights} bytes of weights on a device of {device_bytes}")
-    plans, room = [], int(KV_SHARE * (device_bytes - weights))
+    plans, room = [], kv_room(device_bytes, weights)
     here = _layout(model, dtype, block_tokens)
     each = here.num_blocks(tokens) * here.block_bytes
     on_device = min(sequences, room // each)
@@ -80,6 +81,11 @@ def plan(
             )
         )  # fmt: skip
     return plans
+
+
+def kv_room(device_bytes: int, taken: int, share: float = GPU_SHARE) -> int:
+    """Bytes for KV on a device of which so many are taken, by weights and by others; share: of it that may be."""
+    return max(0, int(_KV_SHARE * (share * device_bytes - taken)))
 
 
 def _layout(model: ModelSize, dtype: str, block_tokens: int) -> KVLayout:

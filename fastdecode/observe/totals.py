@@ -39,6 +39,11 @@ class PoolTotals:
     def copy(self) -> PoolTotals:
         return replace(self, workers={worker: replace(totals) for worker, totals in self.workers.items()})
 
+    def begin_anew(self) -> None:
+        """What was done before requests came, to measure, is none of theirs."""
+        self.workers = {worker: WorkerTotals() for worker in self.workers}
+        self.wait_ns, self._told, self._told_wait_ns = 0, {}, 0
+
     def lap(self, serving: Collection[int]) -> Lap:
         """Since the last one."""
         attention = [

@@ -56,4 +56,5 @@ class SchedulerConfig:
     @cached_property
     def num_seats(self) -> int:
         """Sequences that run at most, over however many lanes."""
-        return min(self.max_num_seqs, *(n * self.lane_limits(n).seats for n in {1, self.num_lanes}))
+        lanes_used = {1, self.num_lanes} if self.times else {self.num_lanes}
+        return min(self.max_num_seqs, *(n * self.lane_limits(n).seats for n in lanes_used))

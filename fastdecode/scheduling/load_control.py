@@ -93,6 +93,7 @@ class LoadControl:
         self._placement = placement
         self._limit = 0
         self._filling: float = 0.0
+        self._memory = (0, 0, 0)  # tokens of the device, of all R-workers, and how many those are
         self.measure_memory()
         self._started: dict[int, _Started] = {}
         self._max_kv_tokens = 0  # of all that have started
@@ -110,7 +111,12 @@ class LoadControl:
         """Again, when an R-worker was lost or has come."""
         capacities, of_r_workers = self._credits.capacities, self._credits.capacity_tokens
         memory = sum(of_r_workers)
-        self._memory = capacities.get(DEVICE, 0), memory, sum(capacity > 0 for capacity in of_r_workers)
+        before, self._memory = (
+            self._memory,
+            (capacities.get(DEVICE, 0), memory, sum(capacity > 0 for capacity in of_r_workers)),
+        )
+        if self._placement and self._memory != before:
+            self._placement.forget_full()
         self._limit = memory if self._max_kv_load is None else min(self._max_kv_load, memory)
         on_device, planned = float(capacities.get(DEVICE, 0)), math.inf
         if self._placement:
@@ -224,18 +230,20 @@ class LoadControl:
 
     def _plan(self, placement: Placement, first: Prospect | None, num_in_all: int, num_seats: int) -> None:
         """Where what runs and waits is best kept, as far as it is another place than before."""
-        room = Room(*self._memory, min(num_in_all, num_seats), num_in_all)
+        on_device, _, num_r_workers = self._memory
+        room = Room(on_device, self._limit, num_r_workers, min(num_in_all, num_seats), num_in_all)
         if placement.begin_step(first and (first.mean or first.limit), room):
             self.measure_memory()
 
     def _planned(self, placement: Placement, prospect: Prospect, workers: list[int]) -> list[int]:
         """Of those where it fits the ones that are to have it."""
-        is_for_device = self._could_be_on_device(prospect)
-        if is_for_device and DEVICE not in workers:
-            placement.full(is_device=True)
-        if workers in ([], [DEVICE]):
-            placement.full(is_device=False)
-        return placement.allowed(workers, _share(prospect), is_for_device)
+        is_for_device, share = self._could_be_on_device(prospect), _share(prospect)
+        if not placement.is_long(share):  # that one does not fit tells little of the others
+            if is_for_device and DEVICE not in workers:
+                placement.full(is_device=True)
+            if workers in ([], [DEVICE]) and self._credits.fits_one(prospect.max_kv_tokens):
+                placement.full(is_device=False)
+        return placement.allowed(workers, share, is_for_device)
 
     def _could_be_on_device(self, prospect: Prospect) -> bool:
         return self._credits.capacities.get(DEVICE, 0) >= prospect.max_kv_tokens
@@ -301,8 +309,10 @@ class LoadControl:
         for worker, change in changes:
             for seq_id, blocks in change.paid.items():
                 demand = self._started[seq_id].demand
-                demand = demand._replace(first=demand.first + self._credits.tokens_of(blocks))
-                self._change(seq_id, demand, {worker: blocks})
+                num_tokens = self._credits.tokens_of(blocks)
+                self._change(seq_id, demand._replace(first=demand.first + num_tokens), {worker: blocks})
+                if self._placement:
+                    self._placement.grow(seq_id, num_tokens)
 
     def _change(self, seq_id: int, demand: Demand, paid: Mapping[int, int] = _NO_BLOCKS) -> None:
         started = self._started[seq_id]

@@ -45,6 +45,7 @@ _RECENT = 128  # starts that tell what the next ones will be like
 _SLACK = 1.03  # of a limit, for lengths that are not the same
 _COARSE = (5, 9)  # pairs looked at first
 _FINE = 5
+_MOST_PLANS = 256  # kept, for what comes back
 
 
 class Share(NamedTuple):
@@ -97,7 +98,7 @@ def step_seconds(
         (num_on_device + num_on_r_workers) * share.num_tokens / num_lanes,
         num_on_r_workers * share.kv_tokens / num_lanes,
         num_on_device * share.kv_tokens / num_lanes,
-        num_on_r_workers / num_lanes,
+        num_on_r_workers * (1 + (share.num_tokens - 1) / 2) / num_lanes,
     )
     return times.step_seconds([lane] * num_lanes, num_r_workers)
 
@@ -171,6 +172,7 @@ class Placement:
         self._num_started = 0
         self._seen: tuple[Room, int] | None = None  # when a plan was thought of last
         self._made_for: tuple[float, ...] = ()
+        self._plans: dict[tuple[float, ...], Plan] = {}  # lately, by what they were made for
         self._plan = Plan(math.inf, math.inf, 0.0)
         self.num_plans = 0  # made, the first one too
         self._num_lanes, self._rounds_before = 1, _LANES_DWELL
@@ -205,7 +207,11 @@ class Placement:
         if key == self._made_for:
             return False
         self._made_for = key
-        plan = best_plan(self._times, self._most_lanes, room, share)
+        if key not in self._plans:
+            if len(self._plans) == _MOST_PLANS:
+                self._plans.clear()
+            self._plans[key] = best_plan(self._times, self._most_lanes, room, share)
+        plan = self._plans[key]
         if plan.tokens_per_s > _WORTH_A_CHANGE * self._worth(room, share):
             self._plan = plan
             self.num_plans += 1
@@ -215,12 +221,11 @@ class Placement:
     def allowed(self, workers: Iterable[int], share: Share, is_for_device: bool) -> list[int]:
         """Of these, R-workers or the device, those that the plan has room on.
 
-        is_for_device: it could start there at another time.  Who could not does not wait for ever: it starts once
-        R-workers have nothing to read.
+        is_for_device: it could start there at another time.  Who could not has R-workers alone, whatever the plan is.
         """
         half = share.kv_tokens / 2
         on_device = self._kv[True] + half <= self._plan.device
-        on_r_workers = self._kv[False] + half <= self._plan.r_workers or not (is_for_device or self._counts[False])
+        on_r_workers = self._kv[False] + half <= self._plan.r_workers or not is_for_device
         return [worker for worker in workers if (on_device if worker == DEVICE else on_r_workers)]
 
     def is_long(self, share: Share) -> bool:
@@ -230,8 +235,20 @@ class Placement:
 
     def full(self, is_device: bool) -> None:
         """Memory had no room for one more there.  Who needs much finds it full early: so the most counts, for long."""
+        if not self._counts[is_device]:
+            return
         kv, before = self._kv[is_device], self._full_at.get(is_device, 0.0)
         self._full_at[is_device] = max(kv, before - _FORGOTTEN * (before - kv))
+
+    def forget_full(self) -> None:
+        """Memory is another one."""
+        self._full_at.clear()
+        self._seen = None
+
+    def grow(self, seq_id: int, num_tokens: int) -> None:
+        """So many that were another's are read for it now."""
+        _, share = self._shares[seq_id]
+        self.change(seq_id, share._replace(kv_tokens=share.kv_tokens + num_tokens))
 
     def start(self, seq_id: int, is_device: bool, share: Share) -> None:
         if len(self._recent) == _RECENT:
@@ -304,8 +321,12 @@ class Placement:
     def check_integrity(self, running: Iterable[int]) -> None:
         assert self._shares.keys() == set(running)
         for is_device in (True, False):
-            kv = sum(share.kv_tokens for where, share in self._shares.values() if where == is_device)
+            there = [share for where, share in self._shares.values() if where == is_device]
+            kv = sum(share.kv_tokens for share in there)
+            assert self._counts[is_device] == len(there)
             assert math.isclose(self._kv[is_device], kv, rel_tol=1e-6, abs_tol=1e-3)
+        num_tokens = sum(share.num_tokens for _, share in self._shares.values())
+        assert math.isclose(self._num_tokens, num_tokens, rel_tol=1e-6, abs_tol=1e-3)
 
     def _worth(self, room: Room, share: Share) -> float:
         """X of the plan there is, as things are now."""

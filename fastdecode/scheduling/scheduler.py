@@ -440,9 +440,9 @@ class Scheduler:
             self._close(lane)
 
     def _close(self, lane: Lane) -> None:
-        """One that is not in use has nothing, once its step has ended."""
+        """One that is not in use has nothing, once its step has ended, but those that have ended with it."""
         if lane.index >= self._num_lanes and lane.step is None:
-            hand_over(list(lane), lane, self._lanes[0])
+            hand_over([sequence for sequence in lane if not sequence.finish_reason], lane, self._lanes[0])
 
     def _count(self) -> None:
         """What R-workers hold, in the steps under way and in those to come."""
@@ -497,6 +497,8 @@ class Scheduler:
         if self._placement is None or self._waiting or not self._placement.num_on_r_workers:
             return []
         there = [s for s in self._running if not s.is_on(DEVICE)]
+        if any(s.max_kv_tokens > self.device_kv_capacity_tokens for s in there):
+            return []
         moved = [Moved(s.num_tokens, s.expected_tokens - len(s.output_token_ids)) for s in there]
         num_blocks = sum(self._credits.blocks(one.num_tokens + one.num_steps) for one in moved)
         if num_blocks > self._credits.device_room or any(s.is_prefilling for s in self._running):

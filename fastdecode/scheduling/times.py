@@ -12,7 +12,7 @@ class LaneWork(NamedTuple):
     num_tokens: float  # through the S-Part
     load: float = 0.0  # KV tokens that the R-workers read together; what counts is that they wait for the slowest
     device_kv_tokens: float = 0.0  # that the S-worker's device reads
-    num_r_rows: float = 0.0  # of its tokens those that R-workers attend for
+    num_r_rows: float = 0.0  # of its tokens those that R-workers attend for; one they only store goes half the way
 
 
 class Times(Protocol):

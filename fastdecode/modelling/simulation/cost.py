@@ -18,7 +18,7 @@ import numpy as np
 
 from fastdecode.modelling.perf_model import PerfModel
 from fastdecode.modelling.simulation.devices import MEMORY
-from fastdecode.scheduling.parts import lengths
+from fastdecode.scheduling.parts import DEVICE, lengths
 from fastdecode.scheduling.plan import Step
 from fastdecode.scheduling.times import LaneWork
 
@@ -33,7 +33,7 @@ class Work:
     prompt_tokens: int
     prompt_pairs: float  # sum over chunks of end² - start²: twice the query-key pairs
     device_kv_tokens: int = 0  # read by decodes on the S-worker's device
-    num_r_rows: int = 0  # that go to R-workers and come back
+    num_r_rows: float = 0.0  # that go to R-workers and come back; half of those whose K and V only go there
 
     @classmethod
     def of(cls, step: Step, num_r_workers: int) -> Work:
@@ -43,10 +43,11 @@ class Work:
         for row in range(decodes.num_whole, len(decodes)):
             for worker, num_tokens in lengths(step.parts[int(decodes.seq_ids[row])], int(decodes.positions[row]) + 1):
                 kv_tokens[worker] += num_tokens
+        stored = sum(segment.num_tokens for segment in step.prompts if segment.r_worker != DEVICE)
         pairs = sum(segment.end**2 - segment.start**2 for segment in step.prompts)
         return cls(
             step.num_tokens, len(decodes), tuple(kv_tokens.astype(int).tolist()), step.num_prompt_tokens, float(pairs),
-            on_device, len(decodes) - step.num_device_decodes,
+            on_device, len(decodes) - step.num_device_decodes + stored / 2,
         )  # fmt: skip
 
 
