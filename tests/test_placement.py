@@ -13,6 +13,7 @@ import pytest
 from conftest import Case, quiet
 from scheduler_world import World, a_sequence, create_scheduler
 
+from bench.near_ties import assert_same_tokens
 from bench.placement import Cell, brute_force, run
 from fastdecode import LLM, SamplingParams
 from fastdecode.errors import ConfigError
@@ -269,6 +270,26 @@ def test_wherever_they_are_kept_tokens_are_the_same(
         assert of_device and not of_r_workers
     else:
         assert of_r_workers and (of_device if times is EVEN else of_device < of_r_workers)
+
+
+def test_moved_in_the_middle_tokens_are_the_same(case: Callable[[str], Case], tmp_path: Path) -> None:
+    llama, path = case("llama"), tmp_path / "c.json"
+    prompts = [[5 + i % 50, 7, 9 + i % 3] * 5 for i in range(150)]
+    params = [
+        SamplingParams(temperature=0, max_tokens=120 if i in (70, 71, 72) else 16, ignore_eos=True) for i in range(150)
+    ]
+    with LLM(llama.directory, skip_tokenizer_init=True, max_num_seqs=128) as llm:
+        expected = quiet(llm, prompts, params)
+        num_layers = len(llm.facts.layers)
+    times = PerfModel((1, 256), (1.0, 1.2), 1e-4, num_layers, 1.0, device_kv_token_seconds=1e-5)
+    write_calibration(Calibration("llama", "a CPU", "float32", "float32", "here", 1, 1, "-", times), path)
+    with LLM(
+        llama.directory, calibration=path, device_kv_memory=768 * 960, block_tokens=16, max_num_seqs=128,
+        max_num_batched_tokens=512, micro_batches=2, skip_tokenizer_init=True, enable_prefix_caching=False,
+    ) as llm:  # fmt: skip
+        outputs = quiet(llm, prompts, params)
+        assert llm._engine._scheduler.num_moves > 0
+    assert_same_tokens(llama.directory, prompts, params, outputs, expected)
 
 
 def test_measured_at_the_start(case: Callable[[str], Case]) -> None:
