@@ -57,7 +57,9 @@ def test_seconds() -> None:
     assert history.told(60)["state"] == "loading" and len(history.told(60)["seconds"]) == 10
     history.begin(served([64, 0], Health("degraded", ["R-worker 1"])))
     history.on_step(step(0, seconds=0.2, num_decodes=0, num_prompt_tokens=7, num_sampled=2, attention_s=(0.1, None)))
-    history.on_step(step(1, seconds=0.4, num_waiting=5, num_sampled=3, wait_s=0.15, attention_s=(0.2, None)))
+    history.on_step(
+        step(1, seconds=0.4, num_waiting=5, device_kv_tokens=3, num_sampled=3, wait_s=0.15, attention_s=(0.2, None))
+    )
     history.on_finished(RequestOutput("0", None, [1], []))
     clock.now += 2
     history.on_step(step(2, seconds=0.1, num_sampled=1, kv_tokens=(9,), attention_s=(0.3,)))  # of a broken one, too
@@ -68,7 +70,7 @@ def test_seconds() -> None:
     first, idle, last = told["seconds"][-3:]
     assert first == {
         "load": 8, "step_ms": pytest.approx(300), "longest_step_ms": 400, "running": 1, "waiting": 5, "new_tokens": 5,
-        "prompt_tokens": 7, "ended": 1, "kv": [8, 0], "s_idle": pytest.approx(0.25),
+        "prompt_tokens": 7, "ended": 1, "device_kv": 3, "kv": [8, 0], "s_idle": pytest.approx(0.25),
         "r_idle": [pytest.approx(0.5), None],
     }  # fmt: skip
     assert idle["step_ms"] is None and idle["load"] == idle["running"] == 0 and idle["r_idle"] == [None, None]
@@ -104,10 +106,8 @@ def test_data(llama: Case) -> None:
     history = History("tiny")
     assert get(history, "/dashboard/data").json()["state"] == "loading"
     assert get(history, "/dashboard/data?seconds=5").status_code == 422
-    opened = open_engine(
-        EngineConfig.from_options({"model": llama.directory, "num_r_workers": 2, "skip_tokenizer_init": True}),
-        on_step=history.on_step,
-    )
+    options = {"num_r_workers": 2, "device_kv_memory": 768 * 256, "skip_tokenizer_init": True}
+    opened = open_engine(EngineConfig.from_options({"model": llama.directory, **options}), on_step=history.on_step)
 
     async def run() -> int:
         service = Service(opened, max_queue=100, on_finished=history.on_finished)
@@ -119,6 +119,7 @@ def test_data(llama: Case) -> None:
         await asyncio.sleep(1.05)  # a second is told when it is over
         told = history.told(60)
         assert told["state"] == "ready" and told["capacity"] == opened.engine.kv_capacity_tokens
+        assert told["device_capacity"] == 256
         await service.drain(10)
         return sum(len(output.outputs[0].token_ids) for output in outputs)
 
@@ -130,7 +131,8 @@ def test_data(llama: Case) -> None:
         assert sum(row["new_tokens"] for row in rows) == num_new
         assert sum(row["prompt_tokens"] for row in rows) == sum(map(len, llama.prompts))
         assert sum(row["ended"] for row in rows) == len(llama.prompts)
-        assert max(row["load"] for row in rows) > 0 and all(len(row["kv"]) == 2 for row in rows)
+        assert max(row["load"] for row in rows) > 0 and max(row["device_kv"] for row in rows) > 0
+        assert all(len(row["kv"]) == 2 for row in rows)
         assert answer.json()["state"] == "draining"
     finally:
         opened.close()

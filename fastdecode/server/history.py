@@ -33,9 +33,10 @@ class _Second:
     prompt_tokens: int = 0
     wait_s: float = 0.0
     attention_s: dict[int, float] = field(default_factory=dict)  # by R-worker
-    num_running: int = 0  # this and the next two: of its last step
+    num_running: int = 0  # this and the next three: of its last step
     num_waiting: int = 0
     kv_tokens: tuple[int, ...] = ()
+    device_kv_tokens: int = 0
 
     def add(self, record: StepRecord) -> None:
         self.num_steps += 1
@@ -44,7 +45,8 @@ class _Second:
         self.new_tokens += record.num_sampled
         self.prompt_tokens += record.num_prompt_tokens
         self.wait_s += record.wait_s
-        self.num_running, self.num_waiting, self.kv_tokens = record.num_running, record.num_waiting, record.kv_tokens
+        self.num_running, self.num_waiting = record.num_running, record.num_waiting
+        self.kv_tokens, self.device_kv_tokens = record.kv_tokens, record.device_kv_tokens
         for worker, attention_s in enumerate(record.attention_s):
             if attention_s is not None:
                 self.attention_s[worker] = self.attention_s.get(worker, 0.0) + attention_s
@@ -61,6 +63,7 @@ class _Second:
             "new_tokens": self.new_tokens,
             "prompt_tokens": self.prompt_tokens,
             "ended": self.num_ended,
+            "device_kv": self.device_kv_tokens,
             "kv": [*self.kv_tokens, *([0] * num_workers)][:num_workers],
             "s_idle": min(1.0, self.wait_s / busy) if self.num_steps else None,
             "r_idle": [
@@ -121,5 +124,6 @@ class History:
             "waiting": standing.num_waiting if standing else 0,
             "load_limit": standing.kv_load_limit if standing else 0,
             "capacity": list(capacity),
+            "device_capacity": standing.device_kv_capacity_tokens if standing else 0,
             "seconds": rows,
         }
