@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 from conftest import Case, quiet
 from scheduler_world import World, a_sequence, create_scheduler
+from test_recovery import assert_at_rest, gone, make_faulty, r_workers
 
 from bench.near_ties import assert_same_tokens
 from bench.placement import Cell, brute_force, run
+from cpu_attention import RWorker
 from fastdecode import LLM, SamplingParams
 from fastdecode.errors import ConfigError
 from fastdecode.modelling.calibration import Calibration, write_calibration
@@ -23,6 +25,8 @@ from fastdecode.observe.step_log import read_step_log
 from fastdecode.scheduling.parts import DEVICE
 from fastdecode.scheduling.placement import Placement, Room, Share, best_plan, step_seconds, tokens_per_s
 from fastdecode.scheduling.times import LaneWork
+
+__all__ = ["r_workers"]  # a fixture
 
 SMALL: dict[str, Any] = {"max_num_seqs": 128, "max_num_batched_tokens": 1024}
 DEVICE_BEST = PerfModel((1, 64), (1.0, 2.0), 1.0, 1, r_fixed_seconds=5.0, device_kv_token_seconds=0.001)
@@ -290,6 +294,30 @@ def test_moved_in_the_middle_tokens_are_the_same(case: Callable[[str], Case], tm
         outputs = quiet(llm, prompts, params)
         assert llm._engine._scheduler.num_moves > 0
     assert_same_tokens(llama.directory, prompts, params, outputs, expected)
+
+
+@pytest.mark.parametrize("times", [R_WORKERS_BEST, EVEN], ids=["R-workers", "even"])
+@pytest.mark.parametrize("calls", range(5, 180, 35))
+def test_lost_r_workers(
+    calls: int, times: PerfModel, case: Callable[[str], Case], tmp_path: Path, r_workers: list[RWorker]
+) -> None:
+    """Of three one, then another, at any moment, and the device beside them: the same tokens, and nobody is lost."""
+    llama, path = case("llama"), tmp_path / "c.json"
+    with LLM(llama.directory, skip_tokenizer_init=True) as llm:
+        of_this_model = replace(times, num_layers=len(llm.facts.layers))
+    write_calibration(Calibration("llama", "a CPU", "float32", "float32", "here", 3, 1, "-", of_this_model), path)
+    r_workers.clear()
+    with LLM(
+        llama.directory, num_r_workers=3, calibration=path, device_kv_memory=768 * 480, kv_cache_memory=768 * 960,
+        block_tokens=16, micro_batches=2, worker_timeout_s=60, skip_tokenizer_init=True,
+    ) as llm:  # fmt: skip
+        make_faulty(llm, calls % 3, calls, gone)
+        make_faulty(llm, (calls + 1) % 3, 2 * calls, gone)
+        params = SamplingParams(temperature=0, max_tokens=32)
+        for _ in range(2):
+            outputs = quiet(llm, llama.prompts, params)
+            assert [output.outputs[0].token_ids for output in outputs] == llama.reference
+        assert_at_rest(llm, r_workers)
 
 
 def test_measured_at_the_start(case: Callable[[str], Case]) -> None:
