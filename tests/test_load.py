@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from load_algorithms import Job, at_once, published, run, steady
 
 from fastdecode.scheduling.load import Demand, Projection
-from fastdecode.scheduling.load_control import RECENT, RecentStarts, are_alike
 from fastdecode.scheduling.predictor import Prediction
+from fastdecode.scheduling.recent_starts import RECENT, RecentStarts, are_alike
 
 demands = st.builds(
     lambda start, steps, first: Demand(start, start + steps - 1, first),

@@ -34,6 +34,7 @@ from typing import NamedTuple
 
 from fastdecode.scheduling.load import Demand
 from fastdecode.scheduling.parts import DEVICE
+from fastdecode.scheduling.recent_starts import RECENT
 from fastdecode.scheduling.times import LaneWork, Times
 
 _WORTH_A_CHANGE = 1.03  # of tokens per second
@@ -41,7 +42,7 @@ _LANES_DWELL = 16  # rounds, at least, between two changes of the lanes, or two 
 _FORGOTTEN = 0.05  # of what memory held, each time it held less
 _SURELY = 2.0  # times a move's cost is what it has to bring
 _SAME = math.log(1.2)  # what differs by less is no reason for another plan
-_RECENT = 128  # starts that tell what the next ones will be like
+
 _SLACK = 1.03  # of a limit, for lengths that are not the same
 _COARSE = (5, 9)  # pairs looked at first
 _FINE = 5
@@ -166,7 +167,7 @@ class Placement:
         self._counts = {True: 0, False: 0}  # by that,
         self._kv = {True: 0.0, False: 0.0}  # and tokens on average
         self._num_tokens = 0.0  # through the S-Part in a step, likewise
-        self._recent: deque[Share] = deque(maxlen=_RECENT)
+        self._recent: deque[Share] = deque(maxlen=RECENT)
         self._sums = [0.0, 0.0]  # of the recent ones
         self._full_at: dict[bool, float] = {}  # where memory let nobody else in
         self._num_started = 0
@@ -251,7 +252,7 @@ class Placement:
         self.change(seq_id, share._replace(kv_tokens=share.kv_tokens + num_tokens))
 
     def start(self, seq_id: int, is_device: bool, share: Share) -> None:
-        if len(self._recent) == _RECENT:
+        if len(self._recent) == RECENT:
             self._count_recent(self._recent[0], -1)
         self._num_started += 1
         self._recent.append(share)
