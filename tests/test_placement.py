@@ -276,7 +276,8 @@ def test_wherever_they_are_kept_tokens_are_the_same(
         assert of_r_workers and (of_device if times is EVEN else of_device < of_r_workers)
 
 
-def test_moved_in_the_middle_tokens_are_the_same(case: Callable[[str], Case], tmp_path: Path) -> None:
+@pytest.mark.parametrize("caching", [False, True])
+def test_moved_in_the_middle_tokens_are_the_same(caching: bool, case: Callable[[str], Case], tmp_path: Path) -> None:
     llama, path = case("llama"), tmp_path / "c.json"
     prompts = [[5 + i % 50, 7, 9 + i % 3] * 5 for i in range(150)]
     params = [
@@ -289,10 +290,10 @@ def test_moved_in_the_middle_tokens_are_the_same(case: Callable[[str], Case], tm
     write_calibration(Calibration("llama", "a CPU", "float32", "float32", "here", 1, 1, "-", times), path)
     with LLM(
         llama.directory, calibration=path, device_kv_memory=768 * 960, block_tokens=16, max_num_seqs=128,
-        max_num_batched_tokens=512, micro_batches=2, skip_tokenizer_init=True, enable_prefix_caching=False,
+        max_num_batched_tokens=512, micro_batches=2, skip_tokenizer_init=True, enable_prefix_caching=caching,
     ) as llm:  # fmt: skip
         outputs = quiet(llm, prompts, params)
-        assert llm._engine._scheduler.num_moves > 0
+        assert 0 < llm._engine._scheduler.num_moves <= 6
     assert_same_tokens(llama.directory, prompts, params, outputs, expected)
 
 
