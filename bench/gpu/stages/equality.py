@@ -106,9 +106,9 @@ def _make_case(report: Report, family: str, dtype: str) -> Case:
 def _compare(report: Report, case: Case, dtype: str) -> None:
     few = _token_bytes(case.directory, dtype) * (64 if report.is_dry else _DEVICE_TOKENS)
     options_of: dict[str, dict[str, Any]] = {
-        "r-workers": {"num_r_workers": 2, "micro_batches": 2},
+        "r-workers": {"num_r_workers": 2, "micro_batches": 2, "device_kv_memory": 0},
         "device": {"num_r_workers": 0},
-        "mixed": {"num_r_workers": 1, "micro_batches": 2, "device_kv_memory": few},
+        "mixed": {"num_r_workers": 1, "micro_batches": 2, "device_kv_memory": few, "placement": "device-first"},
     }
     for way in _WAYS[-1:] if report.is_dry and dtype == "bfloat16" else _WAYS:
         with report.surviving(f"{case.family}, {dtype}, {way}"):

@@ -48,7 +48,7 @@ def main(args: argparse.Namespace) -> None:
         budget = _token_bytes(directory, report.is_dry) * (_TINY_BUDGET_TOKENS if report.is_dry else _BUDGET_TOKENS)
         away = {"num_r_workers": 1, "transport": "inproc" if report.is_dry else "shm"}
         modes: dict[str, dict[str, Any]] = {
-            _BASE: {"num_r_workers": 0, "device_kv_memory": budget},
+            _BASE: {"num_r_workers": 0, "device_kv_memory": budget, "micro_batches": 1},
             "hybrid": away | {"device_kv_memory": budget},
             "full offload": away | {"device_kv_memory": 0},
         }
