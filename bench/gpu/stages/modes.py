@@ -2,7 +2,7 @@
 
     gpu-only       on the device alone (num_r_workers=0); what does not fit waits
     full offload   on an R-worker alone (device_kv_memory=0)
-    hybrid         the device first, and what does not fit there on the R-worker
+    hybrid         on both, where it pays by what is measured at the start
 
 The device has the same budget of K and V wherever it has one, so small that some points do not fit it.  Output tokens
 over the whole time, prompts and waiting included.  The model has a few layers of the 8B shape: a layer's S and R are
@@ -46,7 +46,7 @@ def main(args: argparse.Namespace) -> None:
         points = _TINY_POINTS if report.is_dry else _POINTS
         directory = stack.model_directory(_MODEL, args.work, args.dry)
         budget = _token_bytes(directory, report.is_dry) * (_TINY_BUDGET_TOKENS if report.is_dry else _BUDGET_TOKENS)
-        away = {"num_r_workers": 1, "transport": "inproc" if report.is_dry else "shm"}
+        away = {"num_r_workers": 1, "micro_batches": 2, "transport": "inproc" if report.is_dry else "shm"}
         modes: dict[str, dict[str, Any]] = {
             _BASE: {"num_r_workers": 0, "device_kv_memory": budget, "micro_batches": 1},
             "hybrid": away | {"device_kv_memory": budget},
@@ -73,7 +73,6 @@ def _measure_mode(
         directory,
         device="cpu" if report.is_dry else "cuda",
         dtype="float32" if report.is_dry else "bfloat16",
-        micro_batches=2,
         skip_tokenizer_init=True,
         enable_prefix_caching=False,
         max_num_seqs=max(sequences for sequences, _ in points),
