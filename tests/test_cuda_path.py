@@ -15,9 +15,10 @@ import torch
 from conftest import Case
 
 from fastdecode.benchmark import calibrate
+from fastdecode.modelling.perf_model import PerfModel
 from gpu_sworker import SWorker, choose_device
 
-_PR_GET_TIMERSLACK = 30  # <linux/prctl.h>, in ns
+_PR_SET_TIMERSLACK, _PR_GET_TIMERSLACK = 29, 30  # <linux/prctl.h>, in ns
 
 
 @pytest.fixture
@@ -44,6 +45,8 @@ def test_the_thread_that_drives_a_card_is_at_it(llama: Case, monkeypatch: pytest
         entered.append(None)
 
     def drive() -> None:
+        if sys.platform == "linux":  # a thread begins with that of who made it
+            ctypes.CDLL(None).prctl(_PR_SET_TIMERSLACK, 50_000, 0, 0, 0)
         with sworker.inference():
             seen.append((list(entered), _timer_slack()))
 
@@ -57,7 +60,7 @@ def test_the_thread_that_drives_a_card_is_at_it(llama: Case, monkeypatch: pytest
     ((at_first, slack),) = seen
     assert at_first == [torch.device("cuda", 1)] and entered[-1] is None
     if sys.platform == "linux":
-        assert slack == 1 < _timer_slack()
+        assert slack == 1
 
 
 def _timer_slack() -> int:
@@ -66,8 +69,7 @@ def _timer_slack() -> int:
 
 def test_a_calibration_names_the_card_that_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: f"the card at {device}")
-    monkeypatch.setattr(calibrate, "s_seconds", lambda *_: 1e-3)
-    monkeypatch.setattr(calibrate, "r_seconds", lambda *_: (1e-9, 1e-6))
+    monkeypatch.setattr(calibrate, "measure", lambda *_: PerfModel((1, 4), (1e-3, 1e-3), 1e-9, 3))
     facts = SimpleNamespace(model_type="llama", device="cuda:1", dtype="bfloat16", layers=(None,) * 3)
     runtime: Any = SimpleNamespace(
         sworker=SimpleNamespace(facts=facts),

@@ -312,7 +312,7 @@ def test_the_scheduler_gains(start_policy: str, max_kv_load: int | None) -> None
 
     for _ in range(5):
         step()
-    scheduler.lose(1, None)
+    scheduler.lose(1)
     scheduler.gain(1, 8)
     scheduler.gain(3, 16)
     seen.clear()
