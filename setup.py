@@ -28,7 +28,7 @@ setup(
     package_data={"fastdecode.server": ["dashboard.html"]},
     install_requires=[
         "torch>=2.11",
-        "transformers>=5.21,<6",
+        "transformers>=5.17,<6",
         "numba>=0.61",
         "numpy>=2.0,<3",
         "pyzmq>=26",

@@ -20,10 +20,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from fastdecode import RequestOutput, SamplingParams
-from gpu_sworker import derive_seed, uniforms
+from gpu_sworker import derive_seed, load_reference, uniforms
 
 # Of one logit, between two ways of computing it in fp32: three times the largest difference of log-probabilities that
 # was seen (6.4e-5: small Llama of the tests, 60 sequences, 3 at a time against 16, both linear kernels).
@@ -112,7 +112,7 @@ def _distance(draw: float, ends: np.ndarray, token: int) -> float:
 
 @cache
 def _reference(model: Path) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64, use_safetensors=True).eval()
+    return load_reference(model, torch.float64)
 
 
 def _logits(model: Path, token_ids: tuple[int, ...]) -> np.ndarray:

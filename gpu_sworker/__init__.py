@@ -21,7 +21,7 @@ from gpu_sworker.model import DTYPES, choose_device
 from gpu_sworker.partial_state import PartialState, finished, merge, with_sinks
 from gpu_sworker.prefill import PromptChunk
 from gpu_sworker.probe import AttentionSpec
-from gpu_sworker.reference import generate_reference
+from gpu_sworker.reference import generate_reference, load_reference
 from gpu_sworker.sampler import (
     Penalties,
     RowFault,
@@ -75,6 +75,7 @@ __all__ = [
     "foreign_errors",
     "free_bytes",
     "generate_reference",
+    "load_reference",
     "merge",
     "total_bytes",
     "uniforms",

@@ -15,10 +15,13 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from transformers import PretrainedConfig
 
 from gpu_sworker.staging import on_device
 from gpu_sworker.suspension import current_forward
+
+TRANSFORMERS = tuple(int(part) for part in transformers.__version__.split(".")[:2])  # of what is installed
 
 _BY_LENGTH = ("dynamic", "longrope")
 # ``generate`` of these drops its cache once a sequence outgrows the original length, and computes all of it again.
@@ -127,6 +130,8 @@ class _PerSequenceRope:
         if kind == "dynamic":  # it remembers the longest sequence so far
             setattr(module, f"{prefix}inv_freq", getattr(module, f"{prefix}original_inv_freq").to(x.device))
             setattr(module, f"{prefix}max_seq_len_cached", module.original_max_seq_len)
+        if kind == "longrope" and prefix and TRANSFORMERS < (5, 21):  # a second use of what it keeps is an error there
+            vars(module).pop(f"{prefix}long_inv_freq", None)
         if not length:
             return tuple(self._forward(x, position_ids, **arguments))
         last = position_ids.new_full((*position_ids.shape[:-1], 1), length - 1)  # what tells it the length

@@ -264,10 +264,10 @@ def test_what_is_carried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_what_is_missing_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert carry.unmet(sys.path) == []
-    information = tmp_path / "transformers-5.17.0.dist-info"
+    information = tmp_path / "transformers-5.16.0.dist-info"
     information.mkdir()
-    (information / "METADATA").write_text("Metadata-Version: 2.1\nName: transformers\nVersion: 5.17.0\n")
-    assert carry.unmet([str(tmp_path), *sys.path]) == ["transformers>=5.21,<6 (5.17.0 is there)"]
+    (information / "METADATA").write_text("Metadata-Version: 2.1\nName: transformers\nVersion: 5.16.0\n")
+    assert carry.unmet([str(tmp_path), *sys.path]) == ["transformers>=5.17,<6 (5.16.0 is there)"]
     assert "msgspec>=0.19,<1 (none is there)" in carry.unmet([str(tmp_path)])
-    monkeypatch.setattr(carry, "requirements", lambda: ["transformers>=5.17", "Transformers<5.17"])
-    assert carry.unmet([str(tmp_path)]) == ["Transformers<5.17 (5.17.0 is there)"]
+    monkeypatch.setattr(carry, "requirements", lambda: ["transformers>=5.16", "Transformers<5.16"])
+    assert carry.unmet([str(tmp_path)]) == ["Transformers<5.16 (5.16.0 is there)"]

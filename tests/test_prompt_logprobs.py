@@ -12,13 +12,12 @@ import pytest
 import torch
 from conftest import Case, quiet
 from test_recovery import SMALL_STEPS, gone, hung, make_faulty, three_workers
-from transformers import AutoModelForCausalLM
 
 from fastdecode import LLM, RequestOutput, SamplingParams
 from fastdecode.engine import capacity
 from fastdecode.scheduling.request import Sequence
 from fastdecode.server.metrics import Metrics
-from gpu_sworker import FlatBatch, SWorker
+from gpu_sworker import FlatBatch, SWorker, load_reference
 
 LENGTHS = slice(0, 6)  # of the case's prompts: 1, 2, 31, 32, 33 and 75 tokens
 SCORED = SamplingParams(temperature=0, max_tokens=4, prompt_logprobs=3)
@@ -27,7 +26,7 @@ SCORED = SamplingParams(temperature=0, max_tokens=4, prompt_logprobs=3)
 @cache
 def expected(directory: Path, prompt: tuple[int, ...]) -> torch.Tensor:
     """[num_tokens - 1, vocab]: of each token but the first, with transformers' own forward over the whole prompt."""
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    model = load_reference(directory)
     with torch.inference_mode():
         return model(torch.tensor([prompt])).logits[0, :-1].float().log_softmax(dim=1)
 

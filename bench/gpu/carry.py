@@ -101,7 +101,7 @@ def _plain(name: str) -> str:
 
 
 def _satisfies(version: str, bounds: str) -> bool:
-    """bounds: like ``>=5.21,<6``, releases alone."""
+    """bounds: like ``>=5.17,<6``, releases alone."""
     own = _numbers(version)
     return all(
         own >= _numbers(bound[2:]) if bound.startswith(">=") else own < _numbers(bound[1:])

@@ -25,12 +25,12 @@ import fastdecode  # noqa: F401 (before torch, see there)
 # isort: split
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from bench.gpu.report import Report, arguments
 from bench.near_ties import assert_same_tokens
 from fastdecode import LLM, SamplingParams
-from gpu_sworker import describe_model
+from gpu_sworker import describe_model, load_reference
 from models import FAMILIES, VOCAB, make_model
 
 # What differs most comes first, for the time may not do for all.
@@ -173,10 +173,8 @@ def _equal_so_far(got: Sequence[int], wanted: Sequence[int]) -> int:
 
 
 def _load(directory: Path, dtype: str, device: torch.device) -> PreTrainedModel:
-    model = AutoModelForCausalLM.from_pretrained(
-        directory, dtype=getattr(torch, dtype), use_safetensors=True, local_files_only=True
-    )
-    return model.to(device).eval()
+    model = load_reference(directory, getattr(torch, dtype))
+    return model.to(device)
 
 
 def _generate(model: PreTrainedModel, prompt: list[int], new_tokens: int) -> list[int]:
