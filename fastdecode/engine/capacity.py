@@ -98,7 +98,7 @@ def device_kv_bytes(config: EngineConfig, facts: ModelFacts, layout: KVLayout) -
     if share is not None and facts.device == "cpu":
         raise ConfigError("gpu_memory_utilization is a share of a GPU's memory, and the device is cpu: leave it out")
     is_here = not facts.device.startswith(PREFIX)
-    if asked == 0 or (asked is None and share is None and config.num_r_workers and not is_used_first(config, facts)):
+    if asked == 0 or (asked is None and share is None and config.num_r_workers and not _is_used_first(config, facts)):
         return 0
     if not is_here:
         return _emulated_kv_bytes(facts, asked, GPU_SHARE if share is None else share)
@@ -124,7 +124,7 @@ def device_kv_bytes(config: EngineConfig, facts: ModelFacts, layout: KVLayout) -
     return asked
 
 
-def is_used_first(config: EngineConfig, facts: ModelFacts) -> bool:
+def _is_used_first(config: EngineConfig, facts: ModelFacts) -> bool:
     """Whether the device keeps KV though nobody says so, and there are R-workers: a GPU does, in their storage type."""
     is_gpu = facts.device != "cpu" and not facts.device.startswith(PREFIX)
     return is_gpu and config.kv_cache_dtype in ("auto", facts.dtype)

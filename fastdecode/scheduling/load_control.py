@@ -19,9 +19,10 @@ stream that keeps to the mean then only loses what its ramp takes: it takes 1.1 
 
 A sequence that finds nothing running starts in any case: what fits nowhere was refused before.
 
-The S-worker's device is taken first, as far as it goes: what lies there is no load of R-workers.  A sequence is divided
-among R-workers if it fits on none of them, were that empty, or if it is so long that whoever had it whole
-would have more to read than the others, with all that runs and waits.
+The S-worker's device is taken first, as far as it goes, or by a plan (placement.py), whose limits come to those above:
+what lies there is no load of R-workers.  A sequence is divided among R-workers if it fits on none of them, were that
+empty, or if it is so long that whoever had it whole would have more to read than the others, with all that runs and
+waits.
 """
 
 from __future__ import annotations
@@ -99,15 +100,13 @@ class LoadControl:
         return self._limit
 
     def measure_memory(self) -> None:
-        """Again, when an R-worker was lost or has come."""
+        """Again, when an R-worker was lost or has come, and for another plan, whose limits are the paces'."""
         capacities, of_r_workers = self._credits.capacities, self._credits.capacity_tokens
         memory = sum(of_r_workers)
-        before, self._memory = (
-            self._memory,
-            (capacities.get(DEVICE, 0), memory, sum(capacity > 0 for capacity in of_r_workers)),
-        )
-        if self._placement and self._memory != before:
+        there_is = capacities.get(DEVICE, 0), memory, sum(capacity > 0 for capacity in of_r_workers)
+        if self._placement and self._memory != there_is:
             self._placement.forget_full()
+        self._memory = there_is
         self._limit = memory if self._max_kv_load is None else min(self._max_kv_load, memory)
         on_device, planned = float(capacities.get(DEVICE, 0)), math.inf
         if self._placement:
@@ -126,7 +125,7 @@ class LoadControl:
         self, step: int, waiting_kv_tokens: int, first: Prospect | None, num_in_all: int, num_seats: int
     ) -> None:
         """waiting_kv_tokens: that all that wait may come to hold; first: who would start first; num_in_all: sequences
-        that run or wait.
+        that run or wait; num_seats: of those that run.
         """
         self._step, self._waiting_kv_tokens = step, waiting_kv_tokens
         if self._placement:

@@ -38,11 +38,10 @@ from fastdecode.scheduling.recent_starts import RECENT
 from fastdecode.scheduling.times import LaneWork, Times
 
 _WORTH_A_CHANGE = 1.03  # of tokens per second
-_LANES_DWELL = 16  # rounds, at least, between two changes of the lanes, or two looks at a move
+_LANES_DWELL = 16  # rounds, at least, between two changes of the lanes, and steps between two looks at a move
 _FORGOTTEN = 0.05  # of what memory held, each time it held less
 _SURELY = 2.0  # times a move's cost is what it has to bring
 _SAME = math.log(1.2)  # what differs by less is no reason for another plan
-
 _SLACK = 1.03  # of a limit, for lengths that are not the same
 _COARSE = (5, 9)  # pairs looked at first
 _FINE = 5
@@ -177,7 +176,7 @@ class Placement:
         self._plan = Plan(math.inf, math.inf, 0.0)
         self.num_plans = 0  # made, the first one too
         self._num_lanes, self._rounds_before = 1, _LANES_DWELL
-        self._rounds_unmoved = 0
+        self._steps_unmoved = 0
 
     @property
     def plan(self) -> Plan:
@@ -296,20 +295,25 @@ class Placement:
             self._num_lanes, self._rounds_before = other, 0
         return self._num_lanes
 
+    def looks_for_moves(self) -> bool:
+        """Whether this step is one to look for a move in: now and then, while something is on R-workers and the plan
+        has nothing there.  To be asked once in a step.
+        """
+        self._steps_unmoved += 1
+        if self._plan.r_workers or not self._counts[False] or self._steps_unmoved < _LANES_DWELL:
+            return False
+        self._steps_unmoved = 0
+        return True
+
     def is_worth_moving(
         self, moved: Sequence[Moved], device_kv_tokens: int, load: int, num_r_workers: int, budget: int
     ) -> bool:
-        """Whether all that runs on R-workers is better computed again on the device, nobody waiting.  To be asked once
-        in a round; the answer is no for a while after another one was looked for.
+        """Whether all that runs on R-workers is better computed again on the device, nobody waiting.
 
         device_kv_tokens, load: as in `num_lanes`; budget: tokens of a step, by which they would come anew.
 
             the steps to come are faster by so much · how many there are   >   2 · the steps that compute them
         """
-        self._rounds_unmoved += 1
-        if not moved or self._plan.r_workers or self._rounds_unmoved < _LANES_DWELL:
-            return False
-        self._rounds_unmoved = 0
         num_tokens = sum(one.num_tokens for one in moved)
         lane = LaneWork(self._num_tokens, load, device_kv_tokens, len(moved))
         lanes = [LaneWork(*(value / self._num_lanes for value in lane))] * self._num_lanes

@@ -74,6 +74,7 @@ class Scheduler:
         self._credits = KVCredits(config.kv_policy, capacity_blocks, config.block_tokens, config.device_blocks)
         self._placement = Placement(config.times, config.num_lanes) if config.times else None
         self._num_lanes = config.num_lanes  # in use
+        self._moving: set[int] = set()  # sequences that are to go from R-workers to the device
         self._load = LoadControl(
             self._credits,
             start_policy=config.start_policy,
@@ -455,7 +456,7 @@ class Scheduler:
         Whoever ranks first stays, and fits alone: so with every step something comes nearer to its end.  (Unless it has
         outgrown its R-worker; then it starts again, in parts.)  And who outranks others takes the seat, or the KV, of
         the last of them, if there is none left.  Before all, sequences whose KV is of no more use, because the model
-        takes other positions for longer ones.
+        takes other positions for longer ones; and those that move to the device, to be computed again there.
 
         Whether there is room now: one whose step is under way can go back only when that has ended.
         number: of the round that is to come.
@@ -491,28 +492,36 @@ class Scheduler:
         return True
 
     def _to_move(self) -> list[Sequence]:
-        """From R-workers to the device: all that is there, or nothing; of it what no step under way has rows of, and
-        the rest when that has ended.
+        """From R-workers to the device: once that is worth it all that is there, each when no step under way has rows
+        of it.
         """
-        if self._placement is None or self._waiting or not self._placement.num_on_r_workers:
+        if self._placement and not self._waiting and not self._moving and self._placement.looks_for_moves():
+            self._moving = self._worth_moving(self._placement)
+        if not self._moving:
             return []
+        there = [s for s in self._running if s.seq_id in self._moving and not s.is_on(DEVICE)]
+        free = [sequence for sequence in there if not self._is_under_way(sequence)]
+        self._moving = {s.seq_id for s in there} - {s.seq_id for s in free}
+        return free
+
+    def _worth_moving(self, placement: Placement) -> set[int]:
+        """All that is on R-workers, or nothing."""
         there = [s for s in self._running if not s.is_on(DEVICE)]
         if any(s.max_kv_tokens > self.device_kv_capacity_tokens for s in there):
-            return []
+            return set()
         moved = [Moved(s.num_tokens, s.expected_tokens - len(s.output_token_ids)) for s in there]
         num_blocks = sum(self._credits.blocks(one.num_tokens + one.num_steps) for one in moved)
         if num_blocks > self._credits.device_room or any(s.is_prefilling for s in self._running):
-            return []
-        of_r_workers = self._credits.tokens
+            return set()
         num_r_workers = sum(capacity > 0 for capacity in self._credits.capacity_tokens)
-        is_worth_it = self._placement.is_worth_moving(
+        is_worth_it = placement.is_worth_moving(
             moved,
             self._credits.device_tokens,
-            max(of_r_workers) * num_r_workers,
+            max(self._credits.tokens) * num_r_workers,
             num_r_workers,
             self._config.lane_limits(1).tokens,
         )
-        return [s for s in there if not self._is_under_way(s)] if is_worth_it else []
+        return {sequence.seq_id for sequence in there} if is_worth_it else set()
 
     def _is_under_way(self, sequence: Sequence) -> bool:
         return self._lanes[sequence.lane].is_under_way(sequence.seq_id)
